@@ -1,0 +1,1 @@
+"""Online distillation for image classification."""

@@ -1,0 +1,22 @@
+"""The two kinds of failure that a command reports in one line, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Wrong input: says in one line what is wrong and how to mend it. Commands exit with 2."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on (NaN loss, full disk): says in one line where. Commands exit with 1."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for an unknown name, offering the nearest known one, e.g. ``unknown("method", "dmll", METHODS)``."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(names)}"
+    return InputError(f"unknown {kind} {name!r}: {hint}")
