@@ -1,0 +1,45 @@
+"""phi: makes a student map comparable with a teacher map (channels by a 1x1 convolution, size by average pooling)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def smaller_size(a: Tensor, b: Tensor) -> tuple[int, int]:
+    """The elementwise smaller (H, W) of two maps ``[B, C, H, W]``: the resolution at which they are compared."""
+    return min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1])
+
+
+def pool_to(feature_map: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average-pools ``[B, C, H, W]`` to ``size``; the same tensor where it has that size already."""
+    return feature_map if feature_map.shape[-2:] == size else F.adaptive_avg_pool2d(feature_map, size)
+
+
+class Adapter(nn.Module):
+    """phi of Eq. 5: ``[B, Cs, H, W] -> [B, Ct, h, w]``, a 1x1 convolution without bias.
+
+    Where the channels agree it has no parameters at all. It belongs to no network: hand its parameters to the
+    optimiser with the student's, and drop it after training.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__()
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
+        self.conv: nn.Conv2d | None = None
+        if student_channels != teacher_channels:
+            self.conv = nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False)
+
+    def forward(self, map_student: Tensor, size: tuple[int, int] | None = None, *, frozen: bool = False) -> Tensor:
+        """phi(F_s), pooled to ``size`` first (pooling and a 1x1 convolution commute, and this order is cheaper).
+
+        ``frozen``: the gradient reaches the map and not phi's weight, whatever trains that.
+        """
+        if size is not None:
+            map_student = pool_to(map_student, size)
+        if self.conv is None:
+            return map_student
+        return F.conv2d(map_student, self.conv.weight.detach()) if frozen else self.conv(map_student)
+
+    def extra_repr(self) -> str:
+        return f"{self.student_channels} -> {self.teacher_channels}"

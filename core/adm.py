@@ -1,0 +1,237 @@
+"""Asymmetric Decision-Making: the student learns harder where two maps agree, the teacher where they differ.
+
+Eq. 6 ``spatial_similarity``, the attentions of Eq. 7 and 8, the losses of Eq. 7, 8, 11, 12, and ``ADMLoss`` (Eq. 9).
+Maps are the last spatial features ``[B, C, H, W]`` before global pooling; a ``head`` is whatever a network does with
+that map to reach its logits (activation, pooling, classifier).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.adapter import Adapter, pool_to, smaller_size
+from core.distillation import full_precision, kd_loss
+
+Head = Callable[[Tensor], Tensor]
+Criterion = Callable[[Tensor, Tensor], Tensor]
+Form = Literal["ce", "kd"]
+
+# Algorithm 1's guard. Where a map's mean weight m = 1 -+ S_bar is tiny, the attention's mean is m / (m + EPSILON) < 1.
+EPSILON = 1e-5
+
+
+def spatial_similarity(map_student: Tensor, map_teacher: Tensor) -> Tensor:
+    """Eq. 6: the cosine of both feature vectors at each location.
+
+    Args: maps ``[B, C, Hs, Ws]`` and ``[B, C, Ht, Wt]`` of equal C; the larger is average-pooled to the smaller's size.
+    Returns: S ``[B, H, W]`` in [-1, 1], detached, float32 (float64 for float64 maps), 0 where a vector is zero.
+    Raises: ValueError where the channels differ (project the student's map by an ``Adapter`` first).
+    """
+    if map_student.dim() != 4 or map_teacher.dim() != 4 or map_student.shape[:2] != map_teacher.shape[:2]:
+        raise ValueError(
+            f"cannot compare a student map {tuple(map_student.shape)} with a teacher map {tuple(map_teacher.shape)}: "
+            "both must be [B, C, H, W] with equal B and C; for unequal channels use core.Adapter(Cs, Ct)"
+        )
+    size = smaller_size(map_student, map_teacher)
+    s, t = full_precision(pool_to(map_student.detach(), size)), full_precision(pool_to(map_teacher.detach(), size))  # [B, C, H, W]
+    norms = [torch.linalg.vector_norm(x, dim=1).clamp_min(1e-8) for x in (s, t)]  # 2 x [B, H, W]
+    # float32 cosines reach 1 + 2e-6, which would turn the divergence attention negative: clamp.
+    return ((s * t).sum(dim=1) / (norms[0] * norms[1])).clamp(-1.0, 1.0)
+
+
+def consensus_attention(similarity: Tensor) -> Tensor:
+    """(1 + S) / (1 + S_bar) of Eq. 7: ``[B, H, W] -> [B, 1, H, W]``, non-negative, mean 1 for each image."""
+    return _attention(1.0 + similarity)
+
+
+def divergence_attention(similarity: Tensor) -> Tensor:
+    """(1 - S) / (1 - S_bar) of Eq. 8: ``[B, H, W] -> [B, 1, H, W]``, non-negative, mean 1 for each image.
+
+    Exactly 0 everywhere for an image whose maps agree everywhere (S == 1): there is no divergence to learn from.
+    """
+    return _attention(1.0 - similarity)
+
+
+def _attention(weight: Tensor) -> Tensor:
+    # [B, 1, H, W]: one weight per location of its own image (Algorithm 1, as printed, yields [B, B, H, W]).
+    return (weight / (weight.mean(dim=(-2, -1), keepdim=True) + EPSILON)).unsqueeze(1)
+
+
+def resize_similarity(similarity: Tensor, size: tuple[int, int]) -> Tensor:
+    """S ``[B, H, W]`` for the network with the larger map: bilinear, before any mean is taken."""
+    if similarity.shape[-2:] == size:
+        return similarity
+    return F.interpolate(similarity.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
+
+
+def attend(feature_map: Tensor, similarity: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+    """``attention(S) * F``: the map ``[B, C, H, W]`` reweighted at each location, in the map's own precision."""
+    weight = attention(resize_similarity(similarity, feature_map.shape[-2:]))  # [B, 1, H, W]
+    return weight.to(feature_map.dtype) * feature_map
+
+
+def consensus_loss(
+    similarity: Tensor, map_student: Tensor, target: Tensor, student_head: Head, criterion: Criterion = F.cross_entropy
+) -> Tensor:
+    """Eq. 7, trains the student: ``criterion(W_s(GAP((1 + S) / (1 + S_bar) F_s)), y)``, a scalar."""
+    return criterion(student_head(attend(map_student, similarity, consensus_attention)), target)
+
+
+def divergence_loss(
+    similarity: Tensor, map_teacher: Tensor, target: Tensor, teacher_head: Head, criterion: Criterion = F.cross_entropy
+) -> Tensor:
+    """Eq. 8, trains the teacher: ``criterion(W_t(GAP((1 - S) / (1 - S_bar) F_t)), y)``, a scalar."""
+    return criterion(teacher_head(attend(map_teacher, similarity, divergence_attention)), target)
+
+
+def consensus_kd_loss(
+    similarity: Tensor,
+    map_student: Tensor,
+    map_teacher: Tensor,
+    student_head: Head,
+    teacher_head: Head,
+    tau: float = 1.0,
+) -> Tensor:
+    """Eq. 11, trains the student: it imitates what the teacher says about its own map under the same attention."""
+    with torch.no_grad():
+        teacher_logits = teacher_head(attend(map_teacher, similarity, consensus_attention))
+    return kd_loss(student_head(attend(map_student, similarity, consensus_attention)), teacher_logits, tau)
+
+
+def divergence_kd_loss(
+    similarity: Tensor,
+    map_teacher: Tensor,
+    target: Tensor,
+    teacher_head: Head,
+    previous: Tensor | None = None,
+    delta: float | Tensor = 0.0,
+) -> Tensor:
+    """Eq. 12, trains the teacher: cross-entropy towards ``(1 - delta) onehot(y) + delta previous``, a scalar.
+
+    ``previous``: the teacher's own probabilities ``[B, K]`` for these samples in the last epoch (None in the first).
+    Written as soft cross-entropy: its gradient is KL's, which itself is NaN on one-hot targets. Equals Eq. 8 at delta 0.
+    """
+    logits = teacher_head(attend(map_teacher, similarity, divergence_attention))
+    loss = F.cross_entropy(logits, target)
+    if previous is None:
+        return loss
+    return (1.0 - delta) * loss + delta * F.cross_entropy(full_precision(logits), full_precision(previous.detach()))
+
+
+def phi_loss(projected: Tensor, map_teacher: Tensor) -> Tensor:
+    """phi's own loss, its relative squared residual ``sum (F_t - phi(F_s))^2 / sum F_t^2``: 0 perfect, 1 no better than 0.
+
+    ``projected``: phi(F_s.detach()) ``[B, Ct, h, w]``; the teacher map is detached and pooled to the same size.
+    """
+    teacher = full_precision(pool_to(map_teacher.detach(), projected.shape[-2:]))
+    return (teacher - full_precision(projected)).square().sum() / teacher.square().sum().clamp_min(1e-12)
+
+
+class ADMLoss(nn.Module):
+    """Eq. 9: ``alpha L_co + beta L_di`` for one student and one teacher, to be added to any loss.
+
+    Args:
+        alpha, beta: weights of the consensus loss (trains the student) and of the divergence loss (trains the teacher);
+            0 leaves that side's head alone. Online: 0.01 / 0.01 (CIFAR-100), 0.2 / 0.6 (ImageNet).
+        adapter: ``Adapter(Cs, Ct)``, needed where the channels differ. S then compares F_t with phi(F_s), and the
+            returned scalar holds phi's own loss: hand ``adm.parameters()`` to the optimiser.
+        consensus, divergence: the form of each side (Table 15): "ce" (Eq. 7, 8) or "kd" (Eq. 11, 12).
+        tau: temperature of the "kd" consensus.
+        train_adapter: phi by its own loss (default). False: by whatever feature loss you compute with it.
+        criterion: ``criterion(head_output, target)`` of the "ce" forms; cross-entropy unless told.
+    Raises: ValueError for negative weights or an unknown form.
+    """
+
+    def __init__(
+        self,
+        alpha: float,
+        beta: float,
+        adapter: Adapter | None = None,
+        *,
+        consensus: Form = "ce",
+        divergence: Form = "ce",
+        tau: float = 1.0,
+        train_adapter: bool = True,
+        criterion: Criterion = F.cross_entropy,
+    ) -> None:
+        super().__init__()
+        if alpha < 0 or beta < 0:
+            raise ValueError(f"the weights of ADM must not be negative: alpha = {alpha}, beta = {beta}")
+        for side, form in (("consensus", consensus), ("divergence", divergence)):
+            if form not in ("ce", "kd"):
+                raise ValueError(f"unknown {side} form {form!r}: 'ce' or 'kd'")
+        self.alpha, self.beta, self.adapter = alpha, beta, adapter
+        self.consensus, self.divergence, self.tau = consensus, divergence, tau
+        self.train_adapter, self.criterion = train_adapter, criterion
+
+    def project(self, map_student: Tensor, map_teacher: Tensor) -> Tensor:
+        """phi(F_s) at the size at which the maps are compared, F_s detached; the map itself without an adapter."""
+        if self.adapter is not None:
+            return self.adapter(map_student.detach(), smaller_size(map_student, map_teacher))
+        if map_student.shape[1] != map_teacher.shape[1]:
+            cs, ct = map_student.shape[1], map_teacher.shape[1]
+            raise ValueError(
+                f"the student's map has {cs} channels, the teacher's {ct}: write "
+                f"ADMLoss(alpha, beta, adapter=Adapter({cs}, {ct})) and give adm.parameters() to the optimiser"
+            )
+        return map_student.detach()
+
+    def terms(
+        self,
+        map_student: Tensor,
+        map_teacher: Tensor,
+        target: Tensor,
+        student_head: Head,
+        teacher_head: Head,
+        *,
+        previous: Tensor | None = None,
+        delta: float | Tensor = 0.0,
+    ) -> dict[str, Tensor]:
+        """The weighted parts, by name: "consensus" (student), "divergence" (teacher), "phi" (adapter alone)."""
+        terms: dict[str, Tensor] = {}
+        projected = self.project(map_student, map_teacher)
+        similarity = spatial_similarity(projected, map_teacher)  # [B, H, W]
+        if self.alpha > 0:
+            if self.consensus == "ce":
+                loss = consensus_loss(similarity, map_student, target, student_head, self.criterion)
+            else:
+                loss = consensus_kd_loss(similarity, map_student, map_teacher, student_head, teacher_head, self.tau)
+            terms["consensus"] = self.alpha * loss
+        if self.beta > 0:
+            if self.divergence == "ce":
+                loss = divergence_loss(similarity, map_teacher, target, teacher_head, self.criterion)
+            else:
+                loss = divergence_kd_loss(similarity, map_teacher, target, teacher_head, previous, delta)
+            terms["divergence"] = self.beta * loss
+        if self.train_adapter and self.adapter is not None and self.adapter.conv is not None:
+            terms["phi"] = phi_loss(projected, map_teacher)
+        return terms
+
+    def forward(
+        self,
+        map_student: Tensor,
+        map_teacher: Tensor,
+        target: Tensor,
+        student_head: Head,
+        teacher_head: Head,
+        *,
+        previous: Tensor | None = None,
+        delta: float | Tensor = 0.0,
+    ) -> Tensor:
+        """The scalar of Eq. 9, plus phi's own loss where there is one: the sum of ``terms`` (same arguments).
+
+        Args: maps ``[B, Cs, Hs, Ws]``, ``[B, Ct, Ht, Wt]``; class indices ``[B]``; each network's own head.
+            ``previous``, ``delta``: only for the "kd" form of divergence (Eq. 12).
+        """
+        terms = self.terms(
+            map_student, map_teacher, target, student_head, teacher_head, previous=previous, delta=delta
+        )
+        return sum(terms.values(), start=map_student.new_zeros(()))
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}, consensus={self.consensus!r}, divergence={self.divergence!r}"

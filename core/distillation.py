@@ -1,0 +1,117 @@
+"""What ADM is added to: distillation (Eq. 2), mutual learning (Eq. 4) and the feature loss (Eq. 5, Table 18)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.adapter import Adapter, pool_to, smaller_size
+
+NoiseFilter = Literal["none", "norm", "relu", "drop"]
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """At least float32, also under autocast; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def kd_loss(logits: Tensor, target_logits: Tensor, tau: float = 1.0) -> Tensor:
+    """Eq. 2: ``tau^2 KL(p_target || p)``, ``p = softmax(logits / tau)``, in float32 also under autocast.
+
+    Args: logits ``[B, K]`` (or ``[B, K, ...]``: one distribution per location); those of the imitated network are
+        detached; tau > 0.
+    Returns: a scalar, the mean over all but the class dimension.
+    Raises: ValueError where the shapes differ.
+    """
+    if logits.shape != target_logits.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and target logits {tuple(target_logits.shape)} differ in shape")
+    log_p = F.log_softmax(full_precision(logits) / tau, dim=1)
+    log_target = F.log_softmax(full_precision(target_logits.detach()) / tau, dim=1)
+    return tau**2 * F.kl_div(log_p, log_target, reduction="none", log_target=True).sum(dim=1).mean()
+
+
+def mutual_loss(
+    logits: Mapping[str, Tensor],
+    target: Tensor,
+    weights: Mapping[str, float] | float = 1.0,
+    tau: float = 1.0,
+    peers: Literal["mean", "sum"] = "mean",
+) -> dict[str, dict[str, Tensor]]:
+    """Eq. 4, deep mutual learning among any number of networks: the sum of everything returned is L_dml.
+
+    Args: ``{role: logits [B, K]}``; class indices ``[B]``; lambda, one for all or per role (Table 19 lowers the
+        teacher's); the temperature; the mean over the other networks (Eq. 4) or their sum.
+    Returns: ``{role: {"ce": scalar, "kd": lambda_i L_kd_i}}``; a lone network has no "kd".
+    """
+    losses: dict[str, dict[str, Tensor]] = {}
+    for role, own in logits.items():
+        losses[role] = {"ce": F.cross_entropy(own, target)}
+        others = [kd_loss(own, other, tau) for name, other in logits.items() if name != role]
+        weight = weights if isinstance(weights, (int, float)) else weights.get(role, 1.0)
+        if others and weight:
+            scale = weight / len(others) if peers == "mean" else weight
+            losses[role]["kd"] = scale * sum(others[1:], start=others[0])
+    return losses
+
+
+def feature_loss(
+    map_student: Tensor | Sequence[Tensor],
+    map_teacher: Tensor | Sequence[Tensor],
+    adapter: Adapter | Sequence[Adapter | None] | None = None,
+    noise_filter: NoiseFilter = "none",
+    *,
+    frozen_last: bool = True,
+) -> Tensor:
+    """Eq. 5: the mean squared difference of two maps, for the student alone (the teacher's map is detached).
+
+    Args:
+        map_student, map_teacher: one map ``[B, C, H, W]`` each (weight 1), or the lists of stage maps without the
+            stem's, paired from the last backwards; the n pairs weigh 1/2^n, ..., 1/4, 1/2 (Algorithm 1).
+            The larger map of a pair is average-pooled to the smaller's size.
+        adapter: phi, one per pair (None where the channels agree).
+        noise_filter: Table 18. "norm": each channel's HW vector divided by its L2 norm; "relu": of both maps;
+            "drop": without the floor(HW / 3) locations of each image that differ most.
+        frozen_last: the last pair's phi gets no gradient from here: it has its own loss (``core.adm.phi_loss``).
+    Returns: a scalar. Raises: ValueError where channels differ and no adapter is given, or for an unknown filter.
+    """
+    if isinstance(map_student, Tensor) and isinstance(map_teacher, Tensor):
+        assert adapter is None or isinstance(adapter, Adapter)
+        return _feature_loss(map_student, map_teacher, adapter, noise_filter, frozen_last)
+    n = min(len(map_student), len(map_teacher))
+    if n == 0:
+        raise ValueError("feature_loss needs at least one map of each network")
+    adapters = [None] * n if adapter is None else list(adapter)  # type: ignore[arg-type]
+    if len(adapters) != n:
+        raise ValueError(f"feature_loss got {len(adapters)} adapters for {n} pairs of maps")
+    pairs = list(zip(list(map_student)[-n:], list(map_teacher)[-n:], adapters, strict=True))
+    losses = [
+        _feature_loss(s, t, phi, noise_filter, frozen_last and k == n) / 2 ** (n + 1 - k)
+        for k, (s, t, phi) in enumerate(pairs, start=1)
+    ]
+    return sum(losses[1:], start=losses[0])
+
+
+def _feature_loss(s: Tensor, t: Tensor, phi: Adapter | None, noise_filter: NoiseFilter, frozen: bool) -> Tensor:
+    size = smaller_size(s, t)
+    s = pool_to(s, size) if phi is None else phi(s, size, frozen=frozen)
+    t = pool_to(t.detach(), size)
+    if s.shape != t.shape:
+        cs, ct = s.shape[1], t.shape[1]
+        raise ValueError(f"feature_loss needs an adapter from {cs} to {ct} channels: Adapter({cs}, {ct})")
+    s, t = full_precision(s), full_precision(t)  # [B, C, H, W]
+    if noise_filter == "norm":
+        s, t = F.normalize(s.flatten(2), dim=2), F.normalize(t.flatten(2), dim=2)  # [B, C, HW]
+    elif noise_filter == "relu":
+        s, t = F.relu(s), F.relu(t)
+    elif noise_filter == "drop":
+        error = (s - t).square().mean(dim=1).flatten(1)  # [B, HW]
+        kept = error.shape[1] - error.shape[1] // 3
+        return error.topk(kept, dim=1, largest=False, sorted=False).values.mean()
+    elif noise_filter != "none":
+        raise ValueError(f"unknown noise filter {noise_filter!r}: 'none', 'norm', 'relu' or 'drop'")
+    # Not F.mse_loss: that keeps both maps for the backward pass, this keeps their difference alone.
+    return (s - t).square().mean()

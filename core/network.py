@@ -1,0 +1,232 @@
+"""What ADM asks of a network, and how networks of other libraries come to offer it.
+
+timm's CNNs and the CIFAR networks of `classification` are Networks as they are; ``as_network`` adapts timm's
+channels-last and token models, ``Split`` makes a Network of any two callables.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import InputError
+
+
+@runtime_checkable
+class Network(Protocol):
+    """``forward(x) == forward_head(forward_features(x))``, and a head that accepts a reweighted map (timm's names)."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` -> the last map ``[B, C, h, w]``."""
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """The last map ``[B, C, h, w]`` -> logits ``[B, K]``."""
+
+    def forward_intermediates(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Images -> (the last map, the stage maps in order, the stem's first where it has one)."""
+
+
+class Split(nn.Module):
+    """A Network from two callables: any torchvision, transformers or own model.
+
+    Args:
+        features: images ``[B, 3, H, W]`` -> the last map before pooling ``[B, C, h, w]``.
+        head: that map -> logits ``[B, K]``.
+        model: the model behind them, where they are plain functions, so that its parameters are found.
+
+    torchvision: ``children = list(m.children())``, then
+    ``Split(nn.Sequential(*children[:-2]), nn.Sequential(children[-2], nn.Flatten(), children[-1]))``.
+    transformers: ``Split(lambda x: m.resnet(x).last_hidden_state, lambda f: m.classifier(m.resnet.pooler(f)), m)``.
+    """
+
+    def __init__(
+        self,
+        features: Callable[[Tensor], Tensor],
+        head: Callable[[Tensor], Tensor],
+        model: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.features, self.head, self.model = features, head, model
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+    def forward_intermediates(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        final = self.features(x)
+        return final, [final]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class _TimmAdapter(nn.Module):
+    """A timm model whose features are not ``[B, C, H, W]``: keeps its state-dict keys under ``model.``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.num_features: int = model.num_features
+        self.num_classes: int = model.num_classes
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.forward_intermediates(x, indices=1)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class ChannelsLastFeatures(_TimmAdapter):
+    """timm models that hand out ``[B, H, W, C]`` (Swin, MambaOut, ...)."""
+
+    def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None) -> tuple[Tensor, list[Tensor]]:
+        final, maps = self.model.forward_intermediates(x, indices=indices)
+        return final.permute(0, 3, 1, 2), maps
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        return self.model.forward_head(x.permute(0, 2, 3, 1))
+
+
+class TokenFeatures(_TimmAdapter):
+    """timm transformers with patch tokens ``[B, prefix + N, C]`` and average pooling: the map is the N patch tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.prefix: int = getattr(model, "num_prefix_tokens", 0)
+        blocks = len(model.feature_info)  # type: ignore[arg-type]
+        self.stages = sorted({round((k + 1) * blocks / 4) - 1 for k in range(4)}) if blocks >= 4 else None
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        final, maps = self.model.forward_intermediates(x, indices=self.stages if indices is None else indices)
+        h, w = maps[-1].shape[-2:]
+        patches = final[:, self.prefix :]  # [B, N, C]
+        return patches.transpose(1, 2).unflatten(2, (h, w)), maps
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)  # [B, N, C]
+        if self.prefix:  # average pooling leaves the prefix tokens out: their values do not matter
+            tokens = torch.cat([tokens.new_zeros(len(tokens), self.prefix, tokens.shape[2]), tokens], dim=1)
+        return self.model.forward_head(tokens)
+
+
+def as_network(model: nn.Module, images: Tensor | None = None) -> nn.Module:
+    """The model itself if it is a Network already, else the adapter for a timm model of another layout.
+
+    Args: a model; a small batch ``[B, 3, H, W]``, with which token models that do not say so are recognised too.
+    Raises: InputError where ADM could not act: class-token or attention pooling, several maps, no timm interface.
+    """
+    name = type(model).__name__
+    if isinstance(model, (Split, _TimmAdapter)):
+        return model
+    missing = [m for m in ("forward_features", "forward_head", "forward_intermediates") if not hasattr(model, m)]
+    if missing:
+        raise InputError(f"{name} has no {missing[0]}: wrap it as core.Split(features, head), two callables")
+    if getattr(model, "distilled_training", None) is not None or "Distilled" in name:
+        raise InputError(f"{name} returns two predictions while it trains: use the plain model of its family")
+    pooling = getattr(model, "global_pool", "avg")
+    if pooling in ("token", "map") or getattr(model, "attn_pool", None) is not None:
+        reads = "the class token" if hasattr(model, "cls_token") else "a learned attention pooling"
+        raise InputError(
+            f"{name} classifies by {reads}, so that weights on its patch locations would leave its logits as they are "
+            "and ADM would do nothing: create it with global_pool='avg'"
+        )
+    if getattr(model, "output_fmt", "NCHW") == "NHWC":
+        return ChannelsLastFeatures(model)
+    if hasattr(model, "num_prefix_tokens") or getattr(model, "output_fmt", "NCHW") == "NLC":
+        return TokenFeatures(model)
+    if images is not None:
+        training = model.training
+        with torch.no_grad():
+            features = model.eval().forward_features(images)  # type: ignore[operator]
+        model.train(training)
+        if isinstance(features, Tensor) and features.dim() == 3:
+            return TokenFeatures(model)
+    return model
+
+
+def stage_maps(network: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """One forward: the last map ``[B, C, H, W]`` and the stage maps for the feature loss, the last map at their end.
+
+    The stem's map is left out (Algorithm 1): the CIFAR networks' first, and of timm's those of stride 2 or less.
+    """
+    final, maps = network.forward_intermediates(x)  # type: ignore[operator]
+    info: Sequence[dict[str, Any]] = getattr(network, "feature_info", None) or []
+    if len(info) == len(maps) > 1:
+        if info[0]["module"] == "stem" and info[0]["reduction"] <= 2:
+            maps = maps[1:]
+        else:
+            maps = [m for m, i in zip(maps, info, strict=True) if i["reduction"] > 2] or maps[-1:]
+    return final, [*maps[:-1], final]
+
+
+@torch.no_grad()
+def check_network(network: nn.Module, images: Tensor, role: str = "network") -> Tensor:
+    """The start-up check on one small batch ``[B, 3, H, W]``: would ADM act on this network, and mean anything?
+
+    Returns: the last map ``[B, C, H, W]``. Leaves weights, buffers and mode as they were.
+    Raises: InputError where the map is not ``[B, C, H, W]`` or has a single location, where the head of the features is
+        not the network, or where reweighting the map leaves the logits unchanged. Warns where a training-mode head
+        moves buffers (BatchNorm behind the pooling: each extra head call moves its statistics).
+    """
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    modes = {module: module.training for module in network.modules()}
+    head: Callable[[Tensor], Tensor] = network.forward_head  # type: ignore[assignment]
+
+    def reset() -> None:
+        for name, buffer in network.named_buffers():
+            buffer.copy_(before[name])
+
+    try:
+        # Training mode: an untrained network's evaluation logits span many decades. Random layers would blur the comparison.
+        for module in network.modules():
+            module.training = not any(word in type(module).__name__ for word in ("Drop", "StochasticDepth"))
+        feature_map = network.forward_features(images)  # type: ignore[operator]
+        if not isinstance(feature_map, Tensor) or feature_map.dim() != 4:
+            shape = tuple(feature_map.shape) if isinstance(feature_map, Tensor) else type(feature_map).__name__
+            raise InputError(f"{role}: its features are {shape}, not a map [B, C, H, W]; see core.as_network, core.Split")
+        if feature_map.shape[-2:].numel() == 1:
+            raise InputError(
+                f"{role}: its last map is 1 x 1 at {tuple(images.shape[-2:])} pixels, where every attention is 1 and "
+                "ADM does nothing: use larger images or a network with a smaller stride"
+            )
+        reset()
+        after_features = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        logits = head(feature_map)
+        if any(not torch.equal(buffer, after_features[name]) for name, buffer in network.named_buffers()):
+            warnings.warn(f"{role}: its head moves buffers in training; each ADM term moves them again", stacklevel=2)
+        reset()
+        whole = network(images)
+        reset()
+        scale = whole.abs().max().clamp_min(1e-12)
+        if logits.shape != whole.shape or (logits - whole).abs().max() > 1e-3 * scale:
+            raise InputError(f"{role}: forward_head(forward_features(x)) is not forward(x): check its two halves")
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.rand(feature_map[:, :1].shape, generator=generator).to(feature_map) * 2
+        if (head(feature_map * weight) - logits).abs().max() <= 1e-6 * scale:
+            raise InputError(f"{role}: its logits do not change when its map is reweighted, so ADM would do nothing")
+        return feature_map
+    finally:
+        reset()
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def check_pair(map_student: Tensor, map_teacher: Tensor, student: str = "student", teacher: str = "teacher") -> None:
+    """Refuses maps that cannot be compared location by location (one is not an even reduction of the same image).
+
+    Raises: InputError where the aspect ratios differ, e.g. 7 x 7 against 4 x 8.
+    """
+    (hs, ws), (ht, wt) = map_student.shape[-2:], map_teacher.shape[-2:]
+    if abs(hs * wt - ws * ht) > max(hs * wt, ws * ht) // 2 or (hs - ht) * (ws - wt) < 0:
+        raise InputError(
+            f"the maps of {student} ({hs} x {ws}) and {teacher} ({ht} x {wt}) cannot be compared location by location: "
+            "give both networks images of one aspect ratio"
+        )
