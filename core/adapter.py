@@ -11,9 +11,11 @@ def smaller_size(a: Tensor, b: Tensor) -> tuple[int, int]:
     return min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1])
 
 
-def pool_to(feature_map: Tensor, size: tuple[int, int]) -> Tensor:
+def pool_to(feature_map: Tensor, size: tuple[int, ...]) -> Tensor:
     """Average-pools ``[B, C, H, W]`` to ``size``; the same tensor where it has that size already."""
-    return feature_map if feature_map.shape[-2:] == size else F.adaptive_avg_pool2d(feature_map, size)
+    if feature_map.shape[-2:] == size:
+        return feature_map
+    return F.adaptive_avg_pool2d(feature_map, (size[0], size[1]))
 
 
 class Adapter(nn.Module):

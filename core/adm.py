@@ -38,7 +38,7 @@ def spatial_similarity(map_student: Tensor, map_teacher: Tensor) -> Tensor:
             "both must be [B, C, H, W] with equal B and C; for unequal channels use core.Adapter(Cs, Ct)"
         )
     size = smaller_size(map_student, map_teacher)
-    s, t = full_precision(pool_to(map_student.detach(), size)), full_precision(pool_to(map_teacher.detach(), size))  # [B, C, H, W]
+    s, t = (pool_to(full_precision(x.detach()), size) for x in (map_student, map_teacher))  # [B, C, H, W]
     norms = [torch.linalg.vector_norm(x, dim=1).clamp_min(1e-8) for x in (s, t)]  # 2 x [B, H, W]
     # float32 cosines reach 1 + 2e-6, which would turn the divergence attention negative: clamp.
     return ((s * t).sum(dim=1) / (norms[0] * norms[1])).clamp(-1.0, 1.0)
@@ -62,11 +62,12 @@ def _attention(weight: Tensor) -> Tensor:
     return (weight / (weight.mean(dim=(-2, -1), keepdim=True) + EPSILON)).unsqueeze(1)
 
 
-def resize_similarity(similarity: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_similarity(similarity: Tensor, size: tuple[int, ...]) -> Tensor:
     """S ``[B, H, W]`` for the network with the larger map: bilinear, before any mean is taken."""
     if similarity.shape[-2:] == size:
         return similarity
-    return F.interpolate(similarity.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
+    resized = F.interpolate(similarity.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
+    return resized.clamp(-1.0, 1.0)  # interpolation, too, rounds beyond 1
 
 
 def attend(feature_map: Tensor, similarity: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
@@ -114,7 +115,7 @@ def divergence_kd_loss(
     """Eq. 12, trains the teacher: cross-entropy towards ``(1 - delta) onehot(y) + delta previous``, a scalar.
 
     ``previous``: the teacher's own probabilities ``[B, K]`` for these samples in the last epoch (None in the first).
-    Written as soft cross-entropy: its gradient is KL's, which itself is NaN on one-hot targets. Equals Eq. 8 at delta 0.
+    Written as soft cross-entropy: same gradient as KL, which is NaN on one-hot targets. Equals Eq. 8 at delta 0.
     """
     logits = teacher_head(attend(map_teacher, similarity, divergence_attention))
     loss = F.cross_entropy(logits, target)
@@ -123,13 +124,21 @@ def divergence_kd_loss(
     return (1.0 - delta) * loss + delta * F.cross_entropy(full_precision(logits), full_precision(previous.detach()))
 
 
-def phi_loss(projected: Tensor, map_teacher: Tensor) -> Tensor:
-    """phi's own loss, its relative squared residual ``sum (F_t - phi(F_s))^2 / sum F_t^2``: 0 perfect, 1 no better than 0.
+def phi_loss(projected: Tensor, map_teacher: Tensor, map_student: Tensor | None = None) -> Tensor:
+    """phi's own loss, its relative squared residual ``sum (F_t - phi(F_s))^2 / sum F_t^2``; 1 is what phi = 0 gives.
 
-    ``projected``: phi(F_s.detach()) ``[B, Ct, h, w]``; the teacher map is detached and pooled to the same size.
+    ``projected``: phi(F_s.detach()) ``[B, Ct, h, w]``; the teacher's map ``[B, Ct, Ht, Wt]`` is detached and pooled to
+    that size. ``map_student`` ``[B, Cs, Hs, Ws]``: where its energy is over four times the teacher's, a quarter of it
+    is the denominator. The curvature in phi's weight is then at most 8, and SGD with momentum 0.9 at learning rate 0.1
+    (stable below 38) cannot diverge whatever the student's scale.
     """
-    teacher = full_precision(pool_to(map_teacher.detach(), projected.shape[-2:]))
-    return (teacher - full_precision(projected)).square().sum() / teacher.square().sum().clamp_min(1e-12)
+    size = projected.shape[-2:]
+    teacher = full_precision(pool_to(map_teacher.detach(), size))
+    energy = teacher.square().sum()
+    if map_student is not None:
+        student = full_precision(pool_to(map_student.detach(), size))
+        energy = torch.maximum(energy, student.square().sum() / 4.0)
+    return (teacher - full_precision(projected)).square().sum() / energy.clamp_min(1e-12)
 
 
 class ADMLoss(nn.Module):
@@ -209,7 +218,7 @@ class ADMLoss(nn.Module):
                 loss = divergence_kd_loss(similarity, map_teacher, target, teacher_head, previous, delta)
             terms["divergence"] = self.beta * loss
         if self.train_adapter and self.adapter is not None and self.adapter.conv is not None:
-            terms["phi"] = phi_loss(projected, map_teacher)
+            terms["phi"] = phi_loss(projected, map_teacher, map_student)
         return terms
 
     def forward(

@@ -113,5 +113,6 @@ def _feature_loss(s: Tensor, t: Tensor, phi: Adapter | None, noise_filter: Noise
         return error.topk(kept, dim=1, largest=False, sorted=False).values.mean()
     elif noise_filter != "none":
         raise ValueError(f"unknown noise filter {noise_filter!r}: 'none', 'norm', 'relu' or 'drop'")
-    # Not F.mse_loss: that keeps both maps for the backward pass, this keeps their difference alone.
-    return (s - t).square().mean()
+    # Against zero, not s against t: that would keep both maps for the backward pass, this keeps their difference alone.
+    difference = s - t
+    return F.mse_loss(difference, difference.new_zeros(()).expand_as(difference))

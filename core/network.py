@@ -7,13 +7,18 @@ channels-last and token models, ``Split`` makes a Network of any two callables.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from core.errors import InputError
+
+# timm models whose features are tokens [B, N, C] without any attribute that tells so.
+TOKEN_MODELS = ("MlpMixer", "EfficientFormer", "Hiera", "Levit", "LevitDistilled", "Twins")
 
 
 @runtime_checkable
@@ -69,7 +74,10 @@ class Split(nn.Module):
 class _TimmAdapter(nn.Module):
     """A timm model whose features are not ``[B, C, H, W]``: keeps its state-dict keys under ``model.``."""
 
-    def __init__(self, model: nn.Module) -> None:
+    forward_head: Callable[[Tensor], Tensor]
+    forward_intermediates: Callable[..., tuple[Tensor, list[Tensor]]]
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model: Any = model
         self.num_features: int = model.num_features
@@ -96,15 +104,13 @@ class ChannelsLastFeatures(_TimmAdapter):
 class TokenFeatures(_TimmAdapter):
     """timm transformers with patch tokens ``[B, prefix + N, C]`` and average pooling: the map is the N patch tokens."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.prefix: int = getattr(model, "num_prefix_tokens", 0)
-        blocks = len(model.feature_info)  # type: ignore[arg-type]
+        blocks = len(model.feature_info)
         self.stages = sorted({round((k + 1) * blocks / 4) - 1 for k in range(4)}) if blocks >= 4 else None
 
-    def forward_intermediates(
-        self, x: Tensor, indices: int | list[int] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None) -> tuple[Tensor, list[Tensor]]:
         final, maps = self.model.forward_intermediates(x, indices=self.stages if indices is None else indices)
         h, w = maps[-1].shape[-2:]
         patches = final[:, self.prefix :]  # [B, N, C]
@@ -129,27 +135,46 @@ def as_network(model: nn.Module, images: Tensor | None = None) -> nn.Module:
     missing = [m for m in ("forward_features", "forward_head", "forward_intermediates") if not hasattr(model, m)]
     if missing:
         raise InputError(f"{name} has no {missing[0]}: wrap it as core.Split(features, head), two callables")
-    if getattr(model, "distilled_training", None) is not None or "Distilled" in name:
-        raise InputError(f"{name} returns two predictions while it trains: use the plain model of its family")
+    if getattr(model, "distilled_training", False):
+        raise InputError(f"{name} returns two predictions while it trains: leave its distilled_training off")
     pooling = getattr(model, "global_pool", "avg")
     if pooling in ("token", "map") or getattr(model, "attn_pool", None) is not None:
-        reads = "the class token" if hasattr(model, "cls_token") else "a learned attention pooling"
         raise InputError(
-            f"{name} classifies by {reads}, so that weights on its patch locations would leave its logits as they are "
-            "and ADM would do nothing: create it with global_pool='avg'"
+            f"{name} classifies by its class token or by attention pooling (global_pool={pooling!r}), not by the mean "
+            "of its map: weights on the map's locations would do nothing, or not what ADM means by them. Create it "
+            "with global_pool='avg', or take another family"
         )
     if getattr(model, "output_fmt", "NCHW") == "NHWC":
         return ChannelsLastFeatures(model)
-    if hasattr(model, "num_prefix_tokens") or getattr(model, "output_fmt", "NCHW") == "NLC":
+    tokens = name in TOKEN_MODELS and not getattr(model, "use_conv", False)  # LeViT has both layouts
+    if tokens or hasattr(model, "num_prefix_tokens") or getattr(model, "output_fmt", "NCHW") == "NLC":
         return TokenFeatures(model)
     if images is not None:
-        training = model.training
-        with torch.no_grad():
+        with torch.no_grad(), _preserved(model, images):
             features = model.eval().forward_features(images)  # type: ignore[operator]
-        model.train(training)
         if isinstance(features, Tensor) and features.dim() == 3:
             return TokenFeatures(model)
     return model
+
+
+@contextmanager
+def _preserved(network: nn.Module, images: Tensor) -> Iterator[Callable[[], None]]:
+    """Puts modes, buffers and random state back in the end; yields a function that puts the buffers back at once."""
+    modes = [(module, module.training) for module in network.modules()]
+    # The buffer itself and its value: some networks (ConViT) replace a buffer by one of another shape.
+    buffers = [(m, name, b, b.clone()) for m, _ in modes for name, b in m._buffers.items() if b is not None]
+
+    def reset() -> None:
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer.copy_(value)
+
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+        try:
+            yield reset
+        finally:
+            reset()
+            for module, mode in modes:
+                module.training = mode
 
 
 def stage_maps(network: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -169,63 +194,70 @@ def stage_maps(network: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 @torch.no_grad()
 def check_network(network: nn.Module, images: Tensor, role: str = "network") -> Tensor:
-    """The start-up check on one small batch ``[B, 3, H, W]``: would ADM act on this network, and mean anything?
+    """The start-up check on one small batch ``[B, 3, H, W]``, B >= 2: would ADM act on this network, and mean anything?
 
-    Returns: the last map ``[B, C, H, W]``. Leaves weights, buffers and mode as they were.
-    Raises: InputError where the map is not ``[B, C, H, W]`` or has a single location, where the head of the features is
-        not the network, or where reweighting the map leaves the logits unchanged. Warns where a training-mode head
-        moves buffers (BatchNorm behind the pooling: each extra head call moves its statistics).
+    Returns: the last map ``[B, C, H, W]``. Leaves weights, buffers, modes and random state as they were.
+    Raises: InputError where there are no parameters, where the map is not ``[B, C, H, W]`` or has a single location,
+        where the head of the features is not the network, or where reweighting the map leaves the logits unchanged.
+        Warns where a training-mode head moves buffers (BatchNorm behind the pooling: each extra head call moves its
+        statistics).
     """
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    modes = {module: module.training for module in network.modules()}
+    if next(network.parameters(), None) is None:
+        raise InputError(f"{role} has no parameters: name the model behind both parts, Split(features, head, model)")
+    generator = torch.Generator().manual_seed(0)
+    zeros = [p for p in network.parameters() if p.dim() == 2 and not p.any()]
     head: Callable[[Tensor], Tensor] = network.forward_head  # type: ignore[assignment]
+    with _preserved(network, images) as reset:
+        try:
+            for p in zeros:  # a classifier that starts at zero (Mixer, Hiera) would hide what its map does
+                p.copy_(torch.randn(p.shape, generator=generator))
+            # BatchNorm by batch statistics, since those of an untrained network let its logits span many decades;
+            # everything else as in evaluation, since random layers would blur the comparison.
+            for module in network.modules():
+                module.training = isinstance(module, _BatchNorm)
+            feature_map = network.forward_features(images)  # type: ignore[operator]
+            _check_map(feature_map, images, role)
+            before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+            logits = head(feature_map)
+            if any(not torch.equal(buffer, before[name]) for name, buffer in network.named_buffers()):
+                text = f"{role}: its head moves buffers in training; each ADM term moves them again"
+                warnings.warn(text, stacklevel=3)
+            reset()
+            whole = network(images)
+            scale = whole.abs().max().clamp_min(1e-12)
+            if logits.shape != whole.shape or (logits - whole).abs().max() > 1e-3 * scale:
+                raise InputError(f"{role}: forward_head(forward_features(x)) is not forward(x): check its two halves")
+            weight = torch.rand(feature_map[:, :1].shape, generator=generator).to(feature_map) * 2
+            if (head(feature_map * weight) - logits).abs().max() <= 1e-6 * scale:
+                raise InputError(f"{role}: its logits do not change when its map is reweighted: ADM would do nothing")
+            return feature_map
+        finally:
+            for p in zeros:
+                p.zero_()
 
-    def reset() -> None:
-        for name, buffer in network.named_buffers():
-            buffer.copy_(before[name])
 
-    try:
-        # Training mode: an untrained network's evaluation logits span many decades. Random layers would blur the comparison.
-        for module in network.modules():
-            module.training = not any(word in type(module).__name__ for word in ("Drop", "StochasticDepth"))
-        feature_map = network.forward_features(images)  # type: ignore[operator]
-        if not isinstance(feature_map, Tensor) or feature_map.dim() != 4:
-            shape = tuple(feature_map.shape) if isinstance(feature_map, Tensor) else type(feature_map).__name__
-            raise InputError(f"{role}: its features are {shape}, not a map [B, C, H, W]; see core.as_network, core.Split")
-        if feature_map.shape[-2:].numel() == 1:
-            raise InputError(
-                f"{role}: its last map is 1 x 1 at {tuple(images.shape[-2:])} pixels, where every attention is 1 and "
-                "ADM does nothing: use larger images or a network with a smaller stride"
-            )
-        reset()
-        after_features = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        logits = head(feature_map)
-        if any(not torch.equal(buffer, after_features[name]) for name, buffer in network.named_buffers()):
-            warnings.warn(f"{role}: its head moves buffers in training; each ADM term moves them again", stacklevel=2)
-        reset()
-        whole = network(images)
-        reset()
-        scale = whole.abs().max().clamp_min(1e-12)
-        if logits.shape != whole.shape or (logits - whole).abs().max() > 1e-3 * scale:
-            raise InputError(f"{role}: forward_head(forward_features(x)) is not forward(x): check its two halves")
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.rand(feature_map[:, :1].shape, generator=generator).to(feature_map) * 2
-        if (head(feature_map * weight) - logits).abs().max() <= 1e-6 * scale:
-            raise InputError(f"{role}: its logits do not change when its map is reweighted, so ADM would do nothing")
-        return feature_map
-    finally:
-        reset()
-        for module, mode in modes.items():
-            module.training = mode
+def _check_map(feature_map: object, images: Tensor, role: str) -> None:
+    if not isinstance(feature_map, Tensor) or feature_map.dim() != 4:
+        shape = tuple(feature_map.shape) if isinstance(feature_map, Tensor) else type(feature_map).__name__
+        raise InputError(f"{role}: its features are {shape}, not a map [B, C, H, W]; see core.as_network, core.Split")
+    if feature_map.shape[-2:].numel() == 1:
+        raise InputError(
+            f"{role}: its last map is 1 x 1 at {tuple(images.shape[-2:])} pixels, where every attention is 1 and ADM "
+            "does nothing: use larger images or a network with a smaller stride, and split it before its pooling"
+        )
 
 
 def check_pair(map_student: Tensor, map_teacher: Tensor, student: str = "student", teacher: str = "teacher") -> None:
     """Refuses maps that cannot be compared location by location (one is not an even reduction of the same image).
 
-    Raises: InputError where the aspect ratios differ, e.g. 7 x 7 against 4 x 8.
+    Raises: InputError where the aspect ratios differ by more than rounding a side up or down explains: 8 x 8 against
+        4 x 8 or 16 x 4, but not 7 x 7 against 4 x 4.
     """
     (hs, ws), (ht, wt) = map_student.shape[-2:], map_teacher.shape[-2:]
-    if abs(hs * wt - ws * ht) > max(hs * wt, ws * ht) // 2 or (hs - ht) * (ws - wt) < 0:
+    h, w, large_h, large_w = min(hs, ht), min(ws, wt), max(hs, ht), max(ws, wt)
+    # h is large_h / r rounded, so that large_h / (h + 1) < r < large_h / (h - 1), and w alike: is there such an r?
+    one_ratio = large_h * (w - 1) < large_w * (h + 1) and large_w * (h - 1) < large_h * (w + 1)
+    if (hs - ht) * (ws - wt) < 0 or not one_ratio:
         raise InputError(
             f"the maps of {student} ({hs} x {ws}) and {teacher} ({ht} x {wt}) cannot be compared location by location: "
             "give both networks images of one aspect ratio"
