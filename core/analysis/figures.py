@@ -1,0 +1,48 @@
+"""Writing a figure, or the numbers beside it, so that a reader never meets half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.errors import InputError, TrainingError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
+    """Write ``figure`` beside ``path`` and rename it, in the format of the suffix (.png, .pdf, .svg, ...).
+
+    Raises: InputError for a missing folder or an unknown suffix; TrainingError where writing fails (full disk, no
+    permission). After an error there is neither a half file nor a changed old one.
+    """
+    path = Path(path)
+    suffix, known = path.suffix.lstrip(".").lower(), figure.canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise InputError(f"cannot draw {path}: its name must end in one of .{', .'.join(sorted(known))}")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot draw {path}: there is no folder {path.parent}; create it first")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(beside, dpi=dpi, format=suffix)
+        os.replace(beside, path)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_json(values: Mapping[str, Any], path: str | Path) -> None:
+    """Write ``values`` beside ``path`` and rename it; JSON has no NaN or infinity, so that these become null.
+
+    Raises: TrainingError where writing fails (see ``write_atomically``).
+    """
+    from core.training.checkpoint import write_atomically
+
+    finite = json.loads(json.dumps(values, default=str), parse_constant=lambda _: None)
+    text = json.dumps(finite, indent=2) + "\n"
+    write_atomically(Path(path), lambda file: file.write_text(text))

@@ -1,0 +1,207 @@
+"""Figure 1: where teacher and student agree, and where each of them looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.adm import consensus_attention, divergence_attention
+from core.analysis.figures import save_figure
+from core.errors import InputError
+
+Size = tuple[int, int]  # height, width
+
+UNITS = {  # a word in a map's name -> what its scale says
+    "similarity": "cosine",
+    "discrepancy": "1 - cosine",
+    "attention": "weight (mean 1)",
+    "CAM": "share of the image's peak",
+}
+
+
+def upsample(maps: Tensor, size: Size) -> Tensor:
+    """``[B, h, w] -> [B, H, W]``, bilinear, as the attention itself is resized (align_corners=False)."""
+    return F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
+
+
+def similarity_map(similarity: Tensor, size: Size) -> Tensor:
+    """S ``[B, h, w]`` of Eq. 6 at the size of the image: ``[B, H, W]`` in [-1, 1]."""
+    return upsample(similarity, size)
+
+
+def discrepancy_map(similarity: Tensor, size: Size) -> Tensor:
+    """1 - S at the size of the image: ``[B, H, W]`` in [0, 2]. The "discrepancy regions" of Figure 1."""
+    return 1.0 - upsample(similarity, size)
+
+
+def cam(feature_map: Tensor, head: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+    """Class activation map (Zhou et al., 2016) of any network: ``H W sum_c dz_y/dF_c F_c``, ``[B, H, W]``, signed.
+
+    For a head of average pooling and one linear layer this is Zhou's ``sum_c w_yc F_c`` exactly, and with a ReLU before
+    the pooling (pre-activation maps) ``sum_c w_yc relu(F_c)``: ReLU's slope times its input is its output. Its mean
+    over locations is then the logit without its bias. For any other head it is the linear part at this very map.
+    (Grad-CAM averages the gradient over locations first, which is wrong on pre-activation maps.)
+
+    Args: ``feature_map [B, C, H, W]``; ``head`` the network's ``forward_head``, in evaluation mode; classes ``[B]``.
+    Leaves every gradient as it was; works under ``no_grad`` and ``inference_mode``.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = feature_map.detach().clone().requires_grad_()
+        score = head(leaf).gather(1, target.clone().unsqueeze(1)).sum()
+        (gradient,) = torch.autograd.grad(score, leaf)
+    height, width = feature_map.shape[-2:]
+    return height * width * (gradient * leaf.detach()).sum(dim=1)
+
+
+def relative_cam(activation: Tensor) -> Tensor:
+    """A CAM's positive part relative to each image's peak, ``[B, H, W]`` in [0, 1]; 0 where nothing is positive."""
+    positive = activation.clamp_min(0.0)
+    return positive / positive.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(positive.dtype).tiny)
+
+
+def box_share(weights: Tensor, boxes: Tensor, image_size: Size) -> Tensor:
+    """Share of a non-negative map's mass that lies inside each image's object box: ``[B]`` in [0, 1], float64.
+
+    A map's cell is a rectangle of the image with its weight spread evenly, so that a cell the box cuts counts by its
+    covered area, and a uniform map gives exactly ``box_area_share``.
+
+    Args:
+        weights: ``[B, h, w]`` at any resolution, e.g. an attention, 1 - S, ``relative_cam``.
+        boxes: ``[B, 4]`` as x0, y0, x1, y1 in image pixels from the upper left corner, x1 and y1 exclusive: a box over
+            the whole image is 0, 0, width, height. (Add 1 to inclusive corners.) Parts outside the image do not count.
+        image_size: height and width of the image in pixels.
+    Returns: nan for a map without any mass (average with ``nanmean``).
+    Raises: InputError for a negative weight or a box with x1 < x0 or y1 < y0.
+    """
+    if (weights < 0).any():
+        raise InputError("the share of a map needs non-negative weights: use an attention, 1 - S, or relative_cam")
+    cover = _cover(boxes, image_size, (weights.shape[1], weights.shape[2]))  # [B, h, w]
+    weights = weights.double()
+    return (weights * cover).sum(dim=(1, 2)) / weights.sum(dim=(1, 2))
+
+
+def box_area_share(boxes: Tensor, image_size: Size) -> Tensor:
+    """Share of the image's area that the box covers, ``[B]``, float64: what ``box_share`` is by chance."""
+    return _cover(boxes, image_size, (1, 1))[:, 0, 0]
+
+
+def _cover(boxes: Tensor, image_size: Size, map_size: Size) -> Tensor:
+    """The covered share of each cell of a map laid over the image, ``[B, h, w]``."""
+    boxes = boxes.double()
+    if (boxes[:, 2:] < boxes[:, :2]).any():
+        raise InputError("a box has x1 < x0 or y1 < y0: boxes are x0, y0, x1, y1 in pixels, not x, y, width, height")
+
+    def covered(low: Tensor, high: Tensor, pixels: int, cells: int) -> Tensor:  # [B], [B] -> [B, cells]
+        edges = torch.arange(cells + 1, device=boxes.device, dtype=torch.float64) * (pixels / cells)
+        overlap = torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])
+        return overlap.clamp_min(0.0) * (cells / pixels)
+
+    rows = covered(boxes[:, 1], boxes[:, 3], image_size[0], map_size[0])
+    columns = covered(boxes[:, 0], boxes[:, 2], image_size[1], map_size[1])
+    return rows[:, :, None] * columns[:, None, :]
+
+
+def pair_maps(similarity: Tensor, cam_teacher: Tensor, cam_student: Tensor) -> dict[str, Tensor]:
+    """The maps of Figure 1 by name, ready for ``draw_maps``: from S and both networks' CAM, each ``[B, h, w]``."""
+    return {
+        "similarity S": similarity,
+        "discrepancy 1 - S": 1.0 - similarity,
+        "consensus attention": consensus_attention(similarity).squeeze(1),
+        "divergence attention": divergence_attention(similarity).squeeze(1),
+        "CAM teacher": relative_cam(cam_teacher),
+        "CAM student": relative_cam(cam_student),
+    }
+
+
+def draw_maps(
+    images: Tensor,
+    maps: Mapping[str, Tensor],
+    path: str | Path,
+    labels: Sequence[str] | None = None,
+    boxes: Tensor | None = None,
+) -> None:
+    """Figure 1: a row for each image, the image first, then each map in colour over the grey image.
+
+    The colours of a column mean the same in all its rows (scale below it). A name with "attention" in it gets a
+    two-sided scale around 1, the weight of plain average pooling.
+
+    Args:
+        images: uint8 ``[B, 1 or 3, H, W]``.
+        maps: name -> ``[B, h, w]`` at any resolution, drawn in this order (see ``pair_maps``).
+        labels: a text for each row, e.g. its class.
+        boxes: object boxes ``[B, 4]`` to outline, as in ``box_share``.
+    Raises: InputError where shapes do not fit or ``path`` cannot be written (see ``save_figure``).
+    """
+    count, channels, height, width = images.shape
+    if images.dtype != torch.uint8 or channels not in (1, 3) or not maps:
+        raise InputError(
+            f"draw_maps needs maps and uint8 images [B, 1 or 3, H, W], not {images.dtype} {[*images.shape]}"
+        )
+    for name, values in maps.items():
+        if values.dim() != 3 or values.shape[0] != count:
+            raise InputError(
+                f"the map {name!r} is {tuple(values.shape)}: it must be [{count}, h, w], one for each image"
+            )
+    for what, given in (("labels", labels), ("boxes", boxes)):
+        if given is not None and len(given) != count:
+            raise InputError(f"{len(given)} {what} for {count} images")
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    side = 1.7  # inches across an image
+    shape = side * height / width
+    figure = Figure(
+        figsize=(side * (1 + len(maps)) + 0.6, (shape + 0.06) * count + 1.0),
+        layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03),
+    )
+    # Below the images a row for the scale of each map.
+    axes = figure.subplots(count + 1, 1 + len(maps), squeeze=False, height_ratios=[shape] * count + [0.09])
+    axes[count, 0].set_axis_off()
+    _prepare(axes[:count], (height, width), boxes)
+    for row, picture in enumerate(images.cpu().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()):
+        axes[row, 0].imshow(picture, extent=(0, width, height, 0))
+        if labels is not None:
+            axes[row, 0].set_ylabel(labels[row], fontsize=9)
+    axes[0, 0].set_title("image", fontsize=9)
+    grey = images.cpu().float().mean(dim=1)
+    for column, (name, values) in enumerate(maps.items(), start=1):
+        _draw_column(axes[:, column], name, values.detach().float().cpu(), grey)
+    save_figure(figure, path, dpi=150)
+
+
+def _prepare(axes: Any, size: Size, boxes: Tensor | None) -> None:
+    """Bare panels ``[rows, columns]`` in image coordinates, with the row's object box."""
+    from matplotlib.patches import Rectangle
+
+    for row, panels in enumerate(axes):
+        for axis in panels:
+            axis.set(xticks=[], yticks=[], xlim=(0, size[1]), ylim=(size[0], 0))
+            if boxes is not None:
+                x0, y0, x1, y1 = boxes[row].tolist()
+                axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="lime", linewidth=1.2))
+
+
+def _draw_column(axes: Any, name: str, values: Tensor, grey: Tensor) -> None:
+    """One map over every grey image ``[B, H, W]`` in one scale, which goes into the last of the ``B + 1`` axes."""
+    height, width = grey.shape[-2:]
+    extent = (0, width, height, 0)
+    low, high, colors = values.min().item(), values.max().item(), "turbo"
+    if "attention" in name:
+        reach = max(high - 1.0, 1.0 - low)
+        low, high, colors = 1.0 - reach, 1.0 + reach, "coolwarm"
+    if high - low < 1e-6:  # a constant map: a scale of some width around it
+        low, high = low - 0.5, high + 0.5
+    for axis, below, above in zip(axes, grey, upsample(values, (height, width)), strict=False):
+        axis.imshow(below.numpy(), cmap="gray", vmin=0, vmax=255, extent=extent)
+        look = {"cmap": colors, "vmin": low, "vmax": high, "alpha": 0.65, "interpolation": "bilinear"}
+        drawn = axis.imshow(above.numpy(), extent=extent, **look)
+    axes[0].set_title(name, fontsize=9)
+    bar = axes[-1].figure.colorbar(drawn, cax=axes[-1], orientation="horizontal")
+    bar.set_label(next((unit for word, unit in UNITS.items() if word in name), ""), fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    bar.ax.locator_params(nbins=4)
