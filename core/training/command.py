@@ -1,0 +1,99 @@
+"""What every command shares: exit codes, one-line errors, stopping on Ctrl-C and SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+from core.errors import InputError, TrainingError
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over quota, read-only, broken
+
+
+class Stop:
+    """Set by the first Ctrl-C or SIGTERM: the loop finishes its step, saves, leaves. A second Ctrl-C leaves at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Catches both signals inside the block (in the main thread; elsewhere it does nothing)."""
+        try:
+            before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:
+            yield self
+            return
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command and exits: 0 done, 2 wrong input, 1 anything else that can be said in a line, 130 interrupted."""
+    try:
+        code = main() or DONE
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = WRONG_INPUT
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = FAILED
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        print(f"error: cannot write {error.filename or 'to the disk'}: {error.strerror}", file=sys.stderr)
+        code = FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def parse(parser: Any, argv: Sequence[str] | None = None, nested: Sequence[str] = ()) -> Any:
+    """Parses and instantiates with a jsonargparse parser made with ``exit_on_error=False``.
+
+    ``nested``: keys inside mappings, which the parser does not list, as ``networks.<role>.lr``.
+    Raises: InputError, one line, offering the nearest known key for an unknown one.
+    """
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.instantiate(parser.parse_args(argv))
+    except ArgumentError as error:
+        raise InputError(_one_line(str(error), [*_keys(parser), *nested])) from error
+
+
+def _keys(parser: Any) -> Iterator[str]:
+    for action in parser._actions:
+        yield from (option.lstrip("-") for option in action.option_strings)
+
+
+def _one_line(message: str, keys: list[str]) -> str:
+    message = " ".join(line.strip() for line in message.splitlines() if line.strip())
+    found = re.search(r"[Uu]nrecognized arguments?:? --([\w.]+)", message)
+    found = found or re.search(r"[Gg]roup '([\w.]+)' does not accept option '([\w.]+)'", message)
+    found = found or re.search(r"(?:Parser key \"(\w+)\": .*)?[Oo]ption '([\w.]+)' is not accepted", message)
+    if not found:
+        return message
+    given = ".".join(part for part in found.groups() if part)
+    known = {re.sub(r"<\w+>\.", "", key): key for key in keys if not key.endswith(".help")}  # as the message names them
+    nearest = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    hint = f"did you mean {known[nearest[0]]}?" if nearest else "see --help"
+    return f"unknown option {given}: {hint}"

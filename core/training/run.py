@@ -1,0 +1,206 @@
+"""The run folder: what a run leaves for people and tools to read. Needs neither accelerate nor ``fit``.
+
+``config.yaml`` (resolved), ``environment.json``, ``metrics.jsonl`` (a line per log point and per evaluation, full
+precision), ``log.txt``, ``curves.png``, ``summary.json``, ``checkpoints/``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import InputError, TrainingError
+from core.training.checkpoint import leftover, write_atomically
+
+
+class RunFolder:
+    """One run's folder. Only the main process writes; the others hold it with ``main=False`` and write nothing.
+
+    Args: the folder; the resolved config; the keys (dotted prefixes) in which a resumed run may differ.
+    Nothing is written before ``open``, so that a command that turns out wrong leaves no folder behind.
+    Raises: InputError where the folder holds a run of another config (names the key) or something else altogether.
+    """
+
+    def __init__(
+        self, path: Path | str, config: Mapping[str, Any], *, main: bool = True, free: Sequence[str] = ()
+    ) -> None:
+        self.path, self.config, self.main = Path(path), dict(config), main
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self._check(free)
+
+    def _check(self, free: Sequence[str]) -> None:
+        import yaml
+
+        file = self.path / "config.yaml"
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file: --out names the folder of a run")
+        if not file.exists():
+            if self.path.exists() and any(not leftover(file) for file in self.path.iterdir()):
+                raise InputError(f"{self.path} is not empty and holds no run (no config.yaml): choose another --out")
+            return
+        before = flatten(yaml.safe_load(file.read_text()) or {})
+        now = flatten(json.loads(json.dumps(self.config)))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and not any(key == f or key.startswith(f"{f}.") for f in free):
+                raise InputError(
+                    f"{self.path} holds a run with {key} = {before.get(key)!r}, this command says {now.get(key)!r}: "
+                    "choose another --out, or give that value to resume"
+                )
+
+    def open(self) -> None:
+        """Makes the folder and writes ``config.yaml``. Raises: InputError where there can be no such folder."""
+        import yaml
+
+        if not self.main:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the run folder {self.path}: {error.strerror}") from error
+        text = yaml.safe_dump(json.loads(json.dumps(self.config)), sort_keys=False)
+        write_atomically(self.path / "config.yaml", lambda p: p.write_text(text))
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What ``summary.json`` says, None before there is one."""
+        file = self.path / "summary.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its end."""
+        return (self.summary or {}).get("status") == "finished"
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        if self.main:
+            text = json.dumps(_plain(values), indent=2) + "\n"
+            write_atomically(self.path / name, lambda p: p.write_text(text))
+
+    def write_environment(self, device: str) -> None:
+        """``environment.json``: appended to on each start, so that a resumed run names every machine it ran on."""
+        file = self.path / "environment.json"
+        starts = json.loads(file.read_text())["starts"] if self.main and file.exists() else []
+        self.write_json("environment.json", {"starts": [*starts, environment(device)]})
+
+    def metric(self, values: Mapping[str, Any]) -> None:
+        """One line of ``metrics.jsonl``."""
+        if self.main:
+            _append(self.metrics_file, json.dumps(_plain(values)))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of ``metrics.jsonl``; a last line that was cut off is left out."""
+        lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
+        result = []
+        for number, line in enumerate(lines):
+            try:
+                result.append(json.loads(line))
+            except json.JSONDecodeError:
+                if number < len(lines) - 1:
+                    raise
+        return result
+
+    def metrics_size(self) -> int:
+        """Bytes of ``metrics.jsonl``: a checkpoint remembers it, a resume cuts the file back to it."""
+        return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+
+    def cut_metrics(self, size: int) -> None:
+        if self.main and self.metrics_size() > size:
+            os.truncate(self.metrics_file, size)
+
+    def log(self, message: str) -> None:
+        """A line on the terminal (clear of the progress bar) and in ``log.txt``."""
+        if self.main:
+            from tqdm import tqdm
+
+            tqdm.write(message, file=sys.stderr)
+            _append(self.path / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
+
+    def draw(self) -> None:
+        """``curves.png`` from ``metrics.jsonl``."""
+        if self.main:
+            from core.analysis.curves import draw_curves
+
+            metrics = self.metrics()
+            if metrics:
+                draw_curves(metrics, self.path / "curves.png")
+
+
+def _append(file: Path, line: str) -> None:
+    try:
+        with open(file, "a") as opened:
+            opened.write(f"{line}\n")
+    except OSError as error:
+        raise TrainingError(f"cannot write {file}: {error.strerror}") from error
+
+
+def is_main_process() -> bool:
+    """Before any process group exists: whether this is the process that writes (torchrun's and accelerate's RANK)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    # JSON has no NaN: an undefined number is written as null.
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Commit, versions, device and command of this process."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    def git(*arguments: str) -> str | None:
+        root = Path(__file__).resolve().parents[2]
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    versions = {}
+    for package in ("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "command": [Path(sys.argv[0]).name if sys.argv[0].startswith("-") else sys.argv[0], *sys.argv[1:]],
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changed is None else bool(changed),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }

@@ -1,0 +1,52 @@
+"""Learning-rate schedules: a factor on each group's base rate, from the number of epochs done (fractional)."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from core.errors import InputError
+
+Schedule = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate falls.
+
+    Args:
+        name: "multistep" multiplies by ``factor`` after each milestone, "cosine" falls to 0 over the run.
+        milestones: completed epochs after which the rate drops.
+        factor: what a drop multiplies the rate by.
+        warmup: epochs over which the rate first rises linearly from 0.
+    """
+
+    name: Literal["multistep", "cosine", "constant"] = "multistep"
+    milestones: tuple[float, ...] = (140, 200, 250)
+    factor: float = 0.1
+    warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        if list(self.milestones) != sorted(self.milestones):
+            raise InputError(f"schedule.milestones must rise: {list(self.milestones)}")
+        if self.warmup < 0:
+            raise InputError(f"schedule.warmup must not be negative: {self.warmup}")
+
+
+def make_schedule(config: ScheduleConfig, epochs: float) -> Schedule:
+    """``schedule(epochs_done) -> factor`` for a run of so many epochs."""
+
+    def schedule(done: float) -> float:
+        if done < config.warmup:
+            return done / config.warmup
+        if config.name == "multistep":
+            return config.factor ** bisect_right(config.milestones, done + 1e-9)
+        if config.name == "cosine":
+            share = (done - config.warmup) / max(epochs - config.warmup, 1e-9)
+            return 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
+        return 1.0
+
+    return schedule
