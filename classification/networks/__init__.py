@@ -1,0 +1,112 @@
+"""Networks by name: the CIFAR families defined here, everything else from timm."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from classification.networks.base import CifarNetwork
+from classification.networks.mobilenet import MobileNetV1, MobileNetV2
+from classification.networks.resnet import Bottleneck, ResNet
+from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
+from classification.networks.vgg import VGG
+from classification.networks.wrn import WideResNet
+from core.errors import InputError, unknown
+
+__all__ = ["CIFAR_NETWORKS", "CifarNetwork", "create_network"]
+
+# Each takes num_classes, in_chans and preact.
+CIFAR_NETWORKS: dict[str, Callable[..., CifarNetwork]] = {
+    "cifar_resnet8": partial(ResNet, blocks=(1, 1, 1)),
+    "cifar_resnet14": partial(ResNet, blocks=(2, 2, 2)),
+    "cifar_resnet20": partial(ResNet, blocks=(3, 3, 3)),
+    "cifar_resnet32": partial(ResNet, blocks=(5, 5, 5)),
+    "cifar_resnet44": partial(ResNet, blocks=(7, 7, 7)),
+    "cifar_resnet56": partial(ResNet, blocks=(9, 9, 9)),
+    "cifar_resnet110": partial(ResNet, blocks=(18, 18, 18)),
+    "cifar_resnet20_a": partial(ResNet, blocks=(3, 3, 3), shortcut="A"),
+    "cifar_resnet32_a": partial(ResNet, blocks=(5, 5, 5), shortcut="A"),
+    "cifar_resnet44_a": partial(ResNet, blocks=(7, 7, 7), shortcut="A"),
+    "cifar_resnet56_a": partial(ResNet, blocks=(9, 9, 9), shortcut="A"),
+    "cifar_resnet110_a": partial(ResNet, blocks=(18, 18, 18), shortcut="A"),
+    "cifar_resnet8x4": partial(ResNet, blocks=(1, 1, 1), stem_width=32, widths=(64, 128, 256)),
+    "cifar_resnet32x4": partial(ResNet, blocks=(5, 5, 5), stem_width=32, widths=(64, 128, 256)),
+    "cifar_resnet50": partial(ResNet, block=Bottleneck, blocks=(3, 4, 6, 3), stem_width=64, widths=(64, 128, 256, 512)),
+    "cifar_wrn_10_1": partial(WideResNet, depth=10, width=1),
+    "cifar_wrn_10_2": partial(WideResNet, depth=10, width=2),
+    "cifar_wrn_16_1": partial(WideResNet, depth=16, width=1),
+    "cifar_wrn_16_2": partial(WideResNet, depth=16, width=2),
+    "cifar_wrn_16_10": partial(WideResNet, depth=16, width=10),
+    "cifar_wrn_40_1": partial(WideResNet, depth=40, width=1),
+    "cifar_wrn_40_2": partial(WideResNet, depth=40, width=2),
+    "cifar_wrn_40_4": partial(WideResNet, depth=40, width=4),
+    "cifar_vgg8": partial(VGG, count=1),
+    "cifar_vgg13": partial(VGG, count=2),
+    "cifar_mobilenetv1": MobileNetV1,
+    "cifar_mobilenetv2_050": partial(MobileNetV2, width=0.5),
+    "cifar_mobilenetv2_100": partial(MobileNetV2, width=1.0),
+    "cifar_shufflenetv1": ShuffleNetV1,
+    "cifar_shufflenetv2": ShuffleNetV2,
+}
+
+
+def create_network(
+    name: str, num_classes: int, *, in_chans: int = 3, pretrained: bool = False, **options: Any
+) -> nn.Module:
+    """Builds a CIFAR network of ``CIFAR_NETWORKS``, or else a timm model.
+
+    Args:
+        name: e.g. "cifar_wrn_16_2", "resnet18", "resnet18.a1_in1k", "local-dir:folder".
+        num_classes: width of the head.
+        in_chans: image channels.
+        pretrained: timm's own pretrained weights (for a CIFAR network, see ``published.load_weights``).
+        options: further options: ``preact`` and the family's for a CIFAR network, a timm model's own otherwise.
+            timm's ResNets get ``zero_init_last=False`` unless told otherwise: their residual BatchNorms then start at 1
+            as torchvision's, which is the paper's ImageNet recipe, and not at 0.
+
+    Raises:
+        InputError: unknown name, unknown option, or pretrained weights that do not exist or cannot be fetched.
+    """
+    if name in CIFAR_NETWORKS:
+        return _create_cifar(name, num_classes, in_chans, pretrained, options)
+    return _create_timm(name, num_classes, in_chans, pretrained, options)
+
+
+def _create_cifar(
+    name: str, num_classes: int, in_chans: int, pretrained: bool, options: dict[str, Any]
+) -> CifarNetwork:
+    if pretrained:
+        raise InputError(f"{name} has no downloadable weights: leave pretrained out and give a weight file")
+    build = CIFAR_NETWORKS[name]
+    fixed = {"num_classes", "in_chans", *getattr(build, "keywords", ())}  # the rest is free for the caller
+    free = [option for option in signature(build).parameters if option not in fixed]
+    if strange := [option for option in options if option not in free]:
+        raise InputError(f"{name} has no option {', '.join(strange)}: its options are {', '.join(free)}")
+    return build(num_classes, in_chans, **options)
+
+
+def _create_timm(name: str, num_classes: int, in_chans: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    if ":" not in name and not timm.is_model(name):  # "hf-hub:..." and "local-dir:..." name a place, not a model
+        known = [*CIFAR_NETWORKS, *timm.list_models()]
+        raise unknown("network", name, difflib.get_close_matches(name, known, n=1, cutoff=0.5) or CIFAR_NETWORKS)
+    if timm.models.is_model_in_modules(name, {"resnet"}):
+        options = {"zero_init_last": False, **options}
+    try:
+        return timm.create_model(name, pretrained, num_classes=num_classes, in_chans=in_chans, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise InputError(f"{name}: {error}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        if not pretrained and ":" not in name and "." not in name:
+            raise
+        hint = "; without internet access, leave pretrained out and give a weight file" if pretrained else ""
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{name}: {reason}{hint}") from error

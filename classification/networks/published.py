@@ -1,0 +1,202 @@
+"""Weights from files: our own, timm's, and the checkpoints that other repositories published for the CIFAR networks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from classification.networks.base import CifarNetwork
+from classification.networks.mobilenet import MobileNetV2
+from classification.networks.resnet import ResNet
+from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
+from classification.networks.vgg import VGG
+from classification.networks.wrn import WideResNet
+from core.errors import InputError
+
+Rules = tuple[tuple[str, str], ...]
+
+_STEM: Rules = ((r"^conv1\.", "stem.conv."), (r"^bn1\.", "stem.bn."))
+_LAYERS: Rules = tuple((rf"^layer{stage}\.", f"stages.{stage - 1}.") for stage in range(1, 5))
+
+# What turns a published key into ours: all regular expressions of a family, in this order. Our own keys match none.
+# Keys as in HobbitLong/RepDistiller and megvii-research/mdistiller; option-A ResNets as in
+# akamaster/pytorch_resnet_cifar10. SwitOKD's MobileNetV1 was not published as a file.
+_PUBLISHED: dict[type[CifarNetwork], Rules] = {
+    ResNet: (
+        *_STEM,
+        *_LAYERS,
+        (r"\.(?:downsample|shortcut)\.0\.", ".shortcut.conv."),
+        (r"\.(?:downsample|shortcut)\.1\.", ".shortcut.bn."),
+        (r"^linear\.", "fc."),
+    ),
+    WideResNet: (
+        (r"^conv1\.", "stem."),
+        (r"^bn1\.", "neck."),
+        *((rf"^block{group}\.layer\.", f"stages.{group - 1}.") for group in range(1, 4)),
+        (r"\.convShortcut\.", ".shortcut."),
+    ),
+    VGG: (
+        (r"^block0\.", "stem."),
+        *((rf"^block{group}\.", f"stages.{group - 1}.") for group in range(1, 5)),
+        (r"\.0\.(?=\w+$)", ".0.conv."),
+        (r"\.1\.(?=\w+$)", ".0.bn."),
+        (r"\.3\.(?=\w+$)", ".1.conv."),
+        (r"\.4\.(?=\w+$)", ".1.bn."),
+        (r"^classifier\.", "fc."),
+    ),
+    MobileNetV2: (
+        (r"^conv1\.0\.", "stem.0.conv."),
+        (r"^conv1\.1\.", "stem.0.bn."),
+        *(
+            (rf"^blocks\.{row}\.", f"stages.{place}.")
+            for row, place in enumerate(("0.0", "0.1", "1.0", "2.0", "2.1", "3.0", "3.1"))
+        ),
+        (r"\.conv\.0\.", ".expand.conv."),
+        (r"\.conv\.1\.", ".expand.bn."),
+        (r"\.conv\.3\.", ".depthwise.conv."),
+        (r"\.conv\.4\.", ".depthwise.bn."),
+        (r"\.conv\.6\.", ".project.conv."),
+        (r"\.conv\.7\.", ".project.bn."),
+        (r"^conv2\.0\.", "neck.conv."),
+        (r"^conv2\.1\.", "neck.bn."),
+        (r"^classifier\.0\.", "fc."),
+    ),
+    ShuffleNetV1: (*_STEM, *_LAYERS, (r"^linear\.", "fc.")),
+    ShuffleNetV2: (
+        (r"^conv1\.", "stem.0.conv."),
+        (r"^bn1\.", "stem.0.bn."),
+        *_LAYERS,
+        (r"^conv2\.", "neck.conv."),
+        (r"^bn2\.", "neck.bn."),
+        (r"^linear\.", "fc."),
+    ),
+}
+
+
+def load_published(network: CifarNetwork, file: str | Path) -> None:
+    """Loads a published checkpoint of the same architecture, or a file with our own keys, into ``network``.
+
+    Raises:
+        InputError: no such file, not a readable one, another architecture, or another number of classes; ``network``
+            is then unchanged.
+    """
+    rules = _PUBLISHED.get(type(network), ())
+    _load(network, {_own_key(key, rules): tensor for key, tensor in read_state_dict(file).items()}, file)
+
+
+def load_weights(network: nn.Module, file: str | Path) -> None:
+    """Loads a weight file that fits exactly: in the network's own keys, or published ones for a CIFAR network.
+
+    Raises:
+        InputError: as ``load_published``.
+    """
+    if isinstance(network, CifarNetwork):
+        load_published(network, file)
+    else:
+        _load(network, read_state_dict(file), file)
+
+
+def read_state_dict(file: str | Path) -> dict[str, Tensor]:
+    """The named tensors of a .safetensors file or of a torch checkpoint (.pth, .pt, ...), on the CPU.
+
+    A torch checkpoint is the state dict itself or a dict with it as "model" or "state_dict", and may hold numpy scalars
+    beside it. It is read as data: one that would run code is refused. The prefixes of DistributedDataParallel and
+    torch.compile are taken off the names.
+
+    Raises:
+        InputError: no such file, unreadable, or no state dict in it.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise InputError(f"no weight file {file}")
+    state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot read {file} (incomplete, or not a safetensors file): {_first_line(error)}") from error
+
+
+def _read_torch(file: Path) -> dict[str, Tensor]:
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        if "Unsupported global" in str(error):
+            raise InputError(
+                f"{file} holds more than tensors and numbers, and reading it could run code: "
+                "save its state dict alone, best as .safetensors"
+            ) from error
+        raise InputError(f"cannot read {file} (incomplete, or not a torch file): {_first_line(error)}") from error
+    if isinstance(content, Mapping):
+        content = next((content[name] for name in ("model", "state_dict") if name in content), content)
+    if not isinstance(content, Mapping) or not content or not all(map(torch.is_tensor, content.values())):
+        raise InputError(f'{file} holds no state dict: give names -> tensors, alone or as "model" or "state_dict"')
+    return dict(content)
+
+
+def _numpy_scalars() -> list[Any]:
+    """What unpickling a numpy number needs; its constructor is named differently by numpy 1 and 2."""
+    import numpy as np
+
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(name)) for name in ("bool", "int32", "int64", "float16", "float32", "float64")]
+    return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, *dtypes]
+
+
+def _own_key(key: str, rules: Rules) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _load(network: nn.Module, state: dict[str, Tensor], file: str | Path) -> None:
+    """Strict loading, all checked before the first tensor is copied."""
+    own = network.state_dict()
+    # Files older than PyTorch 0.4.1 have no num_batches_tracked; load_state_dict then leaves it as it is.
+    missing = [key for key in own if key not in state and not key.endswith(".num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
+    classes = _classifier_keys(network)
+    if reshaped and not missing and not unexpected and all(key in classes for key in reshaped):
+        in_file, in_network = state[reshaped[0]].shape[0], own[reshaped[0]].shape[0]
+        if in_file != in_network:
+            raise InputError(f"{file} holds weights for {in_file} classes, but the network has {in_network}")
+    shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in reshaped]
+    parts = {"missing": missing, "unexpected": unexpected, "other shape": shapes}
+    if problems := [f"{kind} {_first_few(keys)}" for kind, keys in parts.items() if keys]:
+        raise InputError(f"{file} is of another architecture than {type(network).__name__}: {'; '.join(problems)}")
+    network.load_state_dict({**own, **state})
+
+
+def _classifier_keys(network: nn.Module) -> set[str]:
+    """Names of the parameters of the network's classifier, where it tells which module that is."""
+    get_classifier = getattr(network, "get_classifier", None)
+    if get_classifier is None:
+        return set()
+    parameters = {id(parameter) for parameter in get_classifier().parameters()}
+    return {name for name, parameter in network.named_parameters() if id(parameter) in parameters}
+
+
+def _first_few(keys: Iterable[str], count: int = 3) -> str:
+    keys = list(keys)
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
