@@ -1,0 +1,363 @@
+"""Loaders with exact resuming: whole sets in memory (batched crops and flips), and files decoded by worker processes.
+
+Both yield the same batch: a dict of `image` uint8 [B, C, H, W] (raw 0..255; [B, V, C, H, W] for V > 1 views), `target`
+int64 [B], `index` int64 [B] (position in the split, from 0) and `weight` (float, below).
+
+Both draw an epoch's order, crops and flips from (seed, epoch) alone, so that a batch does not depend on the number of
+processes or workers, and stopping at any batch loses nothing. With `world` processes, rank r takes every world-th image
+of each global batch, from r on. Where these shares differ in size (short last batch), the mean of the processes' mean
+losses is the mean over the global batch only after multiplying each by `weight` = own share * world / global batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from classification.data.config import Augmentation
+from classification.data.datasets import Arrays, Split, Streamed, check_in_memory
+from core.errors import InputError
+
+Batch = dict[str, Any]
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers; nearby inputs give unrelated seeds."""
+    words = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)
+    return int(words[0]) >> 1
+
+
+class EpochLoader:
+    """Epochs, batches and positions, which both loaders share. Iterating yields the REST of the current epoch.
+
+    Training: shuffled; the short last batch is kept unless some process would get fewer than 2 samples of it (batch
+    norm needs 2). Evaluation: always from the start, in stored order; rank r sees samples r, r + world, ... once each.
+
+    Args:
+        split: What to load.
+        batch_size: Images of one step over all processes.
+        train: Shuffle and augment.
+        seed: Of order and augmentation.
+        rank: Number of this process.
+        world: Number of processes.
+        device: Where the batches end up.
+        views: Independently augmented versions of each image.
+
+    Raises:
+        InputError: fewer images a step than processes, or too few training images for one step.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        views: int = 1,
+    ) -> None:
+        self.size, self.batch_size, self.train, self.seed = len(split), batch_size, train, seed
+        self.rank, self.world, self.device, self.views = rank, world, torch.device(device), views
+        self.epoch = self.position = 0
+        if batch_size < world:
+            raise InputError(f"a batch of {batch_size} images cannot be shared by {world} processes")
+        if train and not len(self):
+            raise InputError(f"{self.size} training images are too few for {world} process(es): each needs at least 2")
+
+    def __len__(self) -> int:
+        """Batches of one epoch on this process."""
+        if not self.train:
+            return -(-len(range(self.rank, self.size, self.world)) // (self.batch_size // self.world))
+        full, rest = divmod(self.size, self.batch_size)
+        return full + (rest // self.world >= 2)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.train:
+            self.position = 0
+        elif self.position >= len(self):
+            self._next_epoch()
+        for batch in self._batches(self.epoch, self.position):
+            self.position += 1
+            yield batch
+        self._next_epoch()
+
+    def _next_epoch(self) -> None:
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and number of its batches already handed out; a finished epoch counts as the start of the next."""
+        if self.position >= len(self):
+            return {"epoch": self.epoch + 1, "position": 0}
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if not 0 <= state["position"] < len(self):
+            raise InputError(
+                f"the saved run stood at batch {state['position']} of an epoch that now has {len(self)}: "
+                "resume with the same data and batch size"
+            )
+        self.epoch, self.position = state["epoch"], state["position"]
+
+    def set_views(self, views: int) -> None:
+        """Takes effect when the next iteration starts."""
+        self.views = views
+
+    def _order(self, epoch: int) -> tuple[Tensor, torch.Generator]:
+        """The epoch's order of all samples, int64 [N], and the generator that further draws of the epoch come from."""
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        order = torch.randperm(self.size, generator=generator) if self.train else torch.arange(self.size)
+        return order, generator
+
+    def _share(self, rows: Tensor, step: int) -> Tensor:
+        """This process's part of batch `step`; `rows` [N, ...] stand for all samples in the epoch's order."""
+        if self.train:
+            return rows[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
+        own = self.batch_size // self.world
+        return rows[self.rank :: self.world][step * own : (step + 1) * own]
+
+    def _weight(self, step: int, own: int) -> float:
+        if not self.train:
+            return 1.0
+        return own * self.world / min(self.batch_size, self.size - step * self.batch_size)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        raise NotImplementedError
+
+
+class InMemoryLoader(EpochLoader):
+    """Batches of a set that lies on `device`, cropped and flipped there without a loop over images.
+
+    Training images equal torchvision's `RandomCrop(size, padding)` and `RandomHorizontalFlip()` of the raw image: zero
+    padding, offsets uniform over (2 * padding + 1)^2 for each image and view, flip with probability 0.5.
+
+    The set is kept as one flat row of bytes: every image, then (with flips) every mirrored image. A crop is then the
+    slice that starts at some byte, so a batch is one gather of slices. Neighbouring rows share their padding: the zeros
+    left of a row are also those right of the row before, and likewise for the rows of zeros between planes.
+
+    Args: as in `EpochLoader`, and
+        arrays: The split.
+        augmentation: crop_flip, crop or none; ignored in evaluation.
+        padding: Zero pixels on each side.
+    """
+
+    def __init__(
+        self,
+        arrays: Arrays,
+        batch_size: int,
+        *,
+        train: bool,
+        augmentation: Augmentation = "crop_flip",
+        padding: int = 4,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        views: int = 1,
+    ) -> None:
+        super().__init__(arrays, batch_size, train=train, seed=seed, rank=rank, world=world, device=device, views=views)
+        check_in_memory(augmentation)
+        self.flip = train and augmentation == "crop_flip"
+        self.padding = padding if train and augmentation != "none" else 0
+        self.targets = arrays.targets.to(self.device)
+        images = arrays.images.to(self.device)
+        self.channels, self.height, self.width = images.shape[1:]
+        self.row = self.width + self.padding
+        self.plane = (self.height + self.padding) * self.row
+        self.images = self._flatten(images) if train else images
+
+    def _flatten(self, images: Tensor) -> Tensor:
+        """uint8 [N, C, H, W] -> the flat set."""
+        versions = [images, images.flip(3)] if self.flip else [images]
+        flat = torch.cat([F.pad(version, (self.padding, 0, self.padding, 0)).flatten() for version in versions])
+        # The last image's right and bottom padding, which no later row provides.
+        return F.pad(flat, (0, self.padding * self.row + self.padding))
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        order, generator = self._order(epoch)
+        slices = self._slices(order, generator).to(self.device) if self.train else order
+        order = order.to(self.device)
+        for step in range(start, len(self)):
+            index = self._share(order, step)
+            yield {
+                "image": self._gather(self._share(slices, step)) if self.train else self._share(self.images, step),
+                "target": self.targets[index],
+                "index": index,
+                "weight": self._weight(step, len(index)),
+            }
+
+    def _slices(self, order: Tensor, generator: torch.Generator) -> Tensor:
+        """Where in the flat set the crop of each sample and view starts, int64 [N, V]."""
+        starts = []
+        for _ in range(self.views):
+            down, right = torch.randint(2 * self.padding + 1, (2, self.size), generator=generator)
+            image = order
+            if self.flip:
+                mirrored = torch.rand(self.size, generator=generator) < 0.5
+                # Cropping and then flipping is cropping the mirrored image at the mirrored offset.
+                image = torch.where(mirrored, order + self.size, order)
+                right = torch.where(mirrored, 2 * self.padding - right, right)
+            starts.append(image * (self.channels * self.plane) + down * self.row + right)
+        return torch.stack(starts, dim=1)
+
+    def _gather(self, starts: Tensor) -> Tensor:
+        """int64 [B, V] -> uint8 [B, V, C, H, W], without V if that is 1."""
+        length = (self.channels - 1) * self.plane + (self.height - 1) * self.row + self.width
+        windows = self.images.as_strided((len(self.images) - length + 1, length), (1, 1))
+        gathered = windows.index_select(0, starts.flatten())
+        images = gathered.as_strided(
+            (len(gathered), self.channels, self.height, self.width), (length, self.plane, self.row, 1)
+        ).contiguous()
+        return images.unflatten(0, starts.shape) if starts.shape[1] > 1 else images
+
+
+class StreamLoader(EpochLoader):
+    """Batches of images that worker processes decode and augment (torch's `DataLoader`).
+
+    Each sample's augmentation is drawn from (seed, epoch, index, view) by the generators of Python, NumPy and torch,
+    which get their states back afterwards: neither the number of workers nor a resume changes an image. The position
+    counts batches handed out, not prefetched ones. The workers live as long as the loader.
+
+    Args: as in `EpochLoader`, and
+        dataset: The split.
+        workers: Worker processes; 0 decodes in this process.
+
+    Raises:
+        InputError: while iterating, for a broken image (names the file).
+    """
+
+    def __init__(
+        self,
+        dataset: Streamed,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        views: int = 1,
+    ) -> None:
+        super().__init__(
+            dataset, batch_size, train=train, seed=seed, rank=rank, world=world, device=device, views=views
+        )
+        self.plan = _Plan()
+        self.loader = torch.utils.data.DataLoader(
+            _Samples(dataset, train, seed),
+            batch_sampler=self.plan,
+            num_workers=workers,
+            collate_fn=_collate,
+            persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda",
+            # Its own generator: the loader must not draw from the global one, or a resume would change what follows.
+            generator=torch.Generator(),
+        )
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        self.plan.batches = self._keys(epoch, start, self.views)
+        for step, batch in enumerate(self.loader, start):
+            if isinstance(batch, InputError):
+                raise batch
+            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            yield {**batch, "weight": self._weight(step, len(batch["index"]))}
+
+    def _keys(self, epoch: int, start: int, views: int) -> Iterator[list[tuple[int, int, int]]]:
+        """The batches from `start` on as lists of (epoch, views, index)."""
+        order, _ = self._order(epoch)
+        for step in range(start, len(self)):
+            yield [(epoch, views, index) for index in self._share(order, step).tolist()]
+
+
+class _Plan:
+    """A batch sampler whose batches are set anew for each epoch, so that worker processes can stay."""
+
+    batches: Iterable[list[tuple[int, int, int]]] = ()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        return iter(self.batches)
+
+
+class _Samples(torch.utils.data.Dataset):
+    """(epoch, views, index) -> the sample; or the InputError, for a worker that raises wraps it in its traceback."""
+
+    def __init__(self, dataset: Streamed, train: bool, seed: int) -> None:
+        self.dataset, self.train, self.seed = dataset, train, seed
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int, int] | InputError:
+        epoch, views, index = key
+        data = self.dataset
+        try:
+            image = data.source.image(int(data.indices[index]))
+        except InputError as error:
+            return error
+        if not self.train:
+            return data.transform(image), int(data.targets[index]), index
+        augmented = []
+        for view in range(views):
+            with _seeded(mix(self.seed, epoch, index, view)):
+                augmented.append(data.augment(image))
+        return augmented[0] if views == 1 else torch.stack(augmented), int(data.targets[index]), index
+
+
+def _collate(samples: list[tuple[Tensor, int, int] | InputError]) -> dict[str, Tensor] | InputError:
+    for sample in samples:
+        if isinstance(sample, InputError):
+            return sample
+    images, targets, indices = zip(*samples, strict=True)
+    return {"image": torch.stack(images), "target": torch.tensor(targets), "index": torch.tensor(indices)}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the generators of Python, NumPy and torch (CPU), and give them their states back at the end."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def make_loader(
+    split: Split,
+    batch_size: int,
+    *,
+    train: bool,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    views: int = 1,
+) -> InMemoryLoader | StreamLoader:
+    """The loader that fits `split`; arguments as in `EpochLoader`, `workers` (streaming only) as in `StreamLoader`."""
+    if isinstance(split, Arrays):
+        return InMemoryLoader(
+            split,
+            batch_size,
+            train=train,
+            augmentation=split.augmentation,
+            padding=split.padding,
+            seed=seed,
+            rank=rank,
+            world=world,
+            device=device,
+            views=views,
+        )
+    return StreamLoader(
+        split, batch_size, train=train, seed=seed, rank=rank, world=world, workers=workers, device=device, views=views
+    )

@@ -1,0 +1,240 @@
+"""Where images come from: folders and tar files of images, and the random-access sets of timm's factory.
+
+A source only knows its images, targets and class names; subsets, transforms and loading are for `datasets.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Collection, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from core.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+TRAIN_NAMES = ("train",)
+TEST_NAMES = ("val", "validation", "test")
+ITERABLE_PREFIXES = ("hfids", "tfds", "wds")
+
+
+class Source(Protocol):
+    """A split as it is stored: `targets` int64 [N] into `class_names`, and the images by position."""
+
+    targets: Tensor
+    class_names: tuple[str, ...]
+
+    def image(self, position: int) -> Image:
+        """The image in RGB. Raises InputError, naming the file, if it cannot be read or decoded."""
+        ...
+
+    def describe(self, position: int) -> str:
+        """What to call the image in a message: its path where there is one."""
+        ...
+
+
+class FileSource:
+    """Images in files, or in parts of uncompressed tar files.
+
+    Safe in threads and in worker processes: every read opens its file anew.
+
+    Args:
+        files: (path, offset, size in bytes) of each image; size None means the whole file.
+        targets: int64 [N].
+        class_names: In the order of the targets.
+    """
+
+    def __init__(self, files: list[tuple[str, int, int | None]], targets: Tensor, class_names: tuple[str, ...]) -> None:
+        self.files, self.targets, self.class_names = files, targets, class_names
+
+    def image(self, position: int) -> Image:
+        path, offset, size = self.files[position]
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                encoded = file.read(-1 if size is None else size)
+        except OSError as error:
+            raise InputError(f"cannot read {self.describe(position)}: {error.strerror}") from error
+        return _decode(io.BytesIO(encoded), self.describe(position))
+
+    def describe(self, position: int) -> str:
+        path, offset, size = self.files[position]
+        return path if size is None else f"{path} (image at byte {offset})"
+
+
+class TimmSource:
+    """A torchvision set, or one that timm reads from Hugging Face, behind the same members.
+
+    timm's own `ImageDataset` skips a broken image and hands out its neighbour; here it is an error.
+    """
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset, self.name = dataset, name
+        self.reader = getattr(dataset, "reader", None)
+        if self.reader is None:
+            targets, classes = dataset.targets, dataset.classes
+        else:
+            targets = self.reader.dataset[self.reader.label_key]
+            classes = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.__getitem__)
+        self.targets = torch.as_tensor(list(targets), dtype=torch.int64)
+        self.class_names = tuple(label if isinstance(label, str) else ", ".join(label) for label in classes)
+
+    def image(self, position: int) -> Image:
+        if self.reader is not None:
+            return _decode(self.reader[position][0], self.describe(position))
+        try:
+            return self.dataset[position][0].convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise _broken(self.describe(position)) from error
+
+    def describe(self, position: int) -> str:
+        samples = getattr(self.dataset, "samples", None)
+        return str(samples[position][0]) if samples else f"image {position} of {self.name}"
+
+
+def _decode(file: Any, description: str) -> Image:
+    from PIL import Image
+
+    try:
+        with file, Image.open(file) as image:
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
+    # Pillow's plug-ins raise these three for unknown, truncated and damaged files.
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _broken(description) from error
+
+
+def _broken(description: str) -> InputError:
+    return InputError(f"cannot decode {description}: broken or no image; replace or delete it")
+
+
+def find_split(root: str, names: Sequence[str], content: str) -> Path:
+    """`root/<name>` or `root/<name>.tar` for the first of `names` that exists.
+
+    Raises:
+        InputError: `root` or all of the names are missing.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise InputError(f"data folder {folder} does not exist: set --data.root to a folder with train and val folders")
+    for name in names:
+        for path in (folder / name, folder / f"{name}.tar"):
+            if path.exists():
+                return path
+    raise InputError(
+        f"no {content} images in {folder}: expected {' or '.join(str(folder / name) for name in names)} "
+        "with a folder for each class"
+    )
+
+
+def list_classes(split: Path) -> dict[str, list[tuple[str, int, int | None]]]:
+    """The files of each class of a split, classes and files in sorted order (torchvision's `ImageFolder` order).
+
+    Raises:
+        InputError: no class, a class without images, or a file that is no uncompressed tar.
+    """
+    files = _list_folder(split) if split.is_dir() else _list_tar(split)
+    if not files:
+        raise InputError(f"no class folders in {split}: expected {split}/<class>/<image>{EXTENSIONS[0]}")
+    return files
+
+
+def _list_folder(split: Path) -> dict[str, list[tuple[str, int, int | None]]]:
+    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
+    files: dict[str, list[tuple[str, int, int | None]]] = {}
+    for name in classes:
+        paths = [
+            os.path.join(folder, file)
+            for folder, _, members in os.walk(split / name, followlinks=True)
+            for file in members
+            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
+        ]
+        if not paths:
+            raise InputError(f"class folder {split / name} holds no image ({', '.join(EXTENSIONS)}): fill or delete it")
+        files[name] = [(path, 0, None) for path in sorted(paths)]
+    return files
+
+
+def _list_tar(split: Path) -> dict[str, list[tuple[str, int, int | None]]]:
+    """The class is the folder directly above the image; images of one class keep the order of their names."""
+    try:
+        with tarfile.open(split, "r:") as tar:
+            members = [m for m in tar if m.isfile() and m.name.lower().endswith(EXTENSIONS)]
+    except (OSError, tarfile.TarError) as error:
+        raise InputError(f"cannot read {split} as an uncompressed tar file: {error}") from error
+    files: dict[str, list[tuple[str, int, int | None]]] = {}
+    for member in sorted(members, key=lambda m: (PurePosixPath(m.name).parent.name, m.name)):
+        name = PurePosixPath(member.name).parent.name
+        files.setdefault(name, []).append((str(split), member.offset_data, member.size))
+    return files
+
+
+def file_source(files: dict[str, list[tuple[str, int, int | None]]], class_names: Sequence[str]) -> FileSource:
+    """The images of `class_names`, numbered in that order; classes that `files` lacks stay without images."""
+    chosen = [(file, target) for target, name in enumerate(class_names) for file in files.get(name, [])]
+    targets = torch.tensor([target for _, target in chosen], dtype=torch.int64)
+    return FileSource([file for file, _ in chosen], targets, tuple(class_names))
+
+
+def folder_sources(root: str) -> tuple[FileSource, FileSource]:
+    """(train, test) of `root/train` and the first of `root/val`, `root/validation`, `root/test`.
+
+    Raises:
+        InputError: a missing folder, an empty class, or a test class that the training images lack.
+    """
+    train_path, test_path = find_split(root, TRAIN_NAMES, "training"), find_split(root, TEST_NAMES, "test")
+    train, test = list_classes(train_path), list_classes(test_path)
+    _check_known(test, train, f"{test_path} has class", str(train_path))
+    names = list(train)
+    return file_source(train, names), file_source(test, names)
+
+
+def timm_sources(name: str, root: str, download: bool) -> tuple[TimmSource, TimmSource]:
+    """(train, test) of a timm data set name with a prefix; test is `validation` where that exists, else `test`.
+
+    Raises:
+        InputError: an iterable set (see below), or one that timm, torchvision or Hugging Face cannot load.
+    """
+    prefix = name.partition("/")[0].lower()
+    if prefix in ITERABLE_PREFIXES:
+        raise InputError(
+            f"data set {name}: {prefix}/ sets can only be read in sequence, without sample numbers or exact resuming; "
+            "use hfds/<name>, torch/<name> or --data.name folder (folders or train.tar and val.tar)"
+        )
+    if prefix not in ("torch", "hfds"):
+        raise InputError(f"unknown data set {name!r}: a name with a slash begins with torch/ or hfds/")
+    train = TimmSource(_create(name, root, ("train",), download), name)
+    test = TimmSource(_create(name, root, ("validation", "test"), download), name)
+    _check_known(test.class_names, train.class_names, f"the test images of {name} have class", "the training images")
+    return train, test
+
+
+def _create(name: str, root: str, splits: Sequence[str], download: bool) -> Any:
+    from timm.data import create_dataset
+
+    failure: Exception | None = None
+    for split in splits:
+        try:
+            return create_dataset(name, root=root, split=split, download=download)
+        except ImportError as error:
+            raise InputError(f"{name} needs a package that is not installed: pip install {error.name}") from error
+        # timm asserts, torchvision raises RuntimeError or OSError, Hugging Face ValueError or OSError.
+        except (AssertionError, RuntimeError, ValueError, OSError) as error:
+            failure = failure or error
+    reason = str(failure).strip().split("\n")[0]
+    hint = "; --data.download true fetches it" if name.startswith("torch/") and not download else ""
+    raise InputError(f"cannot load the {splits[0]} images of {name} from {root}: {reason}{hint}") from failure
+
+
+def _check_known(test: Collection[str], train: Collection[str], what: str, where: str) -> None:
+    foreign = sorted(set(test) - set(train))
+    if foreign:
+        raise InputError(f"{what} {', '.join(foreign[:3])}{' ...' if foreign[3:] else ''}, which {where} lacks")
