@@ -1,0 +1,106 @@
+"""One run of online distillation as a typed config, and the command-line parser made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from classification.data import DataConfig
+from classification.distiller import NetworkConfig, OptimizerConfig
+from classification.methods import METHODS, ADMConfig, parse_method
+from classification.methods.base import NoOptions
+from core.errors import InputError
+from core.training.command import parse
+from core.training.fit import FitConfig
+from core.training.schedule import ScheduleConfig
+
+# What a resumed run may change: where and on what it runs, not what it computes.
+FREE_KEYS = ("data.root", "data.download", "data.workers", "fit.device", "fit.keep", "fit.trackers", "progress_bar")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains teacher and student together.
+
+    Args:
+        data: the data set.
+        networks: one network per role, as {teacher: {name: cifar_resnet32x4}, student: {name: cifar_resnet8x4}};
+            roles are teacher, teacher_2, ..., student, student_2, ...
+        method: a method of the paper by its label, with or without +adm: vanilla, dml, vanilla+adm, dml+adm.
+        adm: ADM's weights and forms; they count only with +adm.
+        optimizer: SGD over all networks.
+        schedule: how the learning rate falls.
+        fit: duration, precision, logging.
+        batch_size: images per optimiser step, over all processes and accumulated parts together.
+        seed: of the networks' starts, the order of the data and the augmentation.
+        channels_last: memory layout that suits tensor cores.
+        out: the run folder; the same command again resumes it.
+        progress_bar: show one (only on a terminal).
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    networks: Mapping[str, NetworkConfig] = field(default_factory=dict)
+    method: str = "dml+adm"
+    adm: ADMConfig = field(default_factory=ADMConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    batch_size: int = 128
+    seed: int = 0
+    channels_last: bool = False
+    out: Path = Path("runs/classification")
+    progress_bar: bool = True
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command: the config, the options of its method, and whether it only looks."""
+
+    config: TrainConfig
+    options: Any
+    dry_run: bool = False
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything that decides the run's results, as ``config.yaml`` keeps it; ``--config`` reads it back."""
+        values = asdict(self.config)
+        del values["out"]
+        name, with_adm = parse_method(self.config.method)
+        if not with_adm:
+            del values["adm"]
+        if not isinstance(self.options, NoOptions):
+            values[name] = asdict(self.options)
+        return values
+
+
+def make_parser(prog: str | None = None) -> Any:
+    """The parser of ``classification/tools/train.py``."""
+    from jsonargparse import ArgumentParser
+
+    description = "Trains teacher and student together: mutual learning and its relatives, with or without ADM."
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a recipe or a run's config.yaml; later flags override it")
+    parser.add_class_arguments(TrainConfig)
+    for name, method in METHODS.items():
+        if method.Options is not NoOptions:
+            parser.add_argument(f"--{name}", type=method.Options, default=method.Options())
+    parser.add_argument(
+        "--dry-run", "--dry_run", dest="dry_run", action="store_true",
+        help="print the resolved config, the networks and a time estimate from a few real steps; train nothing",
+    )  # fmt: skip
+    return parser
+
+
+def parse_command(argv: Sequence[str] | None = None, prog: str | None = None) -> Command:
+    """The command line as a ``Command``. Raises: InputError for anything wrong with it."""
+    nested = [f"networks.<role>.{f.name}" for f in fields(NetworkConfig)]
+    cfg = parse(make_parser(prog), argv, nested).as_dict()
+    options = {name: cfg.pop(name) for name in METHODS if name in cfg}
+    dry_run = cfg.pop("dry_run")
+    cfg.pop("config", None)
+    config = TrainConfig(**cfg)
+    name, _ = parse_method(config.method)
+    if not config.networks:
+        raise InputError("no networks: choose a recipe (--config), or give --networks.student.name cifar_resnet8x4")
+    return Command(config, options.get(name, NoOptions()), dry_run)

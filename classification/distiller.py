@@ -1,0 +1,231 @@
+"""Teacher and student trained together: the module that ``core.training.fit`` trains for image classification."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from classification.methods import ADM, ADMConfig, Method, Output, Outputs
+from classification.networks import create_network
+from classification.networks.published import load_weights
+from core.errors import InputError
+from core.network import as_network, check_network
+from core.training.distiller import Batch, Distiller, Losses, Progress
+from core.training.seed import seed_everything
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """One network.
+
+    Args:
+        name: a CIFAR network of this package (cifar_resnet20, ...) or any timm model.
+        weights: file to start from (.safetensors, published .pth).
+        pretrained: timm's own pre-trained weights.
+        lr: this network's learning rate; the recipe's unless given.
+        mean: per channel, of images in [0, 1], subtracted before this network; the data set's unless given.
+        std: per channel, divided by.
+    """
+
+    name: str
+    weights: str | None = None
+    pretrained: bool = False
+    lr: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and self.lr < 0:
+            raise InputError(f"the learning rate of {self.name} must not be negative: {self.lr}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """SGD over all networks, a parameter group for each.
+
+    Args:
+        lr: learning rate.
+        learning_rates: other rates by network name, wildcards allowed, as {cifar_mobilenetv2*: 0.01}.
+        momentum: momentum.
+        weight_decay: weight decay of all parameters.
+        nesterov: Nesterov's momentum.
+    """
+
+    lr: float = 0.1
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.lr, self.momentum, self.weight_decay, *self.learning_rates.values()) < 0:
+            raise InputError("optimizer: learning rates, momentum and weight decay must not be negative")
+        if self.nesterov and not self.momentum:
+            raise InputError("optimizer.nesterov needs optimizer.momentum above 0")
+
+    def rate(self, network: NetworkConfig) -> float:
+        """The base learning rate of a network: its own, else the first pattern that fits, else ``lr``."""
+        if network.lr is not None:
+            return network.lr
+        fitting = (rate for pattern, rate in self.learning_rates.items() if fnmatch.fnmatch(network.name, pattern))
+        return next(fitting, self.lr)
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimiser of ``parameter_groups()``."""
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+
+
+class OnlineDistiller(Distiller):
+    """Networks by role, a method, and ADM on top of it or not.
+
+    Args: the networks (see ``build_networks``); their configs; mean and std of each role, in [0, 1]; the method; ADM's
+        config or None; the optimiser's config; one small uint8 batch ``[B, C, H, W]``, for the start-up checks.
+    Raises: InputError where a network or a pair cannot be trained so.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        configs: Mapping[str, NetworkConfig],
+        normalisation: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+        method: Method,
+        adm: ADMConfig | None,
+        optimizer: OptimizerConfig,
+        sample: Tensor,
+        *,
+        num_classes: int,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.configs, self.normalisation, self.optimizer = dict(configs), dict(normalisation), optimizer
+        self.num_classes, self.method, self.channels_last = num_classes, method, channels_last
+        for role, (mean, std) in self.normalisation.items():
+            if not len(mean) == len(std) == sample.shape[1] or min(std) <= 0:
+                raise InputError(f"{role}: mean and std need {sample.shape[1]} values each, std positive ones")
+            # (x / 255 - mean) / std as one multiplication and one addition on the raw 0 .. 255 values
+            scale = 1.0 / (255.0 * torch.tensor(std))
+            shift = -torch.tensor(mean) * 255.0 * scale
+            self.register_buffer(f"scale_{role}", scale.view(-1, 1, 1), persistent=False)
+            self.register_buffer(f"shift_{role}", shift.view(-1, 1, 1), persistent=False)
+        normalised = self.views(sample, list(networks))
+        adapted = {role: as_network(network, normalised[role]) for role, network in networks.items()}
+        self.networks = nn.ModuleDict(method.prepare(adapted, normalised[next(iter(adapted))]))
+        if channels_last:
+            self.networks.to(memory_format=torch.channels_last)
+        self.phases = method.phases(list(self.networks))
+        self.unused_parameters = len(self.phases) > 1
+        self.adm: ADM | None = None
+        if adm is not None:
+            for role, network in self.networks.items():
+                check_network(network, normalised[role], role)
+            self.adm = ADM(adm, self.outputs(sample))
+        self._outputs: Outputs | None = None
+        self._paused: Sequence[str] = ()
+
+    def views(self, images: Tensor, roles: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Raw images ``[B, C, H, W]`` or, a view for each role, ``[B, V, C, H, W]``, uint8 -> normalised, by role."""
+        made: dict[Any, Tensor] = {}
+        result = {}
+        for index, role in enumerate(roles or self.networks):
+            key = (self.normalisation[role], index if images.dim() == 5 else 0)
+            if key not in made:
+                raw = images[:, index] if images.dim() == 5 else images
+                x = raw.float().mul_(getattr(self, f"scale_{role}")).add_(getattr(self, f"shift_{role}"))
+                made[key] = x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+            result[role] = made[key]
+        return result
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> Outputs:
+        """Evaluation: what each network says about raw images ``[B, C, H, W]``; nothing moves."""
+        training = self.training
+        self.eval()
+        try:
+            return self.method(self.networks, self.views(images))
+        finally:
+            self.train(training)
+
+    def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
+        learning = phase or self.phases[0]
+        outputs = self.method(self.networks, self.views(batch["image"]), learning)
+        losses = {r: dict(terms) for r, terms in self.method.losses(outputs, batch, progress).items() if r in learning}
+        if self.adm is not None:
+            for role, terms in self.adm.losses(outputs, batch, progress, learning).items():
+                losses.setdefault(role, {}).update(terms)
+        self._paused = tuple(self.method.paused(outputs, batch))
+        for role in self._paused:  # times 0 and not left out: every process must reduce the same gradients
+            losses[role] = {term: value * 0.0 for term, value in losses.get(role, {}).items()}
+        if type(self.method).after_step is not Method.after_step:
+            self._outputs = {
+                role: Output(o.logits.detach(), [m.detach() for m in o.maps], o.head) for role, o in outputs.items()
+            }
+        return losses, {}
+
+    def backward(self, losses: Losses, total: Tensor, accelerator: Any) -> None:
+        self.method.backward(losses, total, accelerator)
+        for role in self._paused:  # without a gradient, the optimiser skips momentum and weight decay too
+            for parameter in self.parameters_of(role):
+                parameter.grad = None
+
+    def after_step(self, batch: Batch, progress: Progress) -> None:
+        if self._outputs is not None:
+            self.method.after_step(batch, self._outputs)
+            self._outputs = None
+
+    def parameters_of(self, role: str) -> list[nn.Parameter]:
+        """What is trained of a network, with a student's adapters."""
+        adapters = self.adm.adapters_of(role) if self.adm is not None else []
+        return [p for p in self.networks[role].parameters() if p.requires_grad] + adapters
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = []
+        for role in self.networks:
+            if parameters := self.parameters_of(role):
+                rate = self.optimizer.rate(self.configs[role])
+                groups.append({"params": parameters, "lr": rate, "weight_decay": self.optimizer.weight_decay})
+        if own := [p for p in self.method.parameters() if p.requires_grad]:
+            groups[-1]["params"] += own
+        return groups
+
+    def export(self, role: str) -> nn.Module:
+        network = self.method.export(role, self.networks[role])
+        return getattr(network, "model", network)  # the timm model inside a layout adapter
+
+    def metadata(self, role: str) -> dict[str, str]:
+        mean, std = self.normalisation[role]
+        return {
+            "role": role,
+            "architecture": self.configs[role].name,
+            "num_classes": str(self.num_classes),
+            "mean": json.dumps(list(mean)),
+            "std": json.dumps(list(std)),
+        }
+
+
+def build_networks(
+    configs: Mapping[str, NetworkConfig], num_classes: int, seed: int, *, in_chans: int = 3
+) -> dict[str, nn.Module]:
+    """The networks by role, each initialised from (seed, role) alone: a student starts alike whatever trains beside it.
+
+    Raises: InputError for an unknown role or network, or weights that do not fit.
+    """
+    networks: dict[str, nn.Module] = {}
+    for role, config in configs.items():
+        if role.partition("_")[0] not in ("teacher", "student"):
+            raise InputError(f"unknown role {role!r}: networks are teacher, teacher_2, ..., student, student_2, ...")
+        seed_everything(seed, "network", role)
+        networks[role] = create_network(config.name, num_classes, in_chans=in_chans, pretrained=config.pretrained)
+        if config.weights is not None:
+            load_weights(networks[role], Path(config.weights))
+    return networks
+
+
+def has_batchnorm(network: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())

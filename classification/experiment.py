@@ -1,0 +1,209 @@
+"""From a config to what a run is made of: data, loaders, networks, method; for training, evaluation and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from classification.config import Command, parse_command
+from classification.data import DataSets, Split, Streamed, load_datasets, make_loader
+from classification.data.datasets import IN_MEMORY_NAMES
+from classification.data.sources import EXTENSIONS, folder_sources, timm_sources
+from classification.distiller import OnlineDistiller, build_networks, has_batchnorm
+from classification.methods import METHODS, parse_method
+from classification.networks.published import load_weights
+from core.errors import InputError
+from core.training.checkpoint import BEST, LAST, numbered
+
+EVALUATION_BATCH = 256
+
+
+@dataclass
+class Experiment:
+    """The data sets and the distiller of one run, on the CPU."""
+
+    command: Command
+    datasets: DataSets
+    distiller: OnlineDistiller
+
+    def train_loader(self, accelerator: Any) -> Any:
+        """Augmented batches of the training split for this process."""
+        config = self.command.config
+        views = len(self.distiller.networks) if self.distiller.method.views == "separate" else 1
+        return self._loader(self.datasets.train, config.batch_size, accelerator, train=True, views=views)
+
+    def evaluation_loader(self, split: Split, accelerator: Any = None) -> Any:
+        """This process's part of a split, as stored."""
+        world = accelerator.num_processes if accelerator is not None else 1
+        return self._loader(split, EVALUATION_BATCH * world, accelerator, train=False, views=1)
+
+    def _loader(self, split: Split, batch_size: int, accelerator: Any, *, train: bool, views: int) -> Any:
+        config = self.command.config
+        return make_loader(
+            split,
+            batch_size,
+            train=train,
+            seed=config.seed,
+            rank=accelerator.process_index if accelerator is not None else 0,
+            world=accelerator.num_processes if accelerator is not None else 1,
+            workers=config.data.workers,
+            device=accelerator.device if accelerator is not None else "cpu",
+            views=views,
+        )
+
+    def split(self, name: str) -> Split:
+        """The split "test" or "validation". Raises: InputError where none is held out."""
+        split = self.datasets.test if name == "test" else self.datasets.validation
+        if split is None:
+            raise InputError("no validation images are held out: choose --split test, or --data.validation 0.1")
+        return split
+
+    def image_files(self, name: str) -> list[Path]:
+        """The file of each image of a split, at the position that a batch's ``index`` gives.
+
+        Raises: InputError where its images are no files of their own (CIFAR, digits, a tar, Hugging Face).
+        """
+        config, split = self.command.config.data, self.split(name)
+        if isinstance(split, Streamed):
+            source: Any = split.source
+        elif config.name in IN_MEMORY_NAMES:
+            raise InputError(f"the images of {config.name} have no files of their own")
+        else:  # a split in memory has left its source behind: list the files again
+            timm = "/" in config.name
+            sources = timm_sources(config.name, config.root, False) if timm else folder_sources(config.root)
+            source = sources[name == "test"]
+        files = [Path(source.describe(int(index))) for index in split.indices]
+        if files[0].suffix.lower() not in EXTENSIONS:
+            raise InputError(f"the images of {config.name} have no files of their own (the first is {files[0]})")
+        return files
+
+    @property
+    def selection(self) -> tuple[str, Split]:
+        """The split on which ``best`` is chosen: validation where it is held out, else the test set (and so named)."""
+        held_out = self.datasets.validation
+        return ("validation", held_out) if held_out is not None else ("test", self.datasets.test)
+
+
+def build(command: Command, roles: Sequence[str] | None = None) -> Experiment:
+    """Loads the data and builds the networks, all or only ``roles``. Raises: InputError for what cannot be."""
+    config = command.config
+    datasets = load_datasets(config.data)
+    networks = {role: c for role, c in config.networks.items() if roles is None or role in roles}
+    name, with_adm = parse_method(config.method)
+    distiller = OnlineDistiller(
+        build_networks(networks, datasets.num_classes, config.seed, in_chans=datasets.channels),
+        networks,
+        {role: (c.mean or datasets.mean, c.std or datasets.std) for role, c in networks.items()},
+        METHODS[name](command.options),
+        config.adm if with_adm else None,
+        config.optimizer,
+        first_images(datasets.train, 2),
+        num_classes=datasets.num_classes,
+        channels_last=config.channels_last,
+    )
+    return Experiment(command, datasets, distiller)
+
+
+def first_images(split: Split, count: int) -> Tensor:
+    """A few images ``[count, C, H, W]`` uint8, as evaluation sees them."""
+    return images_at(split, range(min(count, len(split))))
+
+
+def images_at(split: Split, positions: Sequence[int]) -> Tensor:
+    """The images at these positions of a split, ``[B, C, H, W]`` uint8, as evaluation sees them."""
+    if isinstance(split, Streamed):
+        return torch.stack([split.transform(split.source.image(int(split.indices[p]))) for p in positions])
+    return split.images[list(positions)]
+
+
+def check_batch(experiment: Experiment, processes: int) -> None:
+    """Raises: InputError where BatchNorm would see a single image, or the batch cannot be shared out."""
+    batch_size, parts = experiment.command.config.batch_size, experiment.command.config.fit.accumulate
+    if batch_size < 1 or batch_size % processes or batch_size < processes * parts:
+        raise InputError(f"batch_size {batch_size} cannot be shared by {processes} process(es) x {parts} part(s)")
+    share, last = batch_size // processes, len(experiment.datasets.train) % batch_size // processes
+    smallest = min(share, last) if last >= 2 else share  # the loader drops a last batch of fewer than 2
+    if smallest < 2 * parts and any(has_batchnorm(network) for network in experiment.distiller.networks.values()):
+        where = "" if smallest == share else f" in the last batch of an epoch ({last} images a process)"
+        raise InputError(
+            f"batch_size {batch_size} over {processes} process(es) and {parts} part(s) leaves BatchNorm one image at a "
+            f"time{where}: change --batch_size or lower --fit.accumulate"
+        )
+
+
+def command_of(run: Path) -> Command:
+    """The command that made a run folder, from its ``config.yaml``. Raises: InputError where there is no such run."""
+    if not run.is_dir():
+        raise InputError(f"no run folder {run}")
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run} is no run folder: it has no config.yaml")
+    try:
+        return parse_command(["--config", str(run / "config.yaml"), "--out", str(run)])
+    except InputError as error:
+        raise InputError(f"{run / 'config.yaml'} is not of a classification run: {error}") from error
+
+
+def find_checkpoint(run: Path, name: str) -> Path:
+    """``run``'s checkpoint "last", "best" or "step-00000123", as the numbered folder. Raises: InputError naming all."""
+    folder = run / "checkpoints" / name
+    if not folder.is_dir():
+        steps = numbered(run / "checkpoints")
+        known = ", ".join(n for n in (LAST, BEST, *(p.name for p in steps)) if (run / "checkpoints" / n).is_dir())
+        raise InputError(
+            f"{run} has no checkpoint {name!r}: " + (f"it has {known}" if known else "nothing was saved yet")
+        )
+    return folder.resolve()
+
+
+def restore(command: Command, checkpoint: Path) -> Experiment:
+    """The experiment of a run as it stood at a checkpoint: networks (each normalising as then), adapters, buffers.
+
+    Raises: InputError where a file is missing, cut off, or of another architecture or number of classes.
+    """
+    networks = dict(command.config.networks)
+    for role, config in networks.items():
+        if (file := checkpoint / f"{role}.safetensors").is_file():  # what it started from is not needed any more
+            said = read_metadata(file)
+            mean, std = said.get("mean", config.mean), said.get("std", config.std)
+            networks[role] = replace(config, weights=None, pretrained=False, mean=mean, std=std)
+    experiment = build(replace(command, config=replace(command.config, networks=networks)))
+    load_checkpoint(experiment.distiller, checkpoint)
+    return experiment
+
+
+def load_checkpoint(distiller: OnlineDistiller, checkpoint: Path) -> None:
+    """Puts a checkpoint's weights into the trained networks, the adapters and whatever else is no network."""
+    for role in distiller.trained():
+        load_weights(distiller.networks[role], checkpoint / f"{role}.safetensors")
+    file = checkpoint / "state.pt"
+    try:
+        extra = torch.load(file, map_location="cpu", weights_only=True)["extra"]
+        missing = distiller.load_state_dict(extra, strict=False).missing_keys
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"cannot read {file} (missing, incomplete or of another run): {reason}") from error
+    if missing := [key for key in missing if not key.startswith("networks.")]:
+        raise InputError(f"{file} lacks {missing[0]}: it is of another run")
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """What a ``.safetensors`` file of ours says: ``architecture``, ``role``, ``num_classes``, ``mean``, ``std``.
+
+    Empty for a file that says nothing. Raises: InputError for a file that is missing or cut off.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise InputError(f"no weight file {file}")
+    try:
+        with safe_open(file, "pt") as opened:
+            said: dict[str, Any] = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot read {file} (incomplete, or not a safetensors file): {error}") from error
+    return {k: tuple(json.loads(v)) if k in ("mean", "std") else v for k, v in said.items()}

@@ -1,0 +1,23 @@
+"""Every method by the paper's label. A new one is one file and one line here; `+adm` composes with any of them."""
+
+from classification.methods.adm import ADM, ADMConfig
+from classification.methods.base import Method, Output, Outputs
+from classification.methods.dml import DML
+from classification.methods.vanilla import Vanilla
+from core.errors import unknown
+
+METHODS: dict[str, type[Method]] = {
+    "vanilla": Vanilla,
+    "dml": DML,
+}
+
+
+def parse_method(label: str) -> tuple[str, bool]:
+    """``"dml+adm" -> ("dml", True)``. Raises: InputError offering the nearest label."""
+    name, plus, extra = label.partition("+")
+    if name in METHODS and (not plus or extra == "adm"):
+        return name, bool(plus)
+    raise unknown("method", label, [f"{m}{suffix}" for m in METHODS for suffix in ("", "+adm")])
+
+
+__all__ = ["ADM", "METHODS", "ADMConfig", "Method", "Output", "Outputs", "parse_method"]
