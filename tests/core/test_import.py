@@ -1,0 +1,145 @@
+"""What imports what: `core` is light and knows no task, tasks know `core` alone, heavy libraries wait until used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Which of the other rooms each room may import from.
+ROOMS: dict[str, set[str]] = {
+    "core": set(),
+    "classification": {"core"},
+    "offline_kd": {"core", "classification"},
+    "segmentation": {"core"},
+    "diffusion": {"core"},
+    "tools": {"core", "classification", "offline_kd", "segmentation", "diffusion"},
+}
+
+HEAVY = {
+    "accelerate",
+    "diffusers",
+    "jsonargparse",
+    "matplotlib",
+    "mmcv",
+    "mmengine",
+    "mmseg",
+    "onnx",
+    "onnxruntime",
+    "PIL",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "timm",
+    "torch_fidelity",
+    "torchvision",
+    "tqdm",
+    "transformers",
+    "yaml",
+}
+
+# Where one of these may be imported at module level: what lies there extends it (or, for yaml, reads nothing else).
+OWN: dict[str, set[str]] = {
+    "classification/networks/timm_models.py": {"timm"},
+    "segmentation/": {"mmcv", "mmengine", "mmseg"},
+    "diffusion/": {"diffusers"},
+    "tools/": {"yaml"},
+}
+
+
+def files(root: Path) -> Iterator[tuple[str, ast.Module]]:
+    """(path from the root, syntax tree) of every source file of every room."""
+    for room in ROOMS:
+        for path in sorted((root / room).rglob("*.py")):
+            yield path.relative_to(root).as_posix(), ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported(tree: ast.AST, path: str, *, at_module_level: bool) -> Iterator[tuple[int, str]]:
+    """(line, top-level package) of each import: all of them, or those which run when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, (node.module or "").partition(".")[0] if node.level == 0 else path.partition("/")[0]
+        elif not (at_module_level and runs_later(node)):
+            yield from imported(node, path, at_module_level=at_module_level)
+
+
+def runs_later(node: ast.AST) -> bool:
+    """A function's body, or what is imported for type checkers only."""
+    if isinstance(node, ast.If):
+        return "TYPE_CHECKING" in ast.unparse(node.test)
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+
+
+def forbidden_edges(root: Path) -> list[str]:
+    """Imports from a room to another that it may not know."""
+    found = []
+    for path, tree in files(root):
+        room = path.partition("/")[0]
+        for line, package in imported(tree, path, at_module_level=False):
+            if package in ROOMS and package not in ROOMS[room] | {room}:
+                found.append(f"{path}:{line} imports {package}")
+    return found
+
+
+def early_imports(root: Path) -> list[str]:
+    """Heavy libraries imported at module level; for `core`, anything but torch and the standard library."""
+    found = []
+    for path, tree in files(root):
+        own = set().union(*(names for place, names in OWN.items() if path.startswith(place)))
+        for line, package in imported(tree, path, at_module_level=True):
+            light = {"core", "torch", *sys.stdlib_module_names}
+            if (package in HEAVY - own) or (path.startswith("core/") and package not in light):
+                found.append(f"{path}:{line} imports {package}")
+    return found
+
+
+def test_import_core_loads_torch_and_nothing_heavier() -> None:
+    code = "import sys, core; print(core.__file__); print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    file, names = done.stdout.splitlines()
+    assert Path(file) == ROOT / "core/__init__.py"
+    assert "torch" in names.split()
+    assert not (HEAVY - {"tqdm"}) & set(names.split())  # torch itself loads tqdm where there is one
+
+
+def test_rooms_import_one_way() -> None:
+    assert forbidden_edges(ROOT) == []
+
+
+def test_heavy_libraries_are_imported_where_they_are_used() -> None:
+    assert early_imports(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "edges", "early"),
+    [
+        ("core/a.py", "import classification.methods", ["core/a.py:1 imports classification"], True),
+        ("core/a.py", "def f():\n    from tools import b", ["core/a.py:2 imports tools"], False),
+        ("core/a.py", "import numpy as np", [], True),
+        ("core/a.py", "from core.b import c\nimport torch.nn\nfrom .b import d", [], False),
+        ("core/a.py", "if TYPE_CHECKING:\n    import accelerate", [], False),
+        ("core/a.py", "class A:\n    import timm", [], True),
+        ("core/a.py", "class A:\n    def f(self):\n        import timm", [], False),
+        ("offline_kd/methods/a.py", "from classification.data import b", [], False),
+        ("classification/a.py", "from offline_kd import b", ["classification/a.py:1 imports offline_kd"], False),
+        ("classification/a.py", "try:\n    import matplotlib.pyplot as plt\nexcept ImportError:\n    pass", [], True),
+        ("classification/tools/a.py", "from . import b", [], False),
+        ("segmentation/a.py", "import mmseg.models", [], False),
+        ("diffusion/a.py", "import mmseg", [], True),
+        ("tools/a.py", "import offline_kd, diffusion.dit", [], False),
+    ],
+)
+def test_the_rules_see_what_breaks_them(tmp_path: Path, path: str, code: str, edges: list[str], early: bool) -> None:
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(code)
+    assert forbidden_edges(tmp_path) == edges
+    assert bool(early_imports(tmp_path)) == early
