@@ -157,7 +157,7 @@ def draw_maps(
     shape = side * height / width
     figure = Figure(
         figsize=(side * (1 + len(maps)) + 0.6, (shape + 0.06) * count + 1.0),
-        layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03),
+        layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, rect=(0, 0, 0.985, 1)),  # the last scale's end label
     )
     # Below the images a row for the scale of each map.
     axes = figure.subplots(count + 1, 1 + len(maps), squeeze=False, height_ratios=[shape] * count + [0.09])
@@ -204,4 +204,4 @@ def _draw_column(axes: Any, name: str, values: Tensor, grey: Tensor) -> None:
     bar = axes[-1].figure.colorbar(drawn, cax=axes[-1], orientation="horizontal")
     bar.set_label(next((unit for word, unit in UNITS.items() if word in name), ""), fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    bar.ax.locator_params(nbins=4)
+    bar.ax.locator_params(nbins=3)

@@ -1,0 +1,236 @@
+"""Top-1, top-5, negative log-likelihood and calibration error of each network of a run, or of one weight file.
+
+    python classification/tools/evaluate.py runs/dml+adm --checkpoint best
+    python classification/tools/evaluate.py --weights resnet20.pth --network cifar_resnet20 --data.name cifar10
+
+`--export onnx` writes a network with its normalisation inside. In: `image`, float [batch, 3, H, W], RGB in [0, 1], at
+the evaluated size. Out: `logits`, [batch, classes]. Any batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from classification.config import Command, TrainConfig
+from classification.data import DataConfig
+from classification.distiller import NetworkConfig
+from classification.evaluation import evaluate
+from classification.experiment import (
+    Experiment,
+    build,
+    command_of,
+    find_checkpoint,
+    first_images,
+    read_metadata,
+    restore,
+)
+from classification.methods.base import NoOptions
+from core.analysis.attention import KEYS
+from core.analysis.figures import save_json
+from core.errors import InputError, TrainingError, unknown
+from core.training.checkpoint import write_atomically
+from core.training.command import DONE, parse, run_command
+from core.training.run import environment
+
+ONNX_TOLERANCE = 1e-4  # of the largest logit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code. Raises: InputError, TrainingError."""
+    options = parse_options(argv)
+    run = Path(options.run) if options.run is not None else None
+    source: dict[str, Any]
+    if run is not None:
+        command, folder = command_of(run), find_checkpoint(run, options.checkpoint)
+        options = parse_options(argv, command.config.data)
+        experiment = restore(replace(command, config=replace(command.config, data=options.data)), folder)
+        source = {"run": str(run), "checkpoint": folder.name}
+    else:
+        experiment = build(weights_command(options))
+        source = {"weights": options.weights or f"timm's {options.network}"}
+    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    experiment.distiller.to(device)
+    report = evaluate_split(experiment, options.split, source, device)
+    print(table(report))
+    out = options.out or (run / f"evaluation-{options.checkpoint}-{options.split}.json" if run is not None else None)
+    if out is not None:
+        save_json(report, out)
+        print(f"written to {out}")
+    if options.export is not None:
+        roles = list(experiment.distiller.normalisation)
+        role = options.export_role or next((r for r in roles if r.startswith("student")), roles[0])
+        export_onnx(experiment, role, options.split, Path(options.export_file or (run or Path()) / f"{role}.onnx"))
+    return DONE
+
+
+def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) -> Any:
+    """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
+    from jsonargparse import ArgumentParser
+
+    description = "Evaluates each network of a run, or one weight file, on a split: accuracy, likelihood, calibration."
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("run", nargs="?", type=str, help="run folder; data set, networks and method come from its config.yaml")
+    add("--checkpoint", type=str, default="last", help="of the run: last, best or step-00000123")
+    add("--weights", type=str, default=None, help="instead of a run, one weight file (.safetensors, published .pth)")
+    add("--network", type=str, default=None, help="its network, as cifar_resnet20 or a timm name; our files say it")
+    add("--pretrained", type=bool, default=False, help="instead of a file, timm's own weights of --network")
+    add("--mean", type=float, nargs="+", default=None, help="per channel, of images in [0, 1] (see --std)")
+    add("--std", type=float, nargs="+", default=None, help="likewise; the file's, timm's, the data set's unless given")
+    add("--split", type=Literal["test", "validation"], default="test", help="which images")
+    add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
+    add("--out", type=str, default=None, help="JSON file; for a run evaluation-<checkpoint>-<split>.json in its folder")
+    add("--export", type=Literal["onnx"], default=None, help="write a network, its normalisation inside")
+    add("--export_role", type=str, default=None, help="which network; the student unless given")
+    add("--export_file", type=str, default=None, help="<role>.onnx in the run folder unless given")
+    add("--data", type=DataConfig, default=data or DataConfig())
+    options = parse(parser, argv)
+    if sum((options.run is not None, options.weights is not None, options.pretrained)) != 1:
+        raise InputError("give one of a run folder, --weights FILE, and --network NAME --pretrained true")
+    if options.run is not None and any((options.network, options.mean, options.std)):
+        raise InputError("--network, --mean and --std belong to --weights: a run's networks are known")
+    return options
+
+
+def weights_command(options: Any) -> Command:
+    """A weight file as a command of one network. What is not given comes from the file's metadata, then from timm."""
+    file = options.weights
+    said = read_metadata(Path(file)) if file is not None and file.endswith(".safetensors") else {}
+    name = options.network or said.get("architecture")
+    if name is None:
+        raise InputError(f"{file or '--pretrained'} does not say of which network: name it by --network")
+    if "mean" not in said:
+        said |= timm_normalisation(name)
+    mean = tuple(options.mean) if options.mean else said.get("mean")
+    std = tuple(options.std) if options.std else said.get("std")
+    network = NetworkConfig(name, file, options.pretrained, mean=mean, std=std)
+    networks = {said.get("role", "student"): network}
+    return Command(TrainConfig(options.data, networks, "vanilla"), NoOptions())
+
+
+def timm_normalisation(name: str) -> dict[str, Any]:
+    """``mean`` and ``std`` with which timm's weights of that name were trained; empty for a network not timm's."""
+    import timm
+
+    found = timm.get_pretrained_cfg(name) if timm.is_model(name) and not name.startswith("cifar_") else None
+    return {"mean": tuple(found.mean), "std": tuple(found.std)} if found is not None else {}
+
+
+def evaluate_split(experiment: Experiment, split: str, source: dict[str, Any], device: str) -> dict[str, Any]:
+    """One pass in float32; returns what is written as JSON."""
+    distiller, images = experiment.distiller, experiment.split(split)
+    networks = {}
+    for role, (mean, std) in distiller.normalisation.items():
+        parameters = sum(p.numel() for p in distiller.networks[role].parameters())
+        name = distiller.configs[role].name
+        networks[role] = {"name": name, "parameters": parameters, "mean": list(mean), "std": list(std)}
+    return {
+        **source,
+        "data": asdict(experiment.command.config.data),
+        "split": split,
+        "images": len(images),
+        "networks": networks,
+        "values": evaluate(distiller, experiment.evaluation_loader(images)).values,
+        "environment": environment(device),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report as text."""
+    values = report["values"]
+    what = f"{report['run']} at {report['checkpoint']}" if "run" in report else report["weights"]
+    rows = [["role", "network", "parameters", "top-1 %", "top-5 %", "NLL nats", "ECE %"]]
+    for role, network in report["networks"].items():
+        top1, top5, nll, ece = (values[f"{role}/{score}"] for score in ("top1", "top5", "nll", "ece"))
+        scores = [f"{top1:.2f}", f"{top5:.2f}", f"{nll:.4f}", f"{ece:.2f}"]
+        rows.append([role, network["name"], f"{network['parameters']:,}", *scores])
+    lines = [f"{what}: {report['data']['name']}, {report['split']}, {report['images']:,} images", *align(rows)]
+    if KEYS[0] in values:
+        numbers = [f"{values[key]:.4f}" for key in KEYS]
+        heads = ["attention", "minimum", "maximum", "variance"]
+        lines += align([heads, ["consensus", *numbers[:3]], ["divergence", *numbers[3:6]]])
+        lines.append(f"mean similarity S: {numbers[6]}")
+    return "\n".join(lines)
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines; numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = [column[-1].lstrip("-")[:1].isdigit() for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+class Normalised(nn.Module):
+    """Images in [0, 1] ``[B, C, H, W]`` -> the logits ``[B, K]`` of a network that expects them normalised."""
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network = network
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network((image - self.mean) / self.std)
+
+
+def export_onnx(experiment: Experiment, role: str, split: str, file: Path) -> None:
+    """Writes ``role``'s network to ``file`` if onnxruntime then says the same as torch about images of the split.
+
+    Raises: InputError for an unknown role, another suffix or a missing package; TrainingError where the logits differ
+        by more than ``ONNX_TOLERANCE`` of the largest one (no file is written then).
+    """
+    distiller = experiment.distiller.eval()
+    if role not in distiller.normalisation:
+        raise unknown("role", role, distiller.normalisation)
+    if file.suffix != ".onnx":
+        raise InputError(f"--export_file {file}: its name must end in .onnx")
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"--export onnx needs {error.name}: pip install 'adm-distillation[export]'") from error
+    model = Normalised(distiller.export(role), *distiller.normalisation[role]).cpu().eval()
+    images = first_images(experiment.split(split), 7).float() / 255.0
+    with torch.no_grad():
+        expected = model(images)
+    scale = expected.abs().max().item()
+    difference = float("nan")
+
+    def write(temporary: Path) -> None:
+        nonlocal difference
+        torch.onnx.export(
+            model,
+            (images[:2],),
+            temporary,
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+        logits = torch.from_numpy(session.run(["logits"], {"image": images.numpy()})[0])
+        difference = (logits - expected).abs().max().item()
+        if not difference <= ONNX_TOLERANCE * scale:
+            raise TrainingError(f"onnxruntime's logits differ from torch's by {difference:.2g} at up to {scale:.3g}")
+
+    write_atomically(file, write)
+    print(f"{role} written to {file}: image [batch, {', '.join(map(str, images.shape[1:]))}] in [0, 1] -> logits")
+    print(f"onnxruntime against torch on {len(images)} images: logits differ by {difference:.1g} at up to {scale:.3g}")
+
+
+if __name__ == "__main__":
+    run_command(main)
