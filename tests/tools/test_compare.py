@@ -1,0 +1,289 @@
+"""Comparing runs: numbers against numpy, honest verdicts, one line for wrong input, no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tools import compare
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_run(
+    path: Path,
+    seed: int,
+    students: list[float],
+    *,
+    method: str = "dml",
+    status: str | None = "finished",
+    held_out: bool = False,
+    roles: Mapping[str, float] | None = None,
+    **config: Any,
+) -> Path:
+    """A run folder as training leaves it. ``students``: top-1 after each epoch; ``roles``: others, by their lead."""
+    path.mkdir(parents=True)
+    options = {"method": method, "seed": seed, "adm": {"alpha": 0.01}, **config}
+    if not method.endswith("+adm"):
+        del options["adm"]
+    (path / "config.yaml").write_text(yaml.safe_dump(options))
+    lines: list[dict[str, Any]] = []
+    for epoch, value in enumerate(students, start=1):
+        scores = {f"{r}/top1": value + off for r, off in {"student": 0.0, **(roles or {"teacher": 5.0})}.items()}
+        if held_out:  # the validation accuracy runs the other way
+            scores = {k: 100 - v for k, v in scores.items()} | {f"test/{k}": v for k, v in scores.items()}
+        split = "validation" if held_out else "test"
+        lines.append({"kind": "train", "step": epoch, "epoch": epoch, "student/ce": 1.0})
+        lines.append({"kind": "evaluation", "step": epoch, "epoch": float(epoch), "split": split, **scores})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    looks = [line for line in lines if line["kind"] == "evaluation"]
+    best = {"selected_by": "student/top1", **max(looks, key=lambda line: line["student/top1"])}
+    if status is not None:
+        summary = {"status": status, "last": looks[-1], "best": best, "selected_on": looks[-1]["split"]}
+        (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+DML = {0: [40.0, 60.5], 1: [41.0, 61.25], 2: [47.0, 60.0]}
+ADM = {0: [40.0, 62.5], 1: [70.0, 63.0], 2: [45.0, 61.0]}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """DML and DML+ADM over three seeds."""
+    dml = [write_run(tmp_path / f"dml-{seed}", seed, values) for seed, values in DML.items()]
+    return dml + [write_run(tmp_path / f"adm-{s}", s, values, method="dml+adm") for s, values in ADM.items()]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def call(*argv: object) -> str:
+        capsys.readouterr()
+        assert compare.main([str(a) for a in argv]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "compare.json").read_text())
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_means_and_spreads_are_numpys(runs: list[Path], tmp_path: Path, command: Any) -> None:
+    out = command(*runs, "--out", tmp_path / "out")
+    groups = {group["label"]: group for group in report(tmp_path / "out")["groups"]}
+    assert list(groups) == ["dml", "dml+adm"]
+    for label, values in (("dml", DML), ("dml+adm", ADM)):
+        last = np.array([v[-1] for v in values.values()])
+        best = np.array([max(v) for v in values.values()])
+        for role, offset in (("student", 0.0), ("teacher", 5.0)):
+            for which, numbers in (("last", last + offset), ("best", best + offset)):
+                told = groups[label]["top1"][role][which]
+                assert told["n"] == 3 and list(told["by_seed"]) == ["0", "1", "2"]
+                assert told["mean"] == pytest.approx(numbers.mean()) and told["std"] == pytest.approx(
+                    numbers.std(ddof=1)
+                )
+        row = next(line for line in out.splitlines() if line.startswith(f"| {label} "))
+        assert f"{last.mean():.2f} ± {last.std(ddof=1):.2f}" in row and "student/top1 on test" in row
+    assert "chosen by test accuracy" in out
+    assert (tmp_path / "out/compare.md").read_text().strip().endswith(out.split("\n\nwritten to")[0].strip())
+
+
+def test_paired_differences_are_a_t_test(runs: list[Path], tmp_path: Path, command: Any) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    command(*runs, "--baseline", "dml", "--out", tmp_path / "out")
+    (difference,) = [d for d in report(tmp_path / "out")["differences"] if d["role"] == "student"]
+    ours, theirs = (np.array([v[-1] for v in values.values()]) for values in (ADM, DML))
+    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert difference["n"] == 3 and difference["mean"] == pytest.approx((ours - theirs).mean())
+    assert difference["interval"] == pytest.approx([interval.low, interval.high])
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 10, 29, 30, 120])
+def test_the_quantile_is_students(freedom: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    assert compare.t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-10)
+
+
+def test_quantiles_of_the_tables() -> None:
+    # Any printed table of Student's t, two-sided 95 %.
+    assert [round(compare.t_quantile(f), 3) for f in (1, 2, 4, 30)] == [12.706, 4.303, 2.776, 2.042]
+
+
+def test_a_difference_is_claimed_only_where_its_interval_leaves_out_zero(tmp_path: Path, command: Any) -> None:
+    def compared(name: str, differences: list[float]) -> str:
+        paths = []
+        for seed, difference in enumerate(differences):
+            base = 60.0 + 3 * seed
+            paths.append(write_run(tmp_path / name / f"dml-{seed}", seed, [base]))
+            paths.append(write_run(tmp_path / name / f"adm-{seed}", seed, [base + difference], method="dml+adm"))
+        lines = command(*paths, "--baseline", "dml").splitlines()
+        return next(line for line in lines if line.startswith("| dml+adm | student"))
+
+    assert "higher than dml" in compared("up", [1.0, 1.1, 0.9])
+    assert "lower than dml" in compared("down", [-1.0, -1.1, -0.9])
+    spans = compared("spans", [1.0, 1.5, 0.1])  # a mean of 0.87, an interval from -0.9
+    assert "not distinguishable from dml" in spans and "+0.87" in spans and "| 3 |" in spans
+    assert "not distinguishable from dml" in compared("same", [0.0, 0.0])
+    alone = compared("alone", [2.0])
+    assert "no interval" in alone and "+2.00" in alone and "higher" not in alone
+
+
+def test_differences_pair_common_seeds_alone(tmp_path: Path, command: Any) -> None:
+    paths = [write_run(tmp_path / f"dml-{s}", s, [50.0 + s]) for s in (0, 1, 2)]
+    paths += [write_run(tmp_path / f"adm-{s}", s, [60.0 + 2 * s], method="dml+adm") for s in (1, 2, 7)]
+    command(*paths, "--baseline", "dml", "--out", tmp_path / "out")
+    assert report(tmp_path / "out")["differences"][-1]["by_seed"] == {"1": 11.0, "2": 12.0}
+
+
+def test_the_test_set_is_reported_where_validation_chose(tmp_path: Path, command: Any) -> None:
+    out = command(write_run(tmp_path / "a", 0, [70.0, 80.0], held_out=True), "--out", tmp_path / "out")
+    student = report(tmp_path / "out")["groups"][0]["top1"]["student"]
+    # Validation is best in epoch 1, where the test accuracy is 70.
+    assert student["last"]["mean"] == 80.0 and student["best"]["mean"] == 70.0
+    assert "student/top1 on validation" in out and "chosen by test accuracy" not in out
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+def test_groups_differ_in_more_than_the_seed(tmp_path: Path, command: Any) -> None:
+    def one(name: str, seed: int, alpha: float, root: str = "data", width: int = 8) -> Path:
+        networks = {"student": {"name": f"cifar_resnet{width}"}}
+        more = {"adm": {"alpha": alpha}, "data": {"root": root}, "networks": networks, "fit": {"device": root}}
+        return write_run(tmp_path / name, seed, [50.0], method="dml+adm", **more)
+
+    paths = [one("a", 0, 0.01), one("b", 1, 0.01, root="elsewhere"), one("c", 0, 0.1)]
+    command(*paths, "--out", tmp_path / "out")
+    groups = report(tmp_path / "out")["groups"]
+    assert [(g["label"], len(g["runs"])) for g in groups] == [
+        ("dml+adm adm.alpha=0.01", 2),
+        ("dml+adm adm.alpha=0.1", 1),
+    ]
+    command(one("d", 0, 0.01, width=20), *paths[:2], "--out", tmp_path / "out")
+    labels = [group["label"] for group in report(tmp_path / "out")["groups"]]
+    assert labels == ["dml+adm student=cifar_resnet20", "dml+adm student=cifar_resnet8"]
+
+
+def test_each_group_meets_the_baseline_of_its_own_settings(tmp_path: Path, command: Any) -> None:
+    paths = []
+    for width, base in ((8, 50.0), (20, 70.0)):
+        networks = {"student": {"name": f"cifar_resnet{width}"}}
+        paths.append(write_run(tmp_path / f"dml-{width}", 0, [base], networks=networks))
+        paths.append(write_run(tmp_path / f"adm-{width}", 0, [base + 1], method="dml+adm", networks=networks))
+    odd = {"student": {"name": "cifar_resnet32"}}
+    paths.append(write_run(tmp_path / "odd", 0, [99.0], method="dml+adm", networks=odd))
+    command(*paths, "--baseline", "dml", "--out", tmp_path / "out")
+    differences = [d for d in report(tmp_path / "out")["differences"] if d["role"] == "student"]
+    assert [d["mean"] for d in differences] == [1.0, 1.0, None]
+    assert "no seed in common" in differences[-1]["verdict"]
+
+
+def test_unfinished_runs_are_left_out_unless_asked_for(runs: list[Path], tmp_path: Path, command: Any) -> None:
+    stopped = write_run(tmp_path / "stopped", 3, [30.0, 31.0], status="interrupted")
+    killed = write_run(tmp_path / "killed", 4, [32.0], status=None)
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "evaluation", "step": 2, "student/to')  # cut off while being written
+    out = command(*runs, stopped, killed, "--out", tmp_path / "out")
+    assert f"not finished: {stopped}, {killed}" in out
+    result = report(tmp_path / "out")
+    assert result["left_out"] == [str(stopped), str(killed)] and len(result["groups"][0]["runs"]) == 3
+    out = command(*runs, stopped, killed, "--partial", "--out", tmp_path / "out")
+    student = report(tmp_path / "out")["groups"][0]["top1"]["student"]
+    assert student["last"]["by_seed"]["3"] == 31.0 and student["last"]["by_seed"]["4"] == 32.0
+    assert student["best"]["n"] == 4  # the killed run has no summary, so no best
+    assert f"{killed} (epoch 1)" in out
+
+
+def test_roles_are_those_of_all_runs(tmp_path: Path, command: Any) -> None:
+    both = write_run(tmp_path / "a", 0, [50.0], roles={"teacher": 1.0, "student_2": 2.0})
+    one = write_run(tmp_path / "b", 0, [51.0], method="vanilla", roles={"student_2": 2.0})
+    command(both, one, "--out", tmp_path / "out")
+    assert list(report(tmp_path / "out")["groups"][0]["top1"]) == ["student", "student_2"]
+
+
+# --- the figure, the real thing, wrong input --------------------------------------------------------------------------
+
+
+def test_the_figure_shows_every_group(runs: list[Path], tmp_path: Path, command: Any) -> None:
+    command(*runs, "--out", tmp_path / "out")
+    with Image.open(tmp_path / "out/compare.png") as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    for color in ((31, 119, 180), (255, 127, 14)):  # matplotlib's first two
+        assert (pixels == color).all(axis=1).sum() > 100
+
+
+def test_curves_are_means_over_seeds_where_all_runs_have_them(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / "a", 0, [10.0, 20.0, 30.0]), write_run(tmp_path / "b", 1, [14.0, 20.0])]
+    (group,) = compare.make_groups([compare.read_run(path) for path in paths])
+    assert compare.curve(group, "student") == [(1.0, 12.0, pytest.approx(math.sqrt(8))), (2.0, 20.0, 0.0)]
+
+
+def test_real_runs_compare(tmp_path: Path, command: Any) -> None:
+    from accelerate.state import AcceleratorState
+
+    from classification.tools import train
+    from core.training.run import RunFolder
+
+    recipe = ["--config", str(ROOT / "classification/recipes/digits.yaml"), "--batch_size", "12", "--fit.device", "cpu"]
+    small = ["--data.classes", "3", "--data.per_class", "8", "--data.image_size", "8", "--fit.epochs", "1"]
+    paths = [tmp_path / f"{method}-{seed}" for method in ("dml", "dml+adm") for seed in (0, 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "draw", lambda self: None)
+        for path in paths:
+            method, seed = path.name.rsplit("-", 1)
+            assert train.main([*recipe, *small, "--method", method, "--seed", seed, "--out", str(path)]) == 0
+            AcceleratorState._reset_state(reset_partial_state=True)
+    out = command(*paths, "--baseline", "dml", "--out", tmp_path / "out")
+    groups = report(tmp_path / "out")["groups"]
+    assert [(group["label"], len(group["runs"])) for group in groups] == [("dml", 2), ("dml+adm", 2)]
+    last = [json.loads((path / "summary.json").read_text())["last"]["student/top1"] for path in paths[:2]]
+    assert groups[0]["top1"]["student"]["last"]["mean"] == pytest.approx(np.mean(last))
+    assert "different commits" not in out
+
+
+def test_wrong_input_is_one_line(runs: list[Path], tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other", 0, [1.0], roles={"critic": 1.0}, method="vanilla")
+    lines = (other / "summary.json").read_text().replace("student", "pupil").replace("teacher", "tutor")
+    (other / "summary.json").write_text(lines)
+    damaged = write_run(tmp_path / "damaged", 5, [1.0])
+    (damaged / "summary.json").write_text('{"status": "fin')
+    again = write_run(tmp_path / "again", 0, [1.0])
+    stopped = write_run(tmp_path / "stopped", 3, [1.0], status="interrupted")
+    for argv, words in (
+        ([], "RUN"),
+        ([tmp_path / "none"], "no run folder"),
+        ([tmp_path], "no config.yaml"),
+        ([*runs, "--bsaeline", "dml"], "--bsaeline"),
+        ([*runs, "--baseline", "dm"], "one of 'dml', 'dml+adm'"),
+        ([*runs, other], "no role in common"),
+        ([damaged], "damaged"),
+        ([*runs, again], "one experiment with one seed"),
+        ([stopped], "--partial"),
+        ([*runs, "--out", damaged / "config.yaml"], "cannot write"),
+    ):
+        with pytest.raises(compare.WrongInput) as error:
+            compare.main([str(a) for a in argv])
+        assert words in str(error.value) and "\n" not in str(error.value), argv
+
+
+def test_the_command_needs_no_torch_and_exits_with_2(runs: list[Path]) -> None:
+    heavy = "print(sorted(set(sys.modules) & {'torch', 'numpy', 'matplotlib'}))"
+    say = f"import sys; from tools.compare import main; main(sys.argv[1:]); {heavy}"
+    done = subprocess.run([sys.executable, "-c", say, *map(str, runs)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
+    wrong = subprocess.run([sys.executable, "tools/compare.py", "nowhere"], capture_output=True, text=True, cwd=ROOT)
+    assert (wrong.returncode, wrong.stdout, wrong.stderr) == (2, "", "error: no run folder nowhere\n")

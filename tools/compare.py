@@ -1,0 +1,449 @@
+"""Compares runs: mean and spread over seeds, last and best apart, paired differences from a baseline, and curves.
+
+    python tools/compare.py runs/dml-0 runs/dml-1 runs/dml+adm-0 runs/dml+adm-1 --baseline dml --out runs/compared
+
+Runs that differ in nothing but their seed make a group. Prints the tables; `--out` also writes them (`compare.md`), all
+numbers (`compare.json`) and the curves (`compare.png`). Reads run folders alone and needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NoReturn
+
+import yaml
+
+# Where and on what a run ran, and how much it said meanwhile: no different experiment.
+IGNORED = (
+    "seed",
+    "data.root",
+    "data.download",
+    "data.workers",
+    "fit.device",
+    "fit.keep",
+    "fit.log_every",
+    "fit.trackers",
+    "progress_bar",
+)
+
+
+class WrongInput(ValueError):
+    """Ends as one line on stderr and exit code 2 (core's own error would take in torch)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    path: Path
+    config: Mapping[str, Any]  # flat: {"adm.alpha": 0.01}
+    seed: Any
+    finished: bool
+    last: Mapping[str, Any]
+    best: Mapping[str, Any] | None
+    chosen: str  # by what and on which split best was chosen
+    evaluations: Sequence[Mapping[str, Any]]
+    commit: str | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one experiment, by seed."""
+
+    runs: Mapping[Any, Run]
+    config: Mapping[str, Any]
+    label: str = ""
+
+    def scores(self, role: str, which: str) -> dict[Any, float]:
+        """Top-1 by seed, of "last" or "best"."""
+        found = {seed: top1(run.last if which == "last" else run.best, role) for seed, run in self.runs.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A group's last top-1 less that of its baseline (as the command named it), paired by seed, in points."""
+
+    group: str
+    role: str
+    baseline: str
+    by_seed: Mapping[Any, float]
+    mean: float | None = None
+    interval: tuple[float, float] | None = None
+
+    @property
+    def verdict(self) -> str:
+        if not self.by_seed:
+            return f"no seed in common with a {self.baseline} of these settings"
+        if self.interval is None:
+            return "one seed in common: no interval"
+        if self.interval[0] <= 0 <= self.interval[1]:
+            return f"not distinguishable from {self.baseline}"
+        return f"{'higher' if self.interval[0] > 0 else 'lower'} than {self.baseline}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code. Raises: WrongInput."""
+    options = make_parser().parse_args(argv)
+    runs = [read_run(Path(path)) for path in dict.fromkeys(os.path.normpath(path) for path in options.runs)]
+    left_out = [] if options.partial else [run for run in runs if not run.finished]
+    runs = [run for run in runs if run not in left_out]
+    if not runs:
+        names = ", ".join(str(run.path) for run in left_out)
+        raise WrongInput(f"not one run is finished ({names}): --partial takes them as far as they are")
+    roles = common_roles(runs)
+    groups = make_groups(runs)
+    differences = []
+    if options.baseline is not None:
+        rivals = find_baselines(groups, options.baseline)
+        others = [group for group in groups if group not in rivals]
+        differences = [paired(g, match(g, rivals), role, options.baseline) for g in others for role in roles]
+    text = render(groups, roles, differences, left_out)
+    print(text)
+    if options.out is not None:
+        folder = Path(options.out)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            report = as_json(groups, roles, differences, left_out)
+            write(folder / "compare.json", json.dumps(report, indent=2) + "\n")
+            write(folder / "compare.md", f"# Comparison\n\n{text}\n")
+            draw(groups, roles, folder / "compare.png")
+        except OSError as error:
+            raise WrongInput(f"cannot write into {folder}: {error.strerror}") from error
+        print(f"\nwritten to {folder}: compare.json, compare.md, compare.png")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise WrongInput(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="compare.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument(
+        "--baseline", help="a method, or a group's label: paired differences from it, at equal settings"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="where to write compare.json, compare.md and compare.png")
+    parser.add_argument("--partial", action="store_true", help="take unfinished runs too, as far as they are")
+    return parser
+
+
+def read_run(path: Path) -> Run:
+    """Raises: WrongInput where the folder is no run, is damaged, or holds no evaluation."""
+    if not path.is_dir():
+        raise WrongInput(f"no run folder {path}")
+    if not (path / "config.yaml").is_file():
+        raise WrongInput(f"{path} is no run folder: it has no config.yaml")
+    try:
+        config = flatten(yaml.safe_load((path / "config.yaml").read_text()) or {})
+        summary = read_json(path / "summary.json")
+        starts = read_json(path / "environment.json").get("starts", [{}])
+        metrics = path / "metrics.jsonl"
+        # A line that is still being written has no end yet.
+        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.is_file() else []
+        evaluations = [line for line in map(json.loads, lines) if line.get("kind") == "evaluation"]
+    except (ValueError, AttributeError, yaml.YAMLError) as error:
+        raise WrongInput(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    finished = summary.get("status") == "finished"
+    last = summary.get("last") if finished else (evaluations[-1] if evaluations else None)
+    if last is None and finished:
+        raise WrongInput(f"{path} holds no evaluation to compare")
+    best = summary.get("best")
+    chosen = f"{best.get('selected_by')} on {summary.get('selected_on', best.get('split'))}" if best else "-"
+    seed = config.get("seed", summary.get("seed"))
+    return Run(path, config, seed, finished, last or {}, best, chosen, evaluations, starts[-1].get("commit"))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def top1(values: Mapping[str, Any] | None, role: str) -> float | None:
+    """Percent. On the test set also where another split was used to choose."""
+    values = values or {}
+    return values.get(f"test/{role}/top1", values.get(f"{role}/top1"))
+
+
+def common_roles(runs: Sequence[Run]) -> list[str]:
+    """The roles that all runs evaluate, teachers first. Raises: WrongInput where there is none."""
+    by_run = [{m[1] for key in run.last if (m := re.fullmatch(r"([^/]+)/top1", key))} for run in runs]
+    common = set.intersection(*by_run)
+    if not common:
+        named = "; ".join(f"{run.path}: {', '.join(sorted(r)) or 'none'}" for run, r in zip(runs, by_run, strict=True))
+        raise WrongInput(f"the runs have no role in common ({named})")
+    order = {"teacher": 0, "student": 1}
+    return sorted(common, key=lambda role: (order.get(role.partition("_")[0], 2), len(role), role))
+
+
+def make_groups(runs: Sequence[Run]) -> list[Group]:
+    """Runs that differ in nothing but their seed, in the order of their first run.
+
+    Raises: WrongInput where two runs of one group have the same seed: it would count twice.
+    """
+    found: dict[str, dict[Any, Run]] = {}
+    for run in runs:
+        members = found.setdefault(repr(sorted(experiment(run).items())), {})
+        if run.seed in members:
+            raise WrongInput(
+                f"{members[run.seed].path} and {run.path} are one experiment with one seed: give one of them"
+            )
+        members[run.seed] = run
+    groups = [Group(members, experiment(next(iter(members.values())))) for members in found.values()]
+    return [Group(group.runs, group.config, label(group, groups)) for group in groups]
+
+
+def experiment(run: Run) -> dict[str, Any]:
+    """The part of the config that decides what is computed."""
+    return {key: value for key, value in run.config.items() if not key.startswith(IGNORED)}
+
+
+def label(group: Group, groups: Sequence[Group]) -> str:
+    """The method, and whatever else tells this group from others that have that option too."""
+    method = group.config.get("method", "run")
+    told = []
+    for key, value in group.config.items():
+        rivals = [g.config for g in groups if key in g.config or g.config.get("method") == group.config.get("method")]
+        if key != "method" and any(rival.get(key) != value for rival in rivals):
+            told.append(f"{key.removeprefix('networks.').removesuffix('.name')}={value}")
+    return " ".join([str(method), *told])
+
+
+def find_baselines(groups: Sequence[Group], name: str) -> list[Group]:
+    """The group of that label, else all of that method. Raises: WrongInput naming the labels."""
+    fits = [g for g in groups if g.label == name] or [g for g in groups if g.config.get("method") == name]
+    if not fits:
+        labels = ", ".join(repr(group.label) for group in groups)
+        raise WrongInput(f"no group is {name!r}: --baseline is a method or one of {labels}")
+    return fits
+
+
+def match(group: Group, rivals: Sequence[Group]) -> Group | None:
+    """The only baseline; of several the one that agrees in every option that both have, the method aside."""
+    if len(rivals) == 1:
+        return rivals[0]
+    for rival in rivals:
+        shared = (group.config.keys() & rival.config.keys()) - {"method"}
+        if all(group.config[key] == rival.config[key] for key in shared):
+            return rival
+    return None
+
+
+def paired(group: Group, rival: Group | None, role: str, baseline: str) -> Difference:
+    """The difference of the last top-1 over the common seeds, with its 95 % t interval from two seeds on."""
+    ours, theirs = group.scores(role, "last"), rival.scores(role, "last") if rival is not None else {}
+    by_seed = {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+    values, n = list(by_seed.values()), len(by_seed)
+    if n < 2:
+        return Difference(group.label, role, baseline, by_seed, values[0] if values else None)
+    mean, reach = fmean(values), t_quantile(n - 1) * stdev(values) / math.sqrt(n)
+    return Difference(group.label, role, baseline, by_seed, mean, (mean - reach, mean + reach))
+
+
+def t_quantile(freedom: int, confidence: float = 0.95) -> float:
+    """t with ``P(|T| < t) = confidence`` at f whole degrees of freedom, by bisection of ``atan(t / sqrt(f))``."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, freedom) < confidence else (low, middle)
+    return math.tan(low) * math.sqrt(freedom)
+
+
+def t_probability(angle: float, freedom: int) -> float:
+    """``P(|T| < sqrt(f) tan(angle))``: the finite sums of Abramowitz and Stegun, 26.7.3 (odd f) and 26.7.4 (even f)."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    total, term = 0.0, (cosine if freedom % 2 else 1.0)
+    for k in range(3 if freedom % 2 else 2, freedom + 1, 2):
+        total += term
+        term *= cosine**2 * (k - 1) / k
+    return 2 / math.pi * (angle + sine * total) if freedom % 2 else sine * total
+
+
+def render(
+    groups: Sequence[Group], roles: Sequence[str], differences: Sequence[Difference], left_out: Sequence[Run]
+) -> str:
+    """Both tables and what must be known to read them, as Markdown that is legible as it is."""
+    parts = ["Top-1 in percent: mean ± sample standard deviation over seeds.", table(score_rows(groups, roles))]
+    chosen = {run.chosen for group in groups for run in group.runs.values()}
+    if any(c.endswith(" on test") for c in chosen):
+        parts.append("Best was chosen by test accuracy, which flatters it: read last.")
+    if differences:
+        heads = ["group", "role", "n", "difference", "95 % interval", "verdict"]
+        rows = [
+            [
+                d.group,
+                d.role,
+                str(len(d.by_seed)),
+                f"{d.mean:+.2f}" if d.mean is not None else "-",
+                f"{d.interval[0]:+.2f} to {d.interval[1]:+.2f}" if d.interval is not None else "-",
+                d.verdict,
+            ]
+            for d in differences
+        ]
+        parts.append(
+            f"Difference of the last top-1 from {differences[0].baseline}, in points, paired by seed; t interval"
+            + (f", not corrected for {len(rows)} comparisons." if len(rows) > 1 else ".")
+        )
+        parts.append(table([heads, *rows]))
+    unfinished = [run for group in groups for run in group.runs.values() if not run.finished]
+    if unfinished:
+        told = ", ".join(f"{run.path} (epoch {run.last.get('epoch', 0):g})" for run in unfinished)
+        parts.append(f"Not finished, taken as far as they are: {told}.")
+    if left_out:
+        parts.append(f"Left out, not finished: {', '.join(str(run.path) for run in left_out)}.")
+    if len({run.commit for group in groups for run in group.runs.values()}) > 1:
+        parts.append("These runs come from different commits (see each run's environment.json).")
+    return "\n\n".join(parts)
+
+
+def score_rows(groups: Sequence[Group], roles: Sequence[str]) -> list[list[str]]:
+    heads = [f"{role} {which}" for role in roles for which in ("last", "best")]
+    rows = [["group", "n", *heads, "best chosen by"]]
+    for group in groups:
+        cells = [spread(list(group.scores(role, which).values())) for role in roles for which in ("last", "best")]
+        chosen = ", ".join(sorted({run.chosen for run in group.runs.values()}))
+        rows.append([group.label, str(len(group.runs)), *cells, chosen])
+    return rows
+
+
+def spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    return f"{fmean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns, the first row its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def as_json(
+    groups: Sequence[Group], roles: Sequence[str], differences: Sequence[Difference], left_out: Sequence[Run]
+) -> dict[str, Any]:
+    """Everything in full precision; a standard deviation of one run is null."""
+
+    def summary(values: Mapping[Any, float]) -> dict[str, Any]:
+        numbers = list(values.values())
+        return {
+            "n": len(numbers),
+            "mean": fmean(numbers) if numbers else None,
+            "std": stdev(numbers) if len(numbers) > 1 else None,
+            "by_seed": values,
+        }
+
+    return {
+        "command": sys.argv,
+        "groups": [
+            {
+                "label": group.label,
+                "config": group.config,
+                "runs": [
+                    {"path": str(run.path), "seed": seed, "finished": run.finished, "commit": run.commit}
+                    for seed, run in group.runs.items()
+                ],
+                "best_chosen_by": sorted({run.chosen for run in group.runs.values()}),
+                "top1": {role: {w: summary(group.scores(role, w)) for w in ("last", "best")} for role in roles},
+            }
+            for group in groups
+        ],
+        "differences": [
+            {
+                "group": d.group,
+                "role": d.role,
+                "baseline": d.baseline,
+                "n": len(d.by_seed),
+                "by_seed": d.by_seed,
+                "mean": d.mean,
+                "interval": d.interval,
+                "verdict": d.verdict,
+            }
+            for d in differences
+        ],
+        "left_out": [str(run.path) for run in left_out],
+    }
+
+
+def curve(group: Group, role: str) -> list[tuple[float, float, float]]:
+    """(epoch, mean top-1, its sample standard deviation over seeds; 0 of one run) at each epoch that all runs have."""
+    by_epoch: dict[float, list[float]] = {}
+    for run in group.runs.values():
+        for line in run.evaluations:
+            value = top1(line, role)
+            if value is not None:
+                by_epoch.setdefault(round(line.get("epoch", line["step"]), 6), []).append(value)
+    return [
+        (epoch, fmean(values), stdev(values) if len(values) > 1 else 0.0)
+        for epoch, values in sorted(by_epoch.items())
+        if len(values) == len(group.runs)
+    ]
+
+
+def draw(groups: Sequence[Group], roles: Sequence[str], path: Path) -> None:
+    """Top-1 over epochs, a panel for each role: the mean over seeds in a band of one sample standard deviation."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    texts = {
+        (group.label, role): textwrap.fill(
+            f"{group.label}: {spread(list(group.scores(role, 'last').values()))} (n = {len(group.runs)})", 56
+        )
+        for group in groups
+        for role in roles
+    }
+    lines = max(sum(texts[group.label, role].count("\n") + 1 for group in groups) for role in roles)
+    figure = Figure(figsize=(5.6 * len(roles), 4.2 + 0.2 * lines), layout="constrained")  # legends stand below
+    for axis, role in zip(figure.subplots(1, len(roles), squeeze=False)[0], roles, strict=True):
+        for number, group in enumerate(groups):
+            points = curve(group, role)
+            if not points:
+                continue
+            x, y, s = zip(*points, strict=True)
+            look: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+            marker = "o" if len(x) <= 30 else None
+            axis.plot(x, y, **look, marker=marker, markersize=3, linewidth=1.4, label=texts[group.label, role])
+            low, high = [m - d for m, d in zip(y, s, strict=True)], [m + d for m, d in zip(y, s, strict=True)]
+            axis.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
+        axis.set(title=role, xlabel="epoch", ylabel="top-1 (%)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3, linewidth=0.6)
+        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "borderaxespad": 0}
+        axis.legend(fontsize="small", title="last top-1, mean ± std over seeds", title_fontsize="small", **place)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    figure.savefig(beside, dpi=120, format="png")
+    beside.replace(path)
+
+
+def write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except WrongInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
