@@ -72,7 +72,7 @@ class Split(nn.Module):
 
 
 class _TimmAdapter(nn.Module):
-    """A timm model whose features are not ``[B, C, H, W]``: keeps its state-dict keys under ``model.``."""
+    """A timm model whose features are not ``[B, C, H, W]``; its state dict is the timm model's own, key for key."""
 
     forward_head: Callable[[Tensor], Tensor]
     forward_intermediates: Callable[..., tuple[Tensor, list[Tensor]]]
@@ -82,12 +82,21 @@ class _TimmAdapter(nn.Module):
         self.model: Any = model
         self.num_features: int = model.num_features
         self.num_classes: int = model.num_classes
+        self.register_load_state_dict_pre_hook(_prefix_keys)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        return self.model.state_dict(*args, **kwargs)
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.forward_intermediates(x, indices=1)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _prefix_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        state_dict[f"{prefix}model.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 
 class ChannelsLastFeatures(_TimmAdapter):

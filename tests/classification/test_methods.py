@@ -384,11 +384,13 @@ def test_alternating_updates_move_one_network_at_a_time(adm: ADMConfig | None) -
             (own,) = phase
             other = "student" if own == "teacher" else "teacher"
             before = {role: snapshot(distiller, role) for role in (own, other)}
+            outputs = distiller.method(distiller.networks, distiller.views(images(2)), phase)
+            assert outputs[own].logits.requires_grad and not outputs[other].logits.requires_grad  # no wasted graph
             losses = make_step(distiller, optim, phase)
             assert losses.keys() == {own}
             assert moved(distiller, own, before[own]) and not moved(distiller, other, before[other])
     for network in distiller.networks.values():
-        assert network.features_calls == 4
+        assert network.features_calls == 4 + 4  # and the four above
 
 
 def test_in_turn_the_second_network_sees_the_first_one_moved() -> None:

@@ -165,6 +165,20 @@ def test_timm_networks_of_other_layouts(name: str) -> None:
         torch.testing.assert_close(final, model.forward_intermediates(x, norm=True)[1][-1])  # type: ignore[operator]
 
 
+def test_an_adapted_network_is_saved_and_loaded_as_the_timm_model() -> None:
+    model, other = (timm_model("vit_tiny_patch16_224", **VIT, global_pool="avg") for _ in range(2))
+    network, together = as_network(model), nn.ModuleDict({"student": as_network(other)})
+    saved = network.state_dict()
+    assert saved.keys() == model.state_dict().keys()
+    other.load_state_dict(saved)  # strict: no key of the adapter's own
+    nn.init.zeros_(other.head.weight)  # type: ignore[arg-type,union-attr]
+    together["student"].load_state_dict(saved)
+    assert torch.equal(other.head.weight, model.head.weight)  # type: ignore[union-attr,arg-type]
+    nn.init.zeros_(other.head.weight)  # type: ignore[arg-type,union-attr]
+    together.load_state_dict({f"student.{key}": value for key, value in saved.items()})
+    assert torch.equal(other.head.weight, model.head.weight)  # type: ignore[union-attr,arg-type]
+
+
 def test_a_class_token_is_no_part_of_the_map() -> None:
     model, x = timm_model("vit_tiny_patch16_224", **VIT, global_pool="avg").eval(), images(32, 64)
     final = as_network(model).forward_features(x)  # type: ignore[operator]
