@@ -83,14 +83,14 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> tuple[int, in
 
 
 def paired(a: Callable[[], float], b: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
-    """What both return, called in turn (A B, B A, ...) after a warm-up, without the garbage collector."""
+    """What both return, called in turn (A B, B A, ...) after a warm-up; garbage is collected between pairs alone."""
     for warm_up in (a, b):
         warm_up()
-    gc.collect()
     gc.disable()
     try:
         results = []
         for k in range(pairs):
+            gc.collect()
             values = {side: side() for side in ((a, b) if k % 2 == 0 else (b, a))}
             results.append((values[a], values[b]))
         return results

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.adm import Head
 from core.network import stage_maps
-from core.training.distiller import Batch, Losses, Progress
+from core.training.distiller import Batch, Losses, Progress, backward
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Method(nn.Module):
 
     def backward(self, losses: Losses, total: Tensor, accelerator: Any) -> None:
         """Fills the gradients."""
-        accelerator.backward(total)
+        backward(total, accelerator)
 
     def after_step(self, batch: Batch, outputs: Outputs) -> None:
         """Called after each optimiser step, with detached outputs."""

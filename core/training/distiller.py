@@ -23,6 +23,11 @@ class Progress:
     epochs: float
 
 
+def backward(total: Tensor, accelerator: Any) -> None:
+    """What ``accelerator.backward`` does here, without its division by accumulation steps, which are always 1."""
+    (total if accelerator.scaler is None else accelerator.scaler.scale(total)).backward()
+
+
 class Distiller(nn.Module):
     """All networks of one run, their adapters and extra modules in one module (one DDP wrapper, one optimiser).
 
@@ -48,7 +53,7 @@ class Distiller(nn.Module):
 
     def backward(self, losses: Losses, total: Tensor, accelerator: Any) -> None:
         """Fills the gradients; ``total`` is the sum of all losses."""
-        accelerator.backward(total)
+        backward(total, accelerator)
 
     def after_step(self, batch: Batch, progress: Progress) -> None:
         """Called after each optimiser step (moving averages, per-sample stores)."""
