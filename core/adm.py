@@ -237,9 +237,7 @@ class ADMLoss(nn.Module):
         Args: maps ``[B, Cs, Hs, Ws]``, ``[B, Ct, Ht, Wt]``; class indices ``[B]``; each network's own head.
             ``previous``, ``delta``: only for the "kd" form of divergence (Eq. 12).
         """
-        terms = self.terms(
-            map_student, map_teacher, target, student_head, teacher_head, previous=previous, delta=delta
-        )
+        terms = self.terms(map_student, map_teacher, target, student_head, teacher_head, previous=previous, delta=delta)
         return sum(terms.values(), start=map_student.new_zeros(()))
 
     def extra_repr(self) -> str:
