@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from classification.methods import ADM, ADMConfig, Method, Output, Outputs
+from classification.methods import ADM, ADMConfig, Method, Outputs
 from classification.networks import create_network
 from classification.networks.published import load_weights
 from core.errors import InputError
@@ -116,18 +116,24 @@ class OnlineDistiller(Distiller):
             self.register_buffer(f"shift_{role}", shift.view(-1, 1, 1), persistent=False)
         normalised = self.views(sample, list(networks))
         adapted = {role: as_network(network, normalised[role]) for role, network in networks.items()}
+        method.check(list(adapted))
         self.networks = nn.ModuleDict(method.prepare(adapted, normalised[next(iter(adapted))]))
         if channels_last:
             self.networks.to(memory_format=torch.channels_last)
         self.phases = method.phases(list(self.networks))
-        self.unused_parameters = len(self.phases) > 1
+        self.unused_parameters = len(self.phases) > 1 or method.unused_parameters
+        self.reduces_itself = method.reduces_itself
+        self.output_roles = method.output_roles(list(self.networks))
+        self.pairs = method.pairs(self.output_roles)
         self.adm: ADM | None = None
         if adm is not None:
             for role, network in self.networks.items():
                 check_network(network, normalised[role], role)
-            self.adm = ADM(adm, self.outputs(sample))
-        self._outputs: Outputs | None = None
-        self._paused: Sequence[str] = ()
+            self.adm = ADM(adm, self.outputs(sample), self.pairs)
+        self.held_out: Iterable[Batch] | None = None
+        self._keeps_logits = type(method).after_step is not Method.after_step
+        self._logits: list[dict[str, Tensor]] = []  # of the parts of this step (of its last phase)
+        self._gates: list[dict[str, Tensor]] = []
 
     def views(self, images: Tensor, roles: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Raw images ``[B, C, H, W]`` or, a view for each role, ``[B, V, C, H, W]``, uint8 -> normalised, by role."""
@@ -142,6 +148,15 @@ class OnlineDistiller(Distiller):
             result[role] = made[key]
         return result
 
+    def train(self, mode: bool = True) -> OnlineDistiller:
+        """A network that is not trained stays in evaluation mode: its BatchNorm statistics must not move."""
+        super().train(mode)
+        trained = self.trained()
+        for role, network in self.networks.items():
+            if role not in trained:
+                network.eval()
+        return self
+
     @torch.no_grad()
     def outputs(self, images: Tensor) -> Outputs:
         """Evaluation: what each network says about raw images ``[B, C, H, W]``; nothing moves."""
@@ -152,32 +167,57 @@ class OnlineDistiller(Distiller):
         finally:
             self.train(training)
 
+    def before_step(self, batch: Batch, progress: Progress) -> Batch:
+        self._logits = []
+        if self.method.needs_held_out and progress.starts_epoch:
+            if self.held_out is None:
+                raise InputError(f"{type(self.method).__name__} needs held-out images: give --data.validation 0.1")
+            self.method.before_epoch(int(progress.epoch), self._logits_of(self.held_out))
+        return batch
+
+    def _logits_of(self, batches: Iterable[Batch]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        device = next(self.parameters()).device
+        for batch in batches:
+            outputs = self.outputs(batch["image"].to(device, non_blocking=True))
+            yield {role: o.logits for role, o in outputs.items()}, batch["target"].to(device, non_blocking=True)
+
     def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
         learning = phase or self.phases[0]
         outputs = self.method(self.networks, self.views(batch["image"]), learning)
         losses = {r: dict(terms) for r, terms in self.method.losses(outputs, batch, progress).items() if r in learning}
+        gates = self.method.gates
         if self.adm is not None:
             for role, terms in self.adm.losses(outputs, batch, progress, learning).items():
+                if role in gates:  # times 0 and not left out: every process must reduce the same gradients
+                    terms = {term: value * gates[role] for term, value in terms.items()}
                 losses.setdefault(role, {}).update(terms)
-        self._paused = tuple(self.method.paused(outputs, batch))
-        for role in self._paused:  # times 0 and not left out: every process must reduce the same gradients
-            losses[role] = {term: value * 0.0 for term, value in losses.get(role, {}).items()}
-        if type(self.method).after_step is not Method.after_step:
-            self._outputs = {
-                role: Output(o.logits.detach(), [m.detach() for m in o.maps], o.head) for role, o in outputs.items()
-            }
-        return losses, {}
+        if gates:
+            self._gates.append(dict(gates))
+        if self._keeps_logits:
+            self._logits.append({role: output.logits.detach() for role, output in outputs.items()})
+        return losses, {f"{role}/paused": 1.0 - gate for role, gate in gates.items()}
 
     def backward(self, losses: Losses, total: Tensor, accelerator: Any) -> None:
         self.method.backward(losses, total, accelerator)
-        for role in self._paused:  # without a gradient, the optimiser skips momentum and weight decay too
-            for parameter in self.parameters_of(role):
-                parameter.grad = None
+
+    def before_update(self) -> None:
+        if self.method.reduces_itself:
+            self.method.before_update([p for group in self.parameter_groups() for p in group["params"]])
+        if self._gates:  # the one value that a step reads from the device, and only where a role may pause
+            roles = list(self._gates[0])
+            learns = torch.stack([torch.stack([part[r] for r in roles]) for part in self._gates]).amax(dim=0).tolist()
+            self._gates = []
+            for role, learning in zip(roles, learns, strict=True):
+                if not learning:  # without a gradient, the optimiser skips momentum and weight decay too
+                    for parameter in self.parameters_of(role):
+                        parameter.grad = None
 
     def after_step(self, batch: Batch, progress: Progress) -> None:
-        if self._outputs is not None:
-            self.method.after_step(batch, self._outputs)
-            self._outputs = None
+        if self._keeps_logits:
+            parts = self._logits[-(len(self._logits) // len(self.phases)) :]  # those of the last phase
+            logits = {role: torch.cat([part[role] for part in parts]) for role in parts[0]}
+            self._logits = []
+            self.method.after_step(batch, logits, progress)
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         """What is trained of a network, with a student's adapters."""
@@ -190,8 +230,8 @@ class OnlineDistiller(Distiller):
             if parameters := self.parameters_of(role):
                 rate = self.optimizer.rate(self.configs[role])
                 groups.append({"params": parameters, "lr": rate, "weight_decay": self.optimizer.weight_decay})
-        if own := [p for p in self.method.parameters() if p.requires_grad]:
-            groups[-1]["params"] += own
+        for group in self.method.parameter_groups():
+            groups.append({"lr": groups[-1]["lr"], "weight_decay": self.optimizer.weight_decay, **group})
         return groups
 
     def export(self, role: str) -> nn.Module:

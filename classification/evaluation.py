@@ -11,7 +11,6 @@ from torch import Tensor
 
 from classification.distiller import OnlineDistiller
 from classification.methods import Outputs
-from classification.methods.adm import pairs_of
 from core.adm import spatial_similarity
 from core.analysis.attention import AttentionStatistics
 from core.analysis.calibration import Calibration
@@ -53,20 +52,19 @@ def similarities(distiller: OnlineDistiller, outputs: Outputs) -> dict[tuple[str
     maps = {role: output.maps[-1] for role, output in outputs.items()}
     if distiller.adm is not None:
         return distiller.adm.similarities(maps)
-    roles = [role for role in maps if role in distiller.configs]  # a method's own additions left out
-    pairs = [(s, t) for s, t in pairs_of(roles) if maps[s].shape[1] == maps[t].shape[1]]
+    pairs = [(s, t) for s, t in distiller.pairs if maps[s].shape[1] == maps[t].shape[1]]
     return {(s, t): spatial_similarity(maps[s], maps[t]) for s, t in pairs}
 
 
 @torch.no_grad()
 def evaluate(distiller: OnlineDistiller, loader: Iterable[Batch], accelerator: Any = None) -> Evaluation:
-    """Evaluates every network of the distiller on every sample of ``loader``, once, over all processes together.
+    """Evaluates whatever gives logits on every sample of ``loader``, once, over all processes together.
 
     Returns: ``<role>/top1``, ``/top5``, ``/ece`` in percent, ``/nll`` in nats, and ``attention/...`` (Table 17) of the
     first pair that has an S (see ``similarities``), with ADM or without, so that both can be compared.
     """
     device = accelerator.device if accelerator is not None else next(distiller.parameters()).device
-    roles = list(distiller.networks)
+    roles = distiller.output_roles
     scores = {role: Scores(device) for role in roles}
     calibrations = {role: Calibration(device=device) for role in roles}
     attention = AttentionStatistics(device)

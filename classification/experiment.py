@@ -96,11 +96,13 @@ def build(command: Command, roles: Sequence[str] | None = None) -> Experiment:
     datasets = load_datasets(config.data)
     networks = {role: c for role, c in config.networks.items() if roles is None or role in roles}
     name, with_adm = parse_method(config.method)
+    method = METHODS[name](command.options, with_adm=with_adm)
+    method.check_loop(config.fit)
     distiller = OnlineDistiller(
         build_networks(networks, datasets.num_classes, config.seed, in_chans=datasets.channels),
         networks,
         {role: (c.mean or datasets.mean, c.std or datasets.std) for role, c in networks.items()},
-        METHODS[name](command.options),
+        method,
         config.adm if with_adm else None,
         config.optimizer,
         first_images(datasets.train, 2),

@@ -50,26 +50,18 @@ class ADMConfig:
             raise InputError(f"adm.tau must be positive: {self.tau}")
 
 
-def is_teacher(role: str) -> bool:
-    return role.startswith("teacher")
-
-
-def pairs_of(roles: Sequence[str]) -> list[tuple[str, str]]:
-    """(student, teacher) for each student with each teacher (Table 11); no ADM between two students."""
-    return [(s, t) for s in roles if not is_teacher(s) for t in roles if is_teacher(t)]
-
-
 class ADM(nn.Module):
     """ADM between every student and every teacher: a network's loss is the mean over its pairs.
 
-    Args: the config; the outputs of one small batch, from which channels and sizes are read.
+    Args: the config; the outputs of one small batch, from which channels and sizes are read; the (student, teacher)
+        pairs to compare.
     Raises: InputError without a teacher and a student, or where their maps cannot be compared.
     """
 
-    def __init__(self, config: ADMConfig, outputs: Outputs) -> None:
+    def __init__(self, config: ADMConfig, outputs: Outputs, pairs: Sequence[tuple[str, str]]) -> None:
         super().__init__()
         self.config = config
-        self.pairs = pairs_of(list(outputs))
+        self.pairs = list(pairs)
         if not self.pairs:
             raise InputError(f"ADM needs a teacher and a student; the networks are {list(outputs)}")
         self.adm = nn.ModuleDict()

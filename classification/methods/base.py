@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from core.adm import Head
+from core.errors import InputError
 from core.network import stage_maps
 from core.training.distiller import Batch, Losses, Progress, backward
+from core.training.fit import FitConfig
 
 
 @dataclass
@@ -34,22 +36,71 @@ class NoOptions:
     """A method without options."""
 
 
+def is_teacher(role: str) -> bool:
+    return role.startswith("teacher")
+
+
+def pairs_of(roles: Sequence[str]) -> list[tuple[str, str]]:
+    """(student, teacher) for each student with each teacher (Table 11); no ADM between two students."""
+    return [(s, t) for s in roles if not is_teacher(s) for t in roles if is_teacher(t)]
+
+
 class Method(nn.Module):
-    """One method: a file, an entry in ``METHODS``, a test. Roles are names, teachers first; never positions."""
+    """One method: a file, an entry in ``METHODS``, a test. Roles are names, teachers first; never positions.
+
+    Args: the method's options; whether ADM is composed with it.
+    """
 
     Options: ClassVar[type] = NoOptions
     """A frozen dataclass: the method's options on the command line (``--dml.tau 2``)."""
 
+    least: ClassVar[int] = 1
+    """Networks that it needs."""
+
     views: Literal["shared", "separate"] = "shared"
     """Whether all networks see one augmented view of an image, or each its own."""
 
-    def __init__(self, options: Any = None) -> None:
+    needs_held_out: bool = False
+    """Whether ``before_epoch`` wants to see images that are held out of training (``data.validation``)."""
+
+    reduces_itself: bool = False
+    """Whether ``before_update`` averages the gradients over the processes, and DDP must not."""
+
+    unused_parameters: bool = False
+    """Whether a step leaves trainable parameters without a gradient."""
+
+    gates: Mapping[str, Tensor] = {}  # noqa: RUF012
+    """Set anew by ``losses``: for roles that may pause, a detached scalar, 1 where this batch trains the role and 0
+    where it must not move at all (no gradient, momentum or weight decay). Alike on all processes."""
+
+    def __init__(self, options: Any = None, *, with_adm: bool = False) -> None:
         super().__init__()
         self.options = options if options is not None else self.Options()
+        self.with_adm = with_adm
+
+    def check(self, roles: Sequence[str]) -> None:
+        """Raises: InputError where it cannot train these networks."""
+        if len(roles) < self.least:
+            name = type(self).__name__
+            raise InputError(f"{name} needs at least {self.least} networks, and there is {', '.join(roles) or 'none'}")
+
+    def check_loop(self, config: FitConfig) -> None:
+        """Raises: InputError where it cannot train in this way (precision, compilation)."""
 
     def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
-        """The networks that take part: may wrap them, freeze one or add a role. ``sample``: images ``[B, 3, H, W]``."""
+        """The networks that take part: may wrap or freeze one, or build modules of the method's own.
+
+        ``sample``: normalised images ``[B, 3, H, W]``.
+        """
         return networks
+
+    def output_roles(self, roles: Sequence[str]) -> list[str]:
+        """The roles of ``forward``'s outputs, in order: the networks', and any that the method adds."""
+        return list(roles)
+
+    def pairs(self, roles: Sequence[str]) -> list[tuple[str, str]]:
+        """Which (student, teacher) ADM compares, out of ``output_roles``."""
+        return pairs_of(roles)
 
     def phases(self, roles: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         """Who learns together: one forward, backward and optimiser step for each group of roles."""
@@ -71,16 +122,29 @@ class Method(nn.Module):
         """``{role: {term: weighted scalar}}``: the sum is minimised, each term is logged."""
         raise NotImplementedError
 
-    def paused(self, outputs: Outputs, batch: Batch) -> Collection[str]:
-        """Roles that this batch must not move at all: no gradient, momentum or weight decay. Alike on all processes."""
-        return ()
-
     def backward(self, losses: Losses, total: Tensor, accelerator: Any) -> None:
-        """Fills the gradients."""
+        """Adds to the gradients."""
         backward(total, accelerator)
 
-    def after_step(self, batch: Batch, outputs: Outputs) -> None:
-        """Called after each optimiser step, with detached outputs."""
+    def before_update(self, parameters: Sequence[nn.Parameter]) -> None:
+        """With ``reduces_itself``: called when all gradients of a step are there, to average them over the processes.
+
+        ``parameters``: what the run's optimiser moves.
+        """
+
+    def before_epoch(self, epoch: int, held_out: Iterable[tuple[dict[str, Tensor], Tensor]]) -> None:
+        """With ``needs_held_out``: called before each epoch's first step.
+
+        ``held_out``: ({role: logits ``[B, K]``}, class indices ``[B]``) of this process's share of the held-out images.
+        """
+
+    def after_step(self, batch: Batch, logits: Mapping[str, Tensor], progress: Progress) -> None:
+        """Called after each optimiser step, with the step's detached logits ``[B, K]`` by role."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """SGD groups of the method's own modules; learning rate (a student's) and weight decay are filled in."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": parameters}] if parameters else []
 
     def export(self, role: str, network: nn.Module) -> nn.Module:
         """The network as it leaves training, without what only training needs."""

@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     looks = {selected_on: experiment.evaluation_loader(split, accelerator)}
     if selected_on != "test":
         looks["test"] = experiment.evaluation_loader(experiment.datasets.test, accelerator)
+    if distiller.method.needs_held_out:
+        distiller.held_out = experiment.evaluation_loader(experiment.split("validation"), accelerator)
     student = next((r for r in distiller.networks if r.startswith("student")), next(iter(distiller.networks)))
 
     def look() -> dict[str, Any]:
@@ -115,13 +117,16 @@ def dry_run(command: Any) -> int:
     if distiller.adm is not None:
         print(f"adapters (phi): {sum(p.numel() for p in distiller.adm.parameters()):,} parameters")
     optim = config.optimizer.make(distiller.parameter_groups())
+    progress = Progress(1, 1 / max(len(loader), 2), steps, steps / len(loader))  # no start of an epoch
     seconds = []
     for _ in range(4):
         started = time.perf_counter()
+        batch = distiller.before_step(batch, progress)
         for phase in distiller.phases:
-            losses, _ = module(batch, Progress(0, 0.0, steps, steps / len(loader)), phase)
+            losses, _ = module(batch, progress, phase)
             total = sum(value for terms in losses.values() for value in terms.values())
             distiller.backward(losses, total, accelerator)
+            distiller.before_update()
             optim.step()
             optim.zero_grad()
         total.item()

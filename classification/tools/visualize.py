@@ -25,7 +25,6 @@ from classification.data.datasets import SMALL
 from classification.data.sources import EXTENSIONS
 from classification.evaluation import evaluate, similarities
 from classification.experiment import Experiment, command_of, find_checkpoint, images_at, load_checkpoint, restore
-from classification.methods.adm import pairs_of
 from classification.tools.evaluate import align
 from core.adm import consensus_attention
 from core.analysis.attention import KEYS
@@ -131,9 +130,9 @@ def draw_pairs(experiment: Experiment, options: Any, boxes: Tensor | None, figur
     images, target = images_at(split, positions.tolist()), split.targets[positions]
     device = next(distiller.parameters()).device
     outputs = distiller.outputs(images.to(device))
-    cams = {r: cam(outputs[r].maps[-1], outputs[r].head, target.to(device)) for r in distiller.configs}
+    cams = {r: cam(outputs[r].maps[-1], outputs[r].head, target.to(device)) for r in distiller.output_roles}
     compared = similarities(distiller, outputs)
-    pairs = pairs_of(list(distiller.configs))
+    pairs = distiller.pairs
     labels = row_labels(experiment, target, {role: outputs[role].logits.argmax(1).cpu() for role in cams})
     outlines = boxes[positions] * (images.shape[-1] / options.box_size) if boxes is not None else None
     for student, teacher in pairs:
@@ -243,7 +242,7 @@ def box_shares(experiment: Experiment, options: Any, boxes: Tensor) -> dict[str,
     """
     distiller, size = experiment.distiller, (options.box_size, options.box_size)
     device = next(distiller.parameters()).device
-    pairs = pairs_of(list(distiller.configs))
+    pairs = distiller.pairs
     found: dict[str, list[Tensor]] = {}
     for batch in experiment.evaluation_loader(experiment.split(options.split)):
         inside = boxes[batch["index"].cpu()]
@@ -258,7 +257,7 @@ def box_shares(experiment: Experiment, options: Any, boxes: Tensor) -> dict[str,
             pair = f" {student} {teacher}" if len(pairs) > 1 else ""
             weights[f"consensus{pair}"] = consensus_attention(similarity).squeeze(1)
             weights[f"discrepancy{pair}"] = 1.0 - similarity
-        for role in distiller.configs:
+        for role in distiller.output_roles:
             weights[f"CAM {role}"] = cam(outputs[role].maps[-1], outputs[role].head, target).clamp_min(0.0)
         found.setdefault("area", []).append(box_area_share(inside, size))
         for name, values in weights.items():

@@ -92,7 +92,7 @@ def save_checkpoint(
     tensors = {role: {k: v.detach().contiguous().cpu() for k, v in sd.items()} for role, (sd, _) in networks.items()}
     for owner, values in [*tensors.items(), ("outside the networks", state.get("extra", {}))]:
         for name, value in values.items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
+            if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
                 raise TrainingError(f"{owner}: the weight {name} is not finite at step {step}; nothing was saved")
 
     def write(temporary: Path) -> None:

@@ -21,6 +21,13 @@ class Progress:
     epoch: float
     steps: int
     epochs: float
+    rate: float = 1.0
+    """The schedule's factor on every learning rate at this step."""
+
+    @property
+    def starts_epoch(self) -> bool:
+        """Whether this is the first step of an epoch."""
+        return float(self.epoch).is_integer()
 
 
 def backward(total: Tensor, accelerator: Any) -> None:
@@ -43,6 +50,13 @@ class Distiller(nn.Module):
     unused_parameters: bool = False
     """True where a step leaves trainable parameters without a gradient (DDP must then look for them)."""
 
+    reduces_itself: bool = False
+    """True where ``before_update`` averages the gradients over the processes, and DDP must not."""
+
+    def before_step(self, batch: Batch, progress: Progress) -> Batch:
+        """Called before a step's first forward, outside what is compiled; may add tensors ``[B, ...]`` to the batch."""
+        return batch
+
     def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
         """One forward on a batch: (named losses, detached scalars to log)."""
         raise NotImplementedError
@@ -52,8 +66,11 @@ class Distiller(nn.Module):
         raise NotImplementedError
 
     def backward(self, losses: Losses, total: Tensor, accelerator: Any) -> None:
-        """Fills the gradients; ``total`` is the sum of all losses."""
+        """Adds to the gradients; ``total`` is the sum of all losses, each weighted by its part's share of the batch."""
         backward(total, accelerator)
+
+    def before_update(self) -> None:
+        """Called when the gradients of a whole step (or phase of it) are there, before the optimiser."""
 
     def after_step(self, batch: Batch, progress: Progress) -> None:
         """Called after each optimiser step (moving averages, per-sample stores)."""

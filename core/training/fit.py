@@ -167,18 +167,21 @@ def fit(
     clock.resume()
     with Stop().listening() as stop, bar:
         while step < total_steps:
-            progress = Progress(step, step / epoch_length, total_steps, total_steps / epoch_length)
-            if (now := schedule(progress.epoch)) != factor:
+            now = schedule(step / epoch_length)
+            progress = Progress(step, step / epoch_length, total_steps, total_steps / epoch_length, now)
+            if now != factor:
                 factor = now
                 for group, rate in zip(optim.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
             batch = {k: _to(v, accelerator.device) for k, v in next(batches).items()}
+            batch = distiller.before_step(batch, progress)
             for phase in distiller.phases:
                 for part, share, final in _parts(batch, config.accumulate):
-                    with contextlib.nullcontext() if final else accelerator.no_sync(module):
-                        losses, observed = module(part, progress, phase)
-                        total = window.add(losses, observed, share)
-                        distiller.backward(losses, total, accelerator)
+                    synchronise = final and not distiller.reduces_itself
+                    with contextlib.nullcontext() if synchronise else accelerator.no_sync(module):
+                        losses, observed = _shared(share, *module(part, progress, phase))
+                        distiller.backward(losses, window.add(losses, observed), accelerator)
+                distiller.before_update()
                 _step(optim, distiller, config.clip, accelerator.scaler)
             distiller.after_step(batch, progress)
             step += 1
@@ -252,18 +255,16 @@ class _Window:
         self.rows: list[dict[str, Any]] = []
         self._step: dict[str, Tensor] = {}
 
-    def add(self, losses: Losses, observed: Mapping[str, Tensor], share: float) -> Tensor:
-        """Takes one forward's losses; returns their sum, times this part's share of the batch."""
+    def add(self, losses: Losses, observed: Mapping[str, Tensor]) -> Tensor:
+        """Takes one forward's losses; returns their sum."""
         values = {f"{role}/{term}": value for role, terms in losses.items() for term, value in terms.items()}
         first, *others = values.values()
         total = sum(others, start=first)  # not stack and sum: their backward takes longer than all the rest here
         for name, value in {**values, **observed}.items():
             value = value.detach().float()
-            if share != 1.0:
-                value = value * share
             # The parts of a step add up.
             self._step[name] = self._step[name] + value if name in self._step else value
-        return total if share == 1.0 else total * share
+        return total
 
     def close_step(self, step: int) -> None:
         self.rows.append({"step": step, "names": list(self._step), "values": torch.stack(list(self._step.values()))})
@@ -385,6 +386,14 @@ def _parts(batch: dict[str, Any], parts: int) -> Iterator[tuple[dict[str, Any], 
         yield piece, weight * (end - start) / length, k == parts - 1
 
 
+def _shared(share: float, losses: Losses, observed: Mapping[str, Tensor]) -> tuple[Losses, Mapping[str, Tensor]]:
+    """One forward's losses and observations, times its share of the batch."""
+    if share == 1.0:
+        return losses, observed
+    weighted = {role: {term: value * share for term, value in terms.items()} for role, terms in losses.items()}
+    return weighted, {name: value * share for name, value in observed.items()}
+
+
 def _length(batch: Batch) -> int:
     return next(len(value) for value in batch.values() if isinstance(value, Tensor))
 
@@ -422,8 +431,8 @@ def _share_buffers(distiller: Distiller, accelerator: Any) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
-def _extra(distiller: Distiller) -> dict[str, Tensor]:
-    """Weights and buffers that belong to no network: adapters, shadow heads."""
+def _extra(distiller: Distiller) -> dict[str, Any]:
+    """Weights, buffers and extra state (torch's ``get_extra_state``) that belong to no network: adapters, heads."""
     return {k: v for k, v in distiller.state_dict().items() if not k.startswith("networks.")}
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from classification.distiller import NetworkConfig, OnlineDistiller, OptimizerConfig, build_networks
 from classification.methods import ADMConfig, Method, parse_method
-from classification.methods.adm import pairs_of
+from classification.methods.base import pairs_of
 from classification.methods.dml import DML, DMLOptions
 from classification.methods.vanilla import Vanilla
 from core.errors import InputError
@@ -357,6 +357,7 @@ def make_step(distiller: OnlineDistiller, optim: torch.optim.Optimizer, phase: A
     total = sum(value for terms in losses.values() for value in terms.values())
 
     distiller.backward(losses, total, SimpleNamespace(scaler=None))  # what an Accelerator without fp16 says
+    distiller.before_update()
     optim.step()
     optim.zero_grad()
     return losses
@@ -402,15 +403,18 @@ def test_in_turn_the_second_network_sees_the_first_one_moved() -> None:
 
 
 class Pausing(DML):
-    """Holds a role back from the second step on."""
+    """Holds a role back in its second and third forward."""
 
     def __init__(self, role: str) -> None:
         super().__init__(DMLOptions())
-        self.role, self.steps = role, 0
+        self.role, self.forwards = role, 0
 
-    def paused(self, outputs: Any, batch: Any) -> tuple[str, ...]:
-        self.steps += 1
-        return (self.role,) if self.steps in (2, 3) else ()
+    def losses(self, outputs: Any, batch: Any, progress: Progress) -> Losses:
+        self.forwards += 1
+        gate = torch.tensor(0.0 if self.forwards in (2, 3) else 1.0)
+        self.gates = {self.role: gate}
+        losses = super().losses(outputs, batch, progress)
+        return {**losses, self.role: {term: value * gate for term, value in losses[self.role].items()}}
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
@@ -435,26 +439,48 @@ def test_paused_roles_do_not_move_at_all(role: str) -> None:
     assert moved(distiller, role, before)
 
 
+def test_a_role_pauses_only_where_every_part_of_a_batch_says_so() -> None:
+    distiller = distiller_of(Pausing("teacher"), ADMConfig())
+    optim = distiller.optimizer.make(distiller.parameter_groups())
+    for paused in (False, True):  # forwards 1 and 2, then 3 and ... 3 again
+        before = snapshot(distiller, "teacher")
+        for part in range(2):
+            distiller.method.forwards = part if not paused else 1  # type: ignore[assignment]
+            losses, observed = distiller(batch_of(), START)
+            assert observed["teacher/paused"] == float(paused or part == 1)
+            total = sum(value for terms in losses.values() for value in terms.values())
+            distiller.backward(losses, total, SimpleNamespace(scaler=None))
+        distiller.before_update()
+        optim.step()
+        optim.zero_grad()
+        assert moved(distiller, "teacher", before) is not paused
+
+
 class Remembering(Vanilla):
     """Keeps what after_step is given."""
 
     seen: Any = None
 
-    def after_step(self, batch: Any, outputs: Any) -> None:
-        self.seen = (batch["index"], outputs)
+    def after_step(self, batch: Any, logits: Any, progress: Progress) -> None:
+        self.seen = (batch["index"], logits, progress)
 
 
-def test_after_step_gets_detached_outputs_of_the_step() -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_after_step_gets_the_whole_steps_detached_logits(parts: int) -> None:
     method = Remembering()
     distiller = distiller_of(method, ADMConfig())
-    batch = batch_of()
-    distiller(batch, START)
-    distiller.after_step(batch, START)
-    index, outputs = method.seen
-    assert torch.equal(index, batch["index"])
-    assert torch.equal(outputs["student"].logits, distiller.outputs(batch["image"])["student"].logits)
-    assert not any(o.logits.requires_grad or any(m.requires_grad for m in o.maps) for o in outputs.values())
-    assert distiller._outputs is None
+    batch = batch_of(6)
+    for _ in range(2):  # nothing is left over from a step
+        batch = distiller.before_step(batch, START)
+        for part in range(parts):
+            rows = slice(part * 6 // parts, (part + 1) * 6 // parts)
+            distiller({name: v[rows] if isinstance(v, Tensor) else v for name, v in batch.items()}, START)
+        distiller.after_step(batch, START)
+        index, logits, progress = method.seen
+        assert torch.equal(index, batch["index"]) and progress is START
+        torch.testing.assert_close(logits["student"], distiller.outputs(batch["image"])["student"].logits)
+        assert not any(z.requires_grad for z in logits.values())
+    assert not distiller._logits
 
 
 # --- views, groups, metadata ------------------------------------------------------------------------------------------
