@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,9 +12,11 @@ from classification.data import DataConfig
 from classification.distiller import NetworkConfig, OptimizerConfig
 from classification.methods import METHODS, ADMConfig, parse_method
 from classification.methods.base import NoOptions
+from classification.networks.pretrained import file_hash, find_weights
 from core.errors import InputError
 from core.training.command import parse
 from core.training.fit import FitConfig
+from core.training.run import flatten
 from core.training.schedule import ScheduleConfig
 
 # What a resumed run may change: where and on what it runs, not what it computes.
@@ -28,7 +31,7 @@ class TrainConfig:
         data: the data set.
         networks: one network per role, as {teacher: {name: cifar_resnet32x4}, student: {name: cifar_resnet8x4}};
             roles are teacher, teacher_2, ..., student, student_2, ...
-        method: a method of the paper by its label, with or without +adm: vanilla, dml, vanilla+adm, dml+adm.
+        method: one of the methods listed below by its label, alone or with +adm (dml, dml+adm).
         adm: ADM's weights and forms; they count only with +adm.
         optimizer: SGD over all networks.
         schedule: how the learning rate falls.
@@ -63,15 +66,39 @@ class Command:
     dry_run: bool = False
 
     def resolved(self) -> dict[str, Any]:
-        """Everything that decides the run's results, as ``config.yaml`` keeps it; ``--config`` reads it back."""
+        """Everything that decides the run's results, as ``config.yaml`` keeps it; ``--config`` reads it back.
+
+        Raises: InputError where a weight file is missing, or is not the one that the run in ``out`` began with.
+        """
         values = asdict(self.config)
+        for role, hashed in self._weight_hashes().items():
+            values["networks"][role]["sha256"] = hashed
         del values["out"]
         name, with_adm = parse_method(self.config.method)
         if not with_adm:
             del values["adm"]
+        elif self.config.adm.divergence != "kd":
+            del values["adm"]["delta"]  # it decides nothing then
+        if not self.config.data.noise:  # likewise
+            for key in ("noise", "noise_exclude_true", "noise_seed"):
+                del values["data"][key]
         if not isinstance(self.options, NoOptions):
             values[name] = asdict(self.options)
         return values
+
+    def _weight_hashes(self) -> dict[str, str]:
+        import yaml
+
+        file = self.config.out / "config.yaml"
+        recorded = flatten(yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+        return {
+            role: file_hash(
+                find_weights(network.weights, role, network.name),
+                network.sha256 or recorded.get(f"networks.{role}.sha256"),
+            )
+            for role, network in self.config.networks.items()
+            if network.weights is not None
+        }
 
 
 def make_parser(prog: str | None = None) -> Any:
@@ -79,7 +106,8 @@ def make_parser(prog: str | None = None) -> Any:
     from jsonargparse import ArgumentParser
 
     description = "Trains teacher and student together: mutual learning and its relatives, with or without ADM."
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    epilog = f"Methods: {', '.join(METHODS)}; each alone or with +adm."
+    parser = ArgumentParser(prog=prog, description=description, epilog=epilog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a recipe or a run's config.yaml; later flags override it")
     parser.add_class_arguments(TrainConfig)
     for name, method in METHODS.items():
@@ -100,7 +128,27 @@ def parse_command(argv: Sequence[str] | None = None, prog: str | None = None) ->
     dry_run = cfg.pop("dry_run")
     cfg.pop("config", None)
     config = TrainConfig(**cfg)
-    name, _ = parse_method(config.method)
+    name, with_adm = parse_method(config.method)
+    _check_options(name, options)
+    if not with_adm:
+        _check_no_adm(name, sys.argv[1:] if argv is None else argv)
     if not config.networks:
         raise InputError("no networks: choose a recipe (--config), or give --networks.student.name cifar_resnet8x4")
     return Command(config, options.get(name, NoOptions()), dry_run)
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises: InputError for an option of another method than ``name``, from wherever it comes."""
+    for other, values in options.items():
+        changed = [f.name for f in fields(values) if getattr(values, f.name) != getattr(type(values)(), f.name)]
+        if other != name and changed:
+            own = [f"{name}.{f.name}" for f in fields(METHODS[name].Options)]
+            known = f"its options are {', '.join(own)}" if own else "it has no options"
+            raise InputError(f"{other}.{changed[0]} does not apply to {name}: {known}")
+
+
+def _check_no_adm(name: str, argv: Sequence[str]) -> None:
+    """Raises: InputError for ADM's options on a command line without +adm; a recipe has them for its other runs."""
+    for flag in (argument.partition("=")[0] for argument in argv):
+        if flag == "--adm" or flag.startswith("--adm."):
+            raise InputError(f"{flag[2:]} counts only with +adm: choose --method {name}+adm, or leave it out")

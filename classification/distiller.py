@@ -6,7 +6,6 @@ import fnmatch
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 
 from classification.methods import ADM, ADMConfig, Method, Outputs
 from classification.networks import create_network
+from classification.networks.pretrained import check_weights, find_weights
 from classification.networks.published import load_weights
+from classification.predictions import PreviousPredictions
 from core.errors import InputError
 from core.network import as_network, check_network
 from core.training.distiller import Batch, Distiller, Losses, Progress
@@ -27,11 +28,14 @@ class NetworkConfig:
 
     Args:
         name: a CIFAR network of this package (cifar_resnet20, ...) or any timm model.
-        weights: file to start from (.safetensors, published .pth).
+        weights: file to start from (.safetensors, published .pth); or a run folder, for the last weights of the same
+            role; or a checkpoint folder.
         pretrained: timm's own pre-trained weights.
         lr: this network's learning rate; the recipe's unless given.
-        mean: per channel, of images in [0, 1], subtracted before this network; the data set's unless given.
+        mean: per channel, of images in [0, 1], subtracted before this network; unless given, what the weights were
+            trained with where their file (or timm) says so, else the data set's.
         std: per channel, divided by.
+        sha256: of the weight file; filled in when a run is written down, checked when it is read back.
     """
 
     name: str
@@ -40,6 +44,7 @@ class NetworkConfig:
     lr: float | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
         if self.lr is not None and self.lr < 0:
@@ -131,9 +136,14 @@ class OnlineDistiller(Distiller):
                 check_network(network, normalised[role], role)
             self.adm = ADM(adm, self.outputs(sample), self.pairs)
         self.held_out: Iterable[Batch] | None = None
-        self._keeps_logits = type(method).after_step is not Method.after_step
+        self._keeps_logits = type(method).after_step is not Method.after_step or self.previous is not None
         self._logits: list[dict[str, Tensor]] = []  # of the parts of this step (of its last phase)
         self._gates: list[dict[str, Tensor]] = []
+
+    @property
+    def previous(self) -> PreviousPredictions | None:
+        """What the teachers said in the epoch before, where ADM's divergence imitates it (Eq. 12)."""
+        return self.adm.previous if self.adm is not None else None
 
     def views(self, images: Tensor, roles: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Raw images ``[B, C, H, W]`` or, a view for each role, ``[B, V, C, H, W]``, uint8 -> normalised, by role."""
@@ -173,7 +183,7 @@ class OnlineDistiller(Distiller):
             if self.held_out is None:
                 raise InputError(f"{type(self.method).__name__} needs held-out images: give --data.validation 0.1")
             self.method.before_epoch(int(progress.epoch), self._logits_of(self.held_out))
-        return batch
+        return batch if self.previous is None else self.previous.before_step(batch, progress)
 
     def _logits_of(self, batches: Iterable[Batch]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         device = next(self.parameters()).device
@@ -218,6 +228,8 @@ class OnlineDistiller(Distiller):
             logits = {role: torch.cat([part[role] for part in parts]) for role in parts[0]}
             self._logits = []
             self.method.after_step(batch, logits, progress)
+            if self.previous is not None:
+                self.previous.after_step(logits, progress)
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         """What is trained of a network, with a student's adapters."""
@@ -240,12 +252,14 @@ class OnlineDistiller(Distiller):
 
     def metadata(self, role: str) -> dict[str, str]:
         mean, std = self.normalisation[role]
+        caveat = {"caveat": self.method.caveat} if self.method.caveat else {}
         return {
             "role": role,
             "architecture": self.configs[role].name,
             "num_classes": str(self.num_classes),
             "mean": json.dumps(list(mean)),
             "std": json.dumps(list(std)),
+            **caveat,
         }
 
 
@@ -263,7 +277,9 @@ def build_networks(
         seed_everything(seed, "network", role)
         networks[role] = create_network(config.name, num_classes, in_chans=in_chans, pretrained=config.pretrained)
         if config.weights is not None:
-            load_weights(networks[role], Path(config.weights))
+            file = find_weights(config.weights, role, config.name)
+            check_weights(file, role, config.name, num_classes, config.sha256)
+            load_weights(networks[role], file)
     return networks
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from classification.config import Command, parse_command
+from classification.config import Command, TrainConfig, parse_command
 from classification.data import DataSets, Split, Streamed, load_datasets, make_loader
 from classification.data.datasets import IN_MEMORY_NAMES
+from classification.data.noise import LabelNoise, draw_noise, with_noise
 from classification.data.sources import EXTENSIONS, folder_sources, timm_sources
-from classification.distiller import OnlineDistiller, build_networks, has_batchnorm
+from classification.distiller import NetworkConfig, OnlineDistiller, build_networks, has_batchnorm
 from classification.methods import METHODS, parse_method
+from classification.networks.pretrained import (
+    find_weights,
+    metadata_of,
+    read_metadata,
+    timm_keeps_head,
+    timm_normalisation,
+)
 from classification.networks.published import load_weights
 from core.errors import InputError
 from core.training.checkpoint import BEST, LAST, numbered
@@ -31,6 +38,7 @@ class Experiment:
     command: Command
     datasets: DataSets
     distiller: OnlineDistiller
+    noise: LabelNoise | None = None
 
     def train_loader(self, accelerator: Any) -> Any:
         """Augmented batches of the training split for this process."""
@@ -93,15 +101,16 @@ class Experiment:
 def build(command: Command, roles: Sequence[str] | None = None) -> Experiment:
     """Loads the data and builds the networks, all or only ``roles``. Raises: InputError for what cannot be."""
     config = command.config
-    datasets = load_datasets(config.data)
+    datasets, noise = _with_noise(load_datasets(config.data), config)
     networks = {role: c for role, c in config.networks.items() if roles is None or role in roles}
     name, with_adm = parse_method(config.method)
     method = METHODS[name](command.options, with_adm=with_adm)
     method.check_loop(config.fit)
+    method.check_start([role for role, c in networks.items() if _starts_trained(c, datasets.num_classes)])
     distiller = OnlineDistiller(
         build_networks(networks, datasets.num_classes, config.seed, in_chans=datasets.channels),
         networks,
-        {role: (c.mean or datasets.mean, c.std or datasets.std) for role, c in networks.items()},
+        {role: _normalisation(role, c, datasets) for role, c in networks.items()},
         method,
         config.adm if with_adm else None,
         config.optimizer,
@@ -109,7 +118,32 @@ def build(command: Command, roles: Sequence[str] | None = None) -> Experiment:
         num_classes=datasets.num_classes,
         channels_last=config.channels_last,
     )
-    return Experiment(command, datasets, distiller)
+    return Experiment(command, datasets, distiller, noise)
+
+
+def _normalisation(role: str, config: NetworkConfig, datasets: DataSets) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of a network: the config's, else what its weights were trained with, else the data set's."""
+    said: dict[str, Any] = {}
+    if config.weights is not None:
+        said = metadata_of(find_weights(config.weights, role, config.name))
+    elif config.pretrained:
+        said = timm_normalisation(config.name)
+    return config.mean or said.get("mean", datasets.mean), config.std or said.get("std", datasets.std)
+
+
+def _starts_trained(config: NetworkConfig, num_classes: int) -> bool:
+    """Whether a network starts from weights, its classifier included."""
+    return config.weights is not None or (config.pretrained and timm_keeps_head(config.name, num_classes))
+
+
+def _with_noise(datasets: DataSets, config: TrainConfig) -> tuple[DataSets, LabelNoise | None]:
+    data = config.data
+    if not data.noise:
+        return datasets, None
+    seed = config.seed if data.noise_seed is None else data.noise_seed
+    targets = datasets.train.targets
+    noise = draw_noise(targets, datasets.num_classes, data.noise, seed, exclude_true=data.noise_exclude_true)
+    return replace(datasets, train=with_noise(datasets.train, noise)), noise
 
 
 def first_images(split: Split, count: int) -> Tensor:
@@ -173,7 +207,7 @@ def restore(command: Command, checkpoint: Path) -> Experiment:
         if (file := checkpoint / f"{role}.safetensors").is_file():  # what it started from is not needed any more
             said = read_metadata(file)
             mean, std = said.get("mean", config.mean), said.get("std", config.std)
-            networks[role] = replace(config, weights=None, pretrained=False, mean=mean, std=std)
+            networks[role] = replace(config, weights=None, pretrained=False, mean=mean, std=std, sha256=None)
     experiment = build(replace(command, config=replace(command.config, networks=networks)))
     load_checkpoint(experiment.distiller, checkpoint)
     return experiment
@@ -192,20 +226,3 @@ def load_checkpoint(distiller: OnlineDistiller, checkpoint: Path) -> None:
         raise InputError(f"cannot read {file} (missing, incomplete or of another run): {reason}") from error
     if missing := [key for key in missing if not key.startswith("networks.")]:
         raise InputError(f"{file} lacks {missing[0]}: it is of another run")
-
-
-def read_metadata(file: Path) -> dict[str, Any]:
-    """What a ``.safetensors`` file of ours says: ``architecture``, ``role``, ``num_classes``, ``mean``, ``std``.
-
-    Empty for a file that says nothing. Raises: InputError for a file that is missing or cut off.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not file.is_file():
-        raise InputError(f"no weight file {file}")
-    try:
-        with safe_open(file, "pt") as opened:
-            said: dict[str, Any] = opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"cannot read {file} (incomplete, or not a safetensors file): {error}") from error
-    return {k: tuple(json.loads(v)) if k in ("mean", "std") else v for k, v in said.items()}

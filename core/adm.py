@@ -114,14 +114,16 @@ def divergence_kd_loss(
 ) -> Tensor:
     """Eq. 12, trains the teacher: cross-entropy towards ``(1 - delta) onehot(y) + delta previous``, a scalar.
 
-    ``previous``: the teacher's own probabilities ``[B, K]`` for these samples in the last epoch (None in the first).
+    ``previous``: the teacher's own probabilities ``[B, K]`` for these samples in the last epoch (None in the first);
+    ``delta``: a number, or one for each sample ``[B]`` (0 where its row of ``previous`` means nothing).
     Written as soft cross-entropy: same gradient as KL, which is NaN on one-hot targets. Equals Eq. 8 at delta 0.
     """
-    logits = teacher_head(attend(map_teacher, similarity, divergence_attention))
-    loss = F.cross_entropy(logits, target)
+    logits = full_precision(teacher_head(attend(map_teacher, similarity, divergence_attention)))  # [B, K]
     if previous is None:
-        return loss
-    return (1.0 - delta) * loss + delta * F.cross_entropy(full_precision(logits), full_precision(previous.detach()))
+        return F.cross_entropy(logits, target)
+    hard = F.cross_entropy(logits, target, reduction="none")  # [B]
+    soft = F.cross_entropy(logits, previous.detach().to(logits.dtype), reduction="none")  # [B]
+    return ((1.0 - delta) * hard + delta * soft).mean()
 
 
 def phi_loss(projected: Tensor, map_teacher: Tensor, map_student: Tensor | None = None) -> Tensor:
@@ -235,7 +237,7 @@ class ADMLoss(nn.Module):
         """The scalar of Eq. 9, plus phi's own loss where there is one: the sum of ``terms`` (same arguments).
 
         Args: maps ``[B, Cs, Hs, Ws]``, ``[B, Ct, Ht, Wt]``; class indices ``[B]``; each network's own head.
-            ``previous``, ``delta``: only for the "kd" form of divergence (Eq. 12).
+            ``previous`` ``[B, K]``, ``delta`` (a number or ``[B]``): only for the "kd" form of divergence (Eq. 12).
         """
         terms = self.terms(map_student, map_teacher, target, student_head, teacher_head, previous=previous, delta=delta)
         return sum(terms.values(), start=map_student.new_zeros(()))

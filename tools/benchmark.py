@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from classification.methods import METHODS
 from core.errors import InputError, unknown
 from core.training.command import run_command
 from core.training.distiller import Batch, Distiller, Losses, Progress
@@ -82,14 +84,16 @@ class Settings:
         return partial(cuda_seconds, work) if self.device.type == "cuda" else partial(seconds, work, self.now)
 
 
-def make_distiller(pair: Pair, settings: Settings, adm: dict[str, Any] | None, channels_last: bool = False) -> Any:
-    """DML with ADM (its config) or without (None)."""
+def make_distiller(
+    pair: Pair, settings: Settings, adm: dict[str, Any] | None, channels_last: bool = False, method_name: str = "dml"
+) -> Any:
+    """A method with ADM (its config) or without (None)."""
     from classification.distiller import NetworkConfig, OnlineDistiller, OptimizerConfig, build_networks
-    from classification.methods import METHODS, ADMConfig
+    from classification.methods import ADMConfig
 
     configs = {role: NetworkConfig(name) for role, name in (TINY if settings.quick else pair.networks).items()}
     networks, images = build_networks(configs, pair.classes, seed=0), settings.batch(pair)["image"][:2].cpu()
-    method, config = METHODS["dml"](), None if adm is None else ADMConfig(**adm)
+    method, config = METHODS[method_name](), None if adm is None else ADMConfig(**adm)
     normalisation, optimizer, classes = dict.fromkeys(configs, MEAN_STD), OptimizerConfig(), pair.classes
     made = OnlineDistiller(
         networks,
@@ -130,6 +134,45 @@ def make_step(
             apply(losses, optimizer)
 
     return step
+
+
+def method_step(pair: Pair, settings: Settings, name: str, repeat: int) -> Callable[[], None]:
+    """Optimiser steps of a method as ``fit`` makes them: with its own views, backward and optimiser."""
+    distiller = make_distiller(pair, settings, None, method_name=name)
+    optimizer = distiller.optimizer.make(distiller.parameter_groups())
+    progress, unscaled = Progress(1, 0.5, 4, 2.0), SimpleNamespace(scaler=None)
+    drawn: dict[str, Any] = settings.batch(pair)
+    if distiller.method.views == "separate":
+        drawn["image"] = torch.stack([drawn["image"]] * len(distiller.networks), dim=1)  # [B, V, C, H, W]
+
+    def step() -> None:
+        for _ in range(repeat):
+            batch = distiller.before_step(drawn, progress)
+            losses, _ = distiller(batch, progress)
+            first, *others = (value for terms in losses.values() for value in terms.values())
+            distiller.backward(losses, sum(others, start=first), unscaled)
+            distiller.before_update()
+            optimizer.step()
+            optimizer.zero_grad()
+            distiller.after_step(batch, progress)
+
+    return step
+
+
+def method_ratio(name: str, pair: Pair, settings: Settings, bare: bool = False) -> Values:
+    """A step of a method over one of DML, or over the bare cross-entropy step of the same networks."""
+    repeat = 5 if settings.device.type == "cuda" else 1
+    if bare:
+        networks = make_distiller(pair, settings, None).networks
+        batch = settings.batch(pair)
+        view, target = batch["image"].float() / 255.0, batch["target"]
+        forward = lambda: {r: {"ce": F.cross_entropy(n(view), target)} for r, n in networks.items()}  # noqa: E731
+        other = bare_loop(networks, forward, repeat)
+    else:
+        other = method_step(pair, settings, "dml", repeat)
+    times = paired(settings.timer(method_step(pair, settings, name, repeat)), settings.timer(other), settings.pairs)
+    values, on = ratios(times, "ms a step", 1e3 / repeat)
+    return values, f"{settings.sizes(pair)}, {on}"
 
 
 def step_ratio(pair: Pair, settings: Settings, variant: str = "", against_fp32: bool = False) -> Values:
@@ -300,6 +343,11 @@ ROWS = {
     "fit_overhead_ms": Row("time of a step, fit() - bare loop", fit_overhead, 0.10, unit="ms"),
     "loader": Row("images/s, in-memory loader / torchvision's transforms", loader_ratio, 30.0, at_least=True),
 }
+for _name in METHODS:
+    _of = partial(method_ratio, _name, replace(CIFAR, batch=16))
+    if _name != "dml":
+        ROWS[f"method_{_name}"] = Row(f"time of a step, {_name} / DML", _of)
+    ROWS[f"bare_{_name}"] = Row(f"time of a step, {_name} / bare cross-entropy", partial(_of, bare=True))
 GPU_ROWS = {}
 for (_name, _pair), _variant in itertools.product(PAIRS.items(), ("bf16", "channels_last", "compile")):
     _what = f"time of a step in {_variant}, DML + ADM"

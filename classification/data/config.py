@@ -31,6 +31,10 @@ class DataConfig:
         per_class: Only so many training images of each class, drawn by `split_seed`. Empty: all.
         workers: Processes that decode images, for data not held in memory; 0 decodes in the main process.
         split_seed: Seed of the validation split and of the `per_class` subset.
+        noise: Share of the training images, in [0, 1), whose labels are drawn anew, uniformly over all classes (Table
+            21); the run folder's `label_noise.safetensors` tells which. Validation and test labels stay true.
+        noise_exclude_true: Draw each of them from the other classes alone.
+        noise_seed: Seed of the draw. Empty: the run's.
     """
 
     name: str = "cifar100"
@@ -45,3 +49,6 @@ class DataConfig:
     per_class: int | None = None
     workers: int = 4
     split_seed: int = 0
+    noise: float = 0.0
+    noise_exclude_true: bool = False
+    noise_seed: int | None = None

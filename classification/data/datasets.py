@@ -120,6 +120,8 @@ def _check(config: DataConfig) -> None:
         raise unknown("augmentation", config.augmentation, get_args(Augmentation))
     if not 0 <= config.validation < 1:
         raise InputError(f"data.validation is a share in [0, 1), not {config.validation}")
+    if not 0 <= config.noise < 1:
+        raise InputError(f"data.noise is a share in [0, 1), not {config.noise}")
     for field, least in (("image_size", 1), ("classes", 1), ("per_class", 1), ("padding", 0), ("workers", 0)):
         value = getattr(config, field)
         if value is not None and value < least:

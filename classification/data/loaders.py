@@ -118,6 +118,11 @@ class EpochLoader:
         order = torch.randperm(self.size, generator=generator) if self.train else torch.arange(self.size)
         return order, generator
 
+    def indices(self, epoch: int) -> list[Tensor]:
+        """The `index` of each of this process's batches in that epoch, int64 [B] on the CPU, wherever batches go."""
+        order, _ = self._order(epoch)
+        return [self._share(order, step) for step in range(len(self))]
+
     def _share(self, rows: Tensor, step: int) -> Tensor:
         """This process's part of batch `step`; `rows` [N, ...] stand for all samples in the epoch's order."""
         if self.train:

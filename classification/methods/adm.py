@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from classification.methods.base import Outputs
+from classification.predictions import PreviousPredictions
 from core.adapter import Adapter
 from core.adm import ADMLoss, spatial_similarity
 from core.distillation import feature_loss
@@ -26,8 +27,11 @@ class ADMConfig:
         beta: weight of the divergence loss (trains the teacher).
         gamma: weight of the feature loss (Eq. 5, trains the student).
         consensus: ce (Eq. 7) or kd (Eq. 11, ImageNet's headline figures).
-        divergence: ce (Eq. 8).
-        tau: temperature of the kd form.
+        divergence: ce (Eq. 8) or kd (Eq. 12, towards what the teacher itself said in the epoch before, which is kept
+            on disk in the run folder: 4 bytes an image and class).
+        tau: temperature of the kd form of consensus.
+        delta: weight of that earlier prediction in divergence's kd form: it grows linearly over the epochs, from the
+            first value in the second epoch to the second value in the last (0 in the first epoch).
         feature_filter: Table 18's noise filters of the feature loss.
         phi_loss: own trains the last adapter by its own relative residual; feature by the feature loss (the paper's
             letter).
@@ -37,8 +41,9 @@ class ADMConfig:
     beta: float = 0.01
     gamma: float = 1.0
     consensus: Literal["ce", "kd"] = "ce"
-    divergence: Literal["ce"] = "ce"
+    divergence: Literal["ce", "kd"] = "ce"
     tau: float = 1.0
+    delta: tuple[float, float] = (0.2, 0.6)
     feature_filter: Literal["none", "norm", "relu", "drop"] = "none"
     phi_loss: Literal["own", "feature"] = "own"
 
@@ -48,6 +53,8 @@ class ADMConfig:
                 raise InputError(f"adm.{name} must not be negative: {getattr(self, name)}")
         if self.tau <= 0:
             raise InputError(f"adm.tau must be positive: {self.tau}")
+        if not all(0 <= value <= 1 for value in self.delta):
+            raise InputError(f"adm.delta must lie in [0, 1]: {list(self.delta)}")
 
 
 class ADM(nn.Module):
@@ -64,6 +71,9 @@ class ADM(nn.Module):
         self.pairs = list(pairs)
         if not self.pairs:
             raise InputError(f"ADM needs a teacher and a student; the networks are {list(outputs)}")
+        teachers = list(dict.fromkeys(teacher for _, teacher in self.pairs))
+        stored = config.divergence == "kd" and config.beta > 0
+        self.previous = PreviousPredictions(teachers, config.delta) if stored else None
         self.adm = nn.ModuleDict()
         self.stage_adapters = nn.ModuleDict()
         for student, teacher in self.pairs:
@@ -102,7 +112,8 @@ class ADM(nn.Module):
             teachers = sum(1 for a, _ in self.pairs if a == student)
             students = sum(1 for _, b in self.pairs if b == teacher)
             adm: ADMLoss = self.adm[_key(student, teacher)]  # type: ignore[assignment]
-            terms = adm.terms(s.maps[-1], t.maps[-1], batch["target"], s.head, t.head)
+            previous, delta = batch.get(f"previous/{teacher}"), batch.get(f"delta/{teacher}", 0.0)
+            terms = adm.terms(s.maps[-1], t.maps[-1], batch["target"], s.head, t.head, previous=previous, delta=delta)
             if "consensus" in terms:
                 add(student, "consensus", terms["consensus"] / teachers)
             if "phi" in terms:

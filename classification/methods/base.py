@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from classification.data.config import DataConfig
 from core.adm import Head
 from core.errors import InputError
 from core.network import stage_maps
@@ -69,7 +70,10 @@ class Method(nn.Module):
     unused_parameters: bool = False
     """Whether a step leaves trainable parameters without a gradient."""
 
-    gates: Mapping[str, Tensor] = {}  # noqa: RUF012
+    caveat: str = ""
+    """Where a network alone is not what was trained: what its weight files, and tools that load it alone, say."""
+
+    gates: Mapping[str, Tensor] = {}
     """Set anew by ``losses``: for roles that may pause, a detached scalar, 1 where this batch trains the role and 0
     where it must not move at all (no gradient, momentum or weight decay). Alike on all processes."""
 
@@ -86,6 +90,15 @@ class Method(nn.Module):
 
     def check_loop(self, config: FitConfig) -> None:
         """Raises: InputError where it cannot train in this way (precision, compilation)."""
+
+    def check_data(self, config: DataConfig) -> None:
+        """Raises: InputError where it cannot train on these data (no image is held out)."""
+
+    def check_start(self, pretrained: Collection[str]) -> None:
+        """``pretrained``: the roles that start from trained weights.
+
+        Raises: InputError where a network that it does not train is not one of them.
+        """
 
     def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
         """The networks that take part: may wrap or freeze one, or build modules of the method's own.

@@ -103,6 +103,18 @@ class CifarNetwork(nn.Module):
             x = self._next_map(index, x)
         return self._last_map(x)
 
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> the stem's map, for a method that changes it before ``forward_stages``."""
+        return self._next_map(0, x)
+
+    def forward_stages(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The stem's map -> the feature map, and the maps of the stages as ``forward_intermediates`` gives them."""
+        maps = []
+        for index in range(1, len(self.feature_info)):
+            x = self._next_map(index, x)
+            maps.append(x)
+        return self._last_map(x), maps
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map [B, num_features, h, w] -> logits [B, num_classes], or pooled features [B, num_features]."""
         x = F.relu(x) if self.preact else x

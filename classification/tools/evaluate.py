@@ -9,6 +9,7 @@ the evaluated size. Out: `logits`, [batch, classes]. Any batch size.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,10 +28,10 @@ from classification.experiment import (
     command_of,
     find_checkpoint,
     first_images,
-    read_metadata,
     restore,
 )
 from classification.methods.base import NoOptions
+from classification.networks.pretrained import read_metadata, timm_normalisation
 from core.analysis.attention import KEYS
 from core.analysis.figures import save_json
 from core.errors import InputError, TrainingError, unknown
@@ -102,6 +103,8 @@ def weights_command(options: Any) -> Command:
     """A weight file as a command of one network. What is not given comes from the file's metadata, then from timm."""
     file = options.weights
     said = read_metadata(Path(file)) if file is not None and file.endswith(".safetensors") else {}
+    if "caveat" in said:
+        warnings.warn(f"{file}: {said['caveat']}", stacklevel=2)
     name = options.network or said.get("architecture")
     if name is None:
         raise InputError(f"{file or '--pretrained'} does not say of which network: name it by --network")
@@ -112,14 +115,6 @@ def weights_command(options: Any) -> Command:
     network = NetworkConfig(name, file, options.pretrained, mean=mean, std=std)
     networks = {said.get("role", "student"): network}
     return Command(TrainConfig(options.data, networks, "vanilla"), NoOptions())
-
-
-def timm_normalisation(name: str) -> dict[str, Any]:
-    """``mean`` and ``std`` with which timm's weights of that name were trained; empty for a network not timm's."""
-    import timm
-
-    found = timm.get_pretrained_cfg(name) if timm.is_model(name) and not name.startswith("cifar_") else None
-    return {"mean": tuple(found.mean), "std": tuple(found.std)} if found is not None else {}
 
 
 def evaluate_split(experiment: Experiment, split: str, source: dict[str, Any], device: str) -> dict[str, Any]:

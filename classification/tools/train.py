@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = parse_command(argv)
     config = command.config
 
+    from classification.data.noise import save_noise
     from classification.evaluation import evaluate
     from classification.experiment import build, check_batch
     from core.training.fit import durations, fit, make_accelerator
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     distiller = experiment.distiller
     accelerator = make_accelerator(config.fit, run, unused_parameters=distiller.unused_parameters)
     check_batch(experiment, accelerator.num_processes)
+    distiller.method.check_data(config.data)
     seed_everything(config.seed, "training", accelerator.process_index)
 
     loader = experiment.train_loader(accelerator)
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         looks["test"] = experiment.evaluation_loader(experiment.datasets.test, accelerator)
     if distiller.method.needs_held_out:
         distiller.held_out = experiment.evaluation_loader(experiment.split("validation"), accelerator)
+    if distiller.previous is not None:
+        distiller.previous.attach(run.path, experiment.datasets, loader, config.fit, accelerator)
     student = next((r for r in distiller.networks if r.startswith("student")), next(iter(distiller.networks)))
 
     def look() -> dict[str, Any]:
@@ -58,11 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return result
 
     epochs = durations(config.fit, len(loader))[0] / len(loader)
+    schedule = make_schedule(config.schedule, epochs)
+    if experiment.noise is not None and run.main:
+        run.open()
+        save_noise(experiment.noise, run.path / "label_noise.safetensors")
     result = fit(
         distiller,
         loader,
         optimizer=config.optimizer.make,
-        schedule=make_schedule(config.schedule, epochs),
+        schedule=schedule,
         config=config.fit,
         run=run,
         accelerator=accelerator,
@@ -92,6 +100,8 @@ def dry_run(command: Any) -> int:
     import yaml
 
     from classification.experiment import build, check_batch
+    from classification.flops import count_forward
+    from classification.predictions import check_saves
     from core.training.distiller import Progress
     from core.training.fit import durations, make_accelerator
 
@@ -102,20 +112,33 @@ def dry_run(command: Any) -> int:
     with tempfile.TemporaryDirectory() as folder:
         accelerator = make_accelerator(config.fit, folder, unused_parameters=distiller.unused_parameters)
     check_batch(experiment, accelerator.num_processes)
+    distiller.method.check_data(config.data)
     loader = experiment.train_loader(accelerator)
     steps, _ = durations(config.fit, len(loader))
+    if distiller.previous is not None:
+        check_saves(config.fit, len(loader))
     module = accelerator.prepare(distiller)
     batches = iter(loader)
     batch = {k: v.to(accelerator.device) if hasattr(v, "to") else v for k, v in next(batches).items()}
+    networks, added = count_forward(distiller, batch)
     for role, output in distiller.outputs(batch["image"][:2]).items():
-        network = distiller.networks[role]
+        network = distiller.networks[role] if role in distiller.networks else distiller.method
         maps = ", ".join("x".join(map(str, m.shape[1:])) for m in output.maps)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         name = distiller.configs[role].name if role in distiller.configs else type(network).__name__
         print(f"{role}: {name}, {sum(p.numel() for p in network.parameters()):,} parameters ({trained:,} trained)")
         print(f"  stage maps C x H x W: {maps}")
+        if role in networks:
+            print(f"  forward of an image: {networks[role].macs / 1e6:,.2f} M multiply-accumulates (2 FLOPs each)")
     if distiller.adm is not None:
         print(f"adapters (phi): {sum(p.numel() for p in distiller.adm.parameters()):,} parameters")
+    if added is not None:
+        share = 100 * added.total / sum(2 * network.macs for network in networks.values())
+        print(f"ADM adds {added.total / 1e6:.3g} MFLOPs an image ({share:.3g} % of the networks together)")
+        print(f"  {added.macs / 1e6:.3g} M multiply-accumulates (heads, phi) and {added.others / 1e6:.3g} MFLOPs besides")
+    if experiment.noise is not None:
+        changed = int((experiment.noise.given != experiment.noise.true).sum())
+        print(f"noisy labels: {len(experiment.noise.index):,} drawn anew, {changed:,} of them are wrong")
     optim = config.optimizer.make(distiller.parameter_groups())
     progress = Progress(1, 1 / max(len(loader), 2), steps, steps / len(loader))  # no start of an epoch
     seconds = []

@@ -222,6 +222,30 @@ def test_kd_form_of_divergence() -> None:
         assert weighted.item() == pytest.approx(0.5 * expected, rel=1e-10)
 
 
+def test_kd_form_of_divergence_with_a_delta_for_each_sample() -> None:
+    s, t, y = random_maps()
+    head_s, head_t = LinearHead(), LinearHead()
+    similarity = core.spatial_similarity(s, t)
+    logits = loop_logits(loop_attention(loop_similarity(s, t), -1), t, head_t.fc.weight, head_t.fc.bias)
+    previous = torch.randn(B, K, dtype=torch.float64).softmax(dim=1)
+    previous[1] = 0  # nothing is known of this one: its delta is 0
+    deltas = [0.3, 0.0, 0.6]
+    rows = zip(deltas, loop_one_hot(y), previous.tolist(), strict=True)
+    targets = [[(1 - d) * q + d * p for q, p in zip(one_hot, old, strict=True)] for d, one_hot, old in rows]
+    expected = loop_soft_cross_entropy(logits, targets)
+    delta = torch.tensor(deltas, dtype=torch.float64)
+    loss = core.divergence_kd_loss(similarity, t, y, head_t, previous, delta)
+    assert loss.item() == pytest.approx(expected, rel=1e-10)
+    adm = core.ADMLoss(0.0, 0.5, divergence="kd")
+    for given in (previous, previous.float()):  # in half the memory
+        weighted = adm(s, t, y, head_s, head_t, previous=given, delta=delta)
+        assert weighted.dtype == torch.float64 and weighted.item() == pytest.approx(0.5 * expected, rel=1e-7)
+    even = core.divergence_kd_loss(similarity, t, y, head_t, previous.softmax(dim=1), torch.full((B,), 0.4).double())
+    torch.testing.assert_close(
+        even, core.divergence_kd_loss(similarity, t, y, head_t, previous.softmax(dim=1), 0.4), rtol=1e-7, atol=0
+    )
+
+
 def test_kd_form_of_divergence_without_a_previous_epoch_or_delta_is_the_ce_form() -> None:
     s, t, y = random_maps()
     head = LinearHead()

@@ -1,0 +1,71 @@
+"""What the tests of the training command share: a small run on real digits, ways to stop it and to compare it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from classification.distiller import OnlineDistiller
+from core.training.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "classification/recipes/digits.yaml"
+TIMES = ("seconds", "images_per_second", "metrics_size")
+# 30 images of 3 digits at 8 pixels: epochs of 12, 12 and 6. The last maps have 128 and 64 channels.
+SMALL = ["--data.classes", "3", "--data.per_class", "10", "--data.image_size", "8", "--batch_size", "12"]
+
+
+def arguments(out: Path, *more: str, method: str = "dml+adm") -> list[str]:
+    fit = ["--fit.epochs", "4", "--fit.log_every", "2", "--fit.device", "cpu", "--fit.trackers", "[]"]
+    return ["--config", str(RECIPE), "--method", method, "--out", str(out), *SMALL, *fit, *more]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Sends SIGTERM to this process during the given steps."""
+    real = OnlineDistiller.after_step
+
+    def after_step(self: OnlineDistiller, batch: Any, progress: Any) -> None:
+        real(self, batch, progress)
+        if progress.step + 1 in steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(OnlineDistiller, "after_step", after_step)
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in TIMES:
+                assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_runs(a: Path, b: Path) -> None:
+    one, two = read_checkpoint(a / "checkpoints/last"), read_checkpoint(b / "checkpoints/last")
+    assert one[0].keys() == {"teacher", "student"}
+    assert_same(one, two)
+    assert metrics(a) == metrics(b)
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (a, b)]
+    for key in ("status", "step", "last", "best", "networks", "selected_on"):
+        assert summaries[0][key] == summaries[1][key], key
+    assert os.readlink(a / "checkpoints/best") == os.readlink(b / "checkpoints/best")

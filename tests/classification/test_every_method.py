@@ -1,0 +1,146 @@
+"""Every method of the table, alone and with ADM, through the command: it learns, resumes exactly, forwards once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import RECIPE, assert_same, metrics, stop_at
+from torch import Tensor
+
+from classification.config import parse_command
+from classification.experiment import build
+from classification.methods import METHODS
+from core.network import stage_maps
+from core.training.checkpoint import read_checkpoint
+from core.training.distiller import Progress
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+Command = Callable[[list[str]], tuple[int, str, str]]
+STUDENT_2 = ["--networks.student_2.name", "cifar_resnet8"]
+TEACHER_2 = ["--networks.teacher_2.name", "cifar_resnet8"]
+LABELS = [f"{method}{adm}" for method in METHODS for adm in ("", "+adm")]
+# Further forms of the methods, each by its flags.
+FORMS: dict[str, list[str]] = {
+    "dml+adm among three": ["--method", "dml+adm", *STUDENT_2],
+    "dml+adm with Eq. 12": ["--method", "dml+adm", "--adm.divergence", "kd", "--adm.consensus", "kd"],
+    "kdcl naive": ["--method", "kdcl", "--kdcl.variant", "naive"],
+    "kdcl linear among three": ["--method", "kdcl", "--kdcl.variant", "linear", *STUDENT_2],
+    "kdcl general": ["--method", "kdcl", "--kdcl.variant", "general", "--data.validation", "0.2"],
+    "switokd 1T2S": ["--method", "switokd+adm", *STUDENT_2],
+    "switokd 2T1S": ["--method", "switokd+adm", *TEACHER_2],
+    "shake with an online teacher": ["--method", "shake+adm", "--shake.online_teacher", "true"],
+    "afd among three": ["--method", "afd", *STUDENT_2],
+}
+
+
+def run_of(label: str, teacher: Path | None = None) -> list[str]:
+    """The flags of a label or form. ``teacher``: a run folder whose teacher SHAKE starts from."""
+    flags = FORMS.get(label, ["--method", label])
+    if label.startswith("shake") and label not in FORMS and teacher is not None:
+        flags = [*flags, "--networks.teacher.weights", str(teacher)]
+    return flags
+
+
+def arguments(out: Path, flags: list[str], *more: str) -> list[str]:
+    """5 digits, 40 images of each, at 8 pixels: 8 epochs of 10 steps."""
+    data = ["--data.classes", "5", "--data.per_class", "40", "--data.image_size", "8", "--batch_size", "20"]
+    fit = ["--fit.epochs", "8", "--schedule.milestones", "[6]", "--fit.log_every", "7", "--fit.device", "cpu"]
+    return ["--config", str(RECIPE), "--out", str(out), *data, *fit, "--fit.trackers", "[]", *flags, *more]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a trained teacher."""
+    from classification.tools.train import main
+
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    assert main(arguments(out, ["--method", "vanilla"])) == 0
+    return out
+
+
+@pytest.mark.parametrize("label", [*LABELS, *FORMS])
+def test_learns_and_resumes_exactly(
+    label: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, teacher: Path
+) -> None:
+    flags = run_of(label, teacher)
+    code, _, said = command(arguments(tmp_path / "whole", flags))
+    assert code == 0, said
+    last = json.loads((tmp_path / "whole/summary.json").read_text())["last"]
+    tops = {name: value for name, value in last.items() if name.endswith("/top1") and not name.startswith("test/")}
+    assert {f"{role}/top1" for role in ("teacher", "student")} <= tops.keys()
+    assert all(value > 50 for value in tops.values()), tops  # 20 is chance
+    argv = arguments(tmp_path / "cut", flags)
+    for stop in (20, 33):  # the end of an epoch, and the middle of one
+        with monkeypatch.context() as patch:
+            stop_at(patch, stop)
+            assert command(argv)[0] == 130
+    assert command(argv)[0] == 0
+    assert_same(*(read_checkpoint(tmp_path / run / "checkpoints/last") for run in ("whole", "cut")))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+
+
+class Forwards:
+    """Counts how often each network's stem and classifier run."""
+
+    def __init__(self, networks: Any) -> None:
+        self.stems: Counter[str] = Counter()
+        self.heads: Counter[str] = Counter()
+        for role, network in networks.items():
+            network.stem.register_forward_hook(lambda *_, role=role: self.stems.update([role]))
+            network.fc.register_forward_hook(lambda *_, role=role: self.heads.update([role]))
+
+
+def step(distiller: Any, batch: dict[str, Any], progress: Progress) -> None:
+    batch = distiller.before_step(batch, progress)
+    for phase in distiller.phases:
+        losses, _ = distiller(batch, progress, phase)
+        total = sum(value for terms in losses.values() for value in terms.values())
+        distiller.backward(losses, total, type("Accelerator", (), {"scaler": None}))
+        distiller.before_update()
+    distiller.after_step(batch, progress)
+
+
+@pytest.mark.parametrize("label", [*LABELS, *FORMS, "dml in turn"])
+def test_a_step_runs_each_network_once(label: str, tmp_path: Path, teacher: Path) -> None:
+    in_turn = label == "dml in turn"
+    flags = ["--method", "dml", "--dml.update", "alternate"] if in_turn else run_of(label, teacher)
+    experiment = build(parse_command(arguments(tmp_path, flags)))
+    distiller = experiment.distiller.train()
+    batch: dict[str, Any] = dict(next(iter(experiment.train_loader(None))))
+    if distiller.method.needs_held_out:
+        distiller.held_out = experiment.evaluation_loader(experiment.split("validation"))
+    counted = Forwards(distiller.networks)
+    step(distiller, batch, Progress(3, 0.3, 80, 8.0))
+    roles = list(distiller.networks)
+    assert counted.stems == dict.fromkeys(roles, len(distiller.phases)), "only updates in turn run a network again"
+    # ADM: one more pass of each head and student or teacher; never more than a head a pair and side.
+    pairs = len(distiller.adm.pairs) if distiller.adm is not None else 0
+    for role in roles:
+        assert counted.heads[role] <= len(distiller.phases) + 2 * pairs, role
+    counted.stems.clear()
+    step(distiller, batch, Progress(10, 1.0, 80, 8.0))  # an epoch's first step
+    held_out = "general" in label  # KDCL's general target looks at 10 + 10 + ... held-out images, one batch
+    assert counted.stems == dict.fromkeys(roles, len(distiller.phases) + held_out)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_the_exported_student_is_the_network_alone(label: str, tmp_path: Path, teacher: Path) -> None:
+    experiment = build(parse_command(arguments(tmp_path, run_of(label, teacher))))
+    distiller = experiment.distiller.eval()
+    plain = build(parse_command(arguments(tmp_path, ["--method", "vanilla"]))).distiller.networks["student"]
+    assert distiller.networks["student"].state_dict().keys() == plain.state_dict().keys()
+    assert distiller.trained()["student"] is distiller.networks["student"]
+    # What ADM compares is what the head is given.
+    output: dict[str, Any] = distiller.outputs(torch.stack([experiment.datasets.train.images[k] for k in range(4)]))
+    for role, said in output.items():
+        torch.testing.assert_close(said.head(said.maps[-1]), said.logits, msg=f"{role}: head(map) is not its logits")
+    view: Tensor = distiller.views(experiment.datasets.train.images[:4])["student"]
+    if not label.startswith("afid"):  # whose networks see each other's attention
+        torch.testing.assert_close(stage_maps(distiller.networks["student"], view)[0], output["student"].maps[-1])

@@ -1,0 +1,106 @@
+"""Which options a method takes: what would have no effect is refused, and messages and help name what there is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from running import RECIPE, arguments
+
+from classification.config import make_parser, parse_command
+from classification.experiment import build
+from classification.methods import METHODS
+from classification.methods.base import NoOptions
+from core.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("quick")
+OTHERS = [name for name in METHODS if name != "dml"]
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(InputError) as error:
+        parse_command(["--config", str(RECIPE), *argv])
+    return str(error.value)
+
+
+@pytest.mark.parametrize("adm", ["", "+adm"])
+@pytest.mark.parametrize("method", OTHERS)
+def test_options_of_another_method_are_refused_with_the_methods_own(method: str, adm: str) -> None:
+    own = ", ".join(f"{method}.{f.name}" for f in fields(METHODS[method].Options))
+    known = f"its options are {own}" if own else "it has no options"
+    assert refusal("--method", method + adm, "--dml.tau", "2") == f"dml.tau does not apply to {method}: {known}"
+
+
+@pytest.mark.parametrize("method", [name for name in OTHERS if METHODS[name].Options is not NoOptions])
+def test_every_methods_options_are_its_own(method: str) -> None:
+    field = next(f for f in fields(METHODS[method].Options) if f.type == "float")
+    value = METHODS[method].Options()
+    changed = getattr(value, field.name) / 2 or 0.5
+    said = refusal("--method", "dml+adm", f"--{method}.{field.name}", str(changed))
+    assert said.startswith(f"{method}.{field.name} does not apply to dml: its options are dml.tau, dml.weight, ")
+    command = parse_command(["--config", str(RECIPE), "--method", method, f"--{method}.{field.name}", str(changed)])
+    assert getattr(command.options, field.name) == changed
+
+
+def test_an_option_counts_wherever_it_comes_from(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("networks: {student: {name: cifar_resnet8}}\ndml: {weights: {teacher: 0.3}}\n")
+    assert refusal("--method", "vanilla", "--dml", "{tau: 2}") == "dml.tau does not apply to vanilla: it has no options"
+    for argv in (["--method", "vanilla"], ["--method", "vanilla+adm"]):
+        with pytest.raises(InputError, match=r"^dml\.weights does not apply to vanilla: it has no options$"):
+            parse_command(["--config", str(recipe), *argv])
+    assert parse_command(["--config", str(recipe), "--method", "dml"]).options.weights == {"teacher": 0.3}
+    # Taken back, and a default that is spelled out, change nothing.
+    parse_command(["--config", str(recipe), "--method", "vanilla", "--dml.weights", "{}"])
+    recipe.write_text("networks: {student: {name: cifar_resnet8}}\ndml: {tau: 1.0, peers: mean}\n")
+    parse_command(["--config", str(recipe), "--method", "vanilla"])
+
+
+@pytest.mark.parametrize("flags", [["--adm.alpha", "0.02"], ["--adm.gamma=1.0"], ["--adm", "{alpha: 0.02}"]])
+def test_adms_options_on_the_command_line_need_adm(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    name = flags[0].lstrip("-").partition("=")[0]
+    expected = f"{name} counts only with +adm: choose --method dml+adm, or leave it out"
+    assert refusal("--method", "dml", *flags) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--config", str(RECIPE), "--method", "dml", *flags])
+        with pytest.raises(InputError, match="counts only with"):
+            parse_command()
+    assert parse_command(["--config", str(RECIPE), "--method", "dml+adm", *flags]).config.adm.alpha in (0.01, 0.02)
+
+
+def test_adms_options_in_a_recipe_serve_its_runs_without_adm() -> None:
+    assert "adm" in yaml.safe_load(RECIPE.read_text())
+    command = parse_command(["--config", str(RECIPE), "--method", "dml", "--out", "adm"])
+    assert "adm" not in command.resolved()
+
+
+def test_messages_and_help_name_every_method() -> None:
+    said = refusal("--method", "0123456789")
+    text = " ".join(make_parser().format_help().split())
+    listed = text.partition("Methods: ")[2].partition(";")[0].split(", ")
+    assert listed == list(METHODS)
+    for name in METHODS:
+        assert f" {name}," in f"{said},".replace(":", ",") and f"{name}+adm" in said
+        if METHODS[name].Options is not NoOptions:
+            assert f"--{name}." in text
+
+
+def test_dml_needs_two_networks(tmp_path: Path, command: Callable[[list[str]], tuple[int, str, str]]) -> None:
+    argv = arguments(tmp_path / "run", "--networks", "{student: {name: cifar_resnet8}}", method="dml")
+    code, _, said = command(argv)
+    assert code == 2 and said == "error: DML needs at least 2 networks, and there is student\n"
+    assert not (tmp_path / "run").exists()
+    alone = arguments(tmp_path / "run", "--networks", "{student: {name: cifar_resnet8}}", method="vanilla")
+    assert list(build(parse_command(alone)).distiller.networks) == ["student"]
+
+
+def test_options_without_effect_are_not_recorded() -> None:
+    argv = ["--config", str(RECIPE), "--method", "vanilla", "--data.noise_exclude_true", "true"]
+    resolved = parse_command(argv).resolved()
+    assert not any(key.startswith("noise") for key in resolved["data"])
+    data = parse_command([*argv, "--data.noise", "0.1"]).resolved()["data"]
+    assert data["noise"] == 0.1 and data["noise_exclude_true"] is True and data["noise_seed"] is None
