@@ -138,7 +138,7 @@ class OnlineDistiller(Distiller):
         self.held_out: Iterable[Batch] | None = None
         self._keeps_logits = type(method).after_step is not Method.after_step or self.previous is not None
         self._logits: list[dict[str, Tensor]] = []  # of the parts of this step (of its last phase)
-        self._gates: list[dict[str, Tensor]] = []
+        self._gates: dict[str, Tensor] = {}  # of this step: 1 where any of its parts trains the role
 
     @property
     def previous(self) -> PreviousPredictions | None:
@@ -201,8 +201,8 @@ class OnlineDistiller(Distiller):
                 if role in gates:  # times 0 and not left out: every process must reduce the same gradients
                     terms = {term: value * gates[role] for term, value in terms.items()}
                 losses.setdefault(role, {}).update(terms)
-        if gates:
-            self._gates.append(dict(gates))
+        for role, gate in gates.items():
+            self._gates[role] = torch.maximum(self._gates[role], gate) if role in self._gates else gate
         if self._keeps_logits:
             self._logits.append({role: output.logits.detach() for role, output in outputs.items()})
         return losses, {f"{role}/paused": 1.0 - gate for role, gate in gates.items()}
@@ -214,9 +214,8 @@ class OnlineDistiller(Distiller):
         if self.method.reduces_itself:
             self.method.before_update([p for group in self.parameter_groups() for p in group["params"]])
         if self._gates:  # the one value that a step reads from the device, and only where a role may pause
-            roles = list(self._gates[0])
-            learns = torch.stack([torch.stack([part[r] for r in roles]) for part in self._gates]).amax(dim=0).tolist()
-            self._gates = []
+            learns = torch.stack(list(self._gates.values())).tolist()
+            roles, self._gates = list(self._gates), {}
             for role, learning in zip(roles, learns, strict=True):
                 if not learning:  # without a gradient, the optimiser skips momentum and weight decay too
                     for parameter in self.parameters_of(role):

@@ -280,6 +280,7 @@ class PreviousPredictions(nn.Module):
                     f"{store.header.parent} does not fit the checkpoint ({role}: {problem}): bring it back as it was "
                     "then, or start anew with another --out"
                 )
+            self._next = state[role]["epoch"], state[role]["current"] // self.loader.batch_size
         self.made = bool(self.stores)
 
 

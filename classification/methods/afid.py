@@ -9,7 +9,6 @@ own head takes. What else unequal networks need is said where it is done.
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from classification.methods.base import Method, Output, Outputs, pairs_of
 from classification.networks.base import CifarNetwork, ConvBN, init_conv
 from core.adapter import Adapter, smaller_size
 from core.adm import Head
-from core.distillation import kd_loss
+from core.distillation import full_precision, kd_loss
 from core.errors import InputError
 from core.training.distiller import Batch, Losses, Progress
 
@@ -55,11 +54,17 @@ class AFIDOptions:
                 raise InputError(f"afid.{name} must not be negative: {getattr(self, name)}")
 
 
-def ramp_weight(epoch: float, ramp: int) -> float:
-    """``w(e) = exp(-5 (1 - min(e, ramp) / ramp)^2)`` with e the whole epochs done; 1 where ``ramp`` is 0."""
+def ramp_weight(epoch: float, ramp: int, like: Tensor) -> Tensor:
+    """``w(e) = exp(-5 (1 - min(e, ramp) / ramp)^2)`` with e the whole epochs done; 1 where ``ramp`` is 0.
+
+    Returns: a scalar on the device of ``like``. From numbers alone, torch.compile would take each epoch's w for a
+    constant, compile anew in every epoch, and give up after eight.
+    """
+    one = full_precision(like.new_ones(()))
     if not ramp:
-        return 1.0
-    return math.exp(-5.0 * (1.0 - min(math.floor(epoch), ramp) / ramp) ** 2)
+        return one
+    e = (one * epoch).floor().clamp(max=ramp)
+    return torch.exp(-5.0 * (1.0 - e / ramp).square())
 
 
 class ChannelAttention(nn.Module):
@@ -261,7 +266,7 @@ class AFID(Method):
         losses = {role: {"ce": F.cross_entropy(output.logits, batch["target"])} for role, output in outputs.items()}
         if options.weight:
             z_1, z_2 = (output.logits for role, output in outputs.items() if role != FUSION)
-            weight = options.weight * ramp_weight(progress.epoch, options.ramp)
+            weight = options.weight * ramp_weight(progress.epoch, options.ramp, z_1)
             for role, output in outputs.items():
                 imitated = (z_1 + z_2) / 2 if role == FUSION else outputs[FUSION].logits
                 losses[role]["kd"] = weight * kd_loss(output.logits, imitated, options.tau)

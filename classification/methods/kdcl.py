@@ -65,6 +65,7 @@ def naive_target(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(0, best[None, :, None].expand(1, *logits.shape[1:])).squeeze(0)
 
 
+@torch.compiler.disable  # it would unroll the solvers' loops: minutes of compilation
 def linear_weights(logits: Tensor, targets: Tensor) -> Tensor:
     """KDCL-Linear: for each sample the ``a`` on the simplex that minimises ``CE(sum_i a_i z_i, y)``, which is convex.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +177,8 @@ def classifier_of(network: nn.Module) -> nn.Linear:
     Raises: InputError where it does not, or where they are no linear layer.
     """
     network = getattr(network, "model", network)  # the timm model inside a layout adapter
-    classifier = network.get_classifier() if hasattr(network, "get_classifier") else None
+    get_classifier: Any = getattr(network, "get_classifier", lambda: None)
+    classifier = get_classifier()
     if not isinstance(classifier, nn.Linear):
         raise InputError(f"shake needs a teacher that ends with one linear layer, {type(network).__name__} does not")
     return classifier

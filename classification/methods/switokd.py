@@ -92,7 +92,8 @@ class SwitOKD(Method):
     learning mode, anew for each batch. The teacher minimises the same, its imitation of a student only if that pair is
     in learning mode, and the rest only if any of its pairs is. Otherwise it is paused: the optimiser skips it, momentum
     and weight decay included, and it gets nothing from ADM; it is still forwarded in training mode, so that its
-    BatchNorm statistics move on, and its learning rate falls as if it were trained.
+    BatchNorm statistics move on, and its learning rate falls as if it were trained. Its logged losses are 0 then;
+    ``teacher/paused`` is the share of such batches.
 
     With gradient accumulation each part of a batch decides for itself: a part in expert mode adds nothing to the
     teacher's gradient, and the optimiser skips the teacher only where every part is.

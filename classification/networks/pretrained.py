@@ -69,15 +69,15 @@ def check_weights(file: Path, role: str, architecture: str, num_classes: int, sh
 
 
 def file_hash(file: Path, expected: str | None = None) -> str:
-    """The SHA-256 of a file. Raises: InputError where it is not the ``expected`` one: the file has changed."""
+    """The SHA-256 of a file. Raises: InputError where it is not the ``expected`` one (the file has changed)."""
     digest = hashlib.sha256()
     with open(file, "rb") as opened:
         while block := opened.read(1 << 20):
             digest.update(block)
     if expected is not None and digest.hexdigest() != expected:
         raise InputError(
-            f"{file} has changed: its SHA-256 is {digest.hexdigest()[:16]}..., and {expected[:16]}... is on record: "
-            "put the old file back, or start a new run"
+            f"{file} is not the weight file on record: its SHA-256 is {digest.hexdigest()[:12]}..., and not "
+            f"{expected[:12]}...: put that file back, or start a new run"
         )
     return digest.hexdigest()
 

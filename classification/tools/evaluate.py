@@ -141,10 +141,12 @@ def table(report: dict[str, Any]) -> str:
     values = report["values"]
     what = f"{report['run']} at {report['checkpoint']}" if "run" in report else report["weights"]
     rows = [["role", "network", "parameters", "top-1 %", "top-5 %", "NLL nats", "ECE %"]]
-    for role, network in report["networks"].items():
+    for role in [key.removesuffix("/top1") for key in values if key.endswith("/top1")]:
+        network = report["networks"].get(role)  # none of a role that a method adds
         top1, top5, nll, ece = (values[f"{role}/{score}"] for score in ("top1", "top5", "nll", "ece"))
         scores = [f"{top1:.2f}", f"{top5:.2f}", f"{nll:.4f}", f"{ece:.2f}"]
-        rows.append([role, network["name"], f"{network['parameters']:,}", *scores])
+        parameters = f"{network['parameters']:,}" if network else "-"
+        rows.append([role, network["name"] if network else "-", parameters, *scores])
     lines = [f"{what}: {report['data']['name']}, {report['split']}, {report['images']:,} images", *align(rows)]
     if KEYS[0] in values:
         numbers = [f"{values[key]:.4f}" for key in KEYS]

@@ -7,6 +7,7 @@ The same command again resumes where the run stopped. Several processes: `accele
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if command.dry_run:
         return dry_run(command)
-    run = RunFolder(config.out, command.resolved(), main=is_main_process(), free=FREE_KEYS)
+    moved = [f"networks.{role}.weights" for role, c in config.networks.items() if c.weights]  # of the same hash
+    run = RunFolder(config.out, command.resolved(), main=is_main_process(), free=(*FREE_KEYS, *moved))
     if run.finished:
         run.log(f"{run.path} is finished; its results are in {run.path / 'summary.json'}")
         return DONE
@@ -146,9 +148,10 @@ def dry_run(command: Any) -> int:
         started = time.perf_counter()
         batch = distiller.before_step(batch, progress)
         for phase in distiller.phases:
-            losses, _ = module(batch, progress, phase)
-            total = sum(value for terms in losses.values() for value in terms.values())
-            distiller.backward(losses, total, accelerator)
+            with accelerator.no_sync(module) if distiller.reduces_itself else contextlib.nullcontext():
+                losses, _ = module(batch, progress, phase)
+                total = sum(value for terms in losses.values() for value in terms.values())
+                distiller.backward(losses, total, accelerator)
             distiller.before_update()
             optim.step()
             optim.zero_grad()

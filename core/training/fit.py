@@ -173,7 +173,7 @@ def fit(
                 factor = now
                 for group, rate in zip(optim.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
-            batch = {k: _to(v, accelerator.device) for k, v in next(batches).items()}
+            batch: Batch = {k: _to(v, accelerator.device) for k, v in next(batches).items()}
             batch = distiller.before_step(batch, progress)
             for phase in distiller.phases:
                 for part, share, final in _parts(batch, config.accumulate):
@@ -372,7 +372,7 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
-def _parts(batch: dict[str, Any], parts: int) -> Iterator[tuple[dict[str, Any], float, bool]]:
+def _parts(batch: Batch, parts: int) -> Iterator[tuple[Batch, float, bool]]:
     """The batch in ``parts`` pieces: (piece, its share of the gradient, whether it is the last)."""
     weight = float(batch.get("weight", 1.0))
     if parts == 1:

@@ -188,6 +188,7 @@ def logit_loss(logits: Mapping[str, Tensor], role: str, target: Tensor, options:
 
 
 SAME = {"teacher": (4, 2), "student": (4, 2)}
+SIZES = {"teacher": (4, 2), "student": (4, 1)}
 THREE = {"teacher": (6, 2), "teacher_2": (5, 1), "student": (4, 2)}
 
 
@@ -196,7 +197,7 @@ THREE = {"teacher": (6, 2), "teacher_2": (5, 1), "student": (4, 2)}
     [
         (MEMBERS, AFDOptions()),
         (SAME, AFDOptions(tau=3.0, weight=0.7, adversarial=0.3)),
-        ({"teacher": (4, 2), "student": (4, 1)}, AFDOptions()),  # another size alone
+        (SIZES, AFDOptions()),
         (THREE, AFDOptions(tau=2.0)),
     ],
     ids=["unequal", "equal", "sizes", "three"],
@@ -246,14 +247,22 @@ def test_a_discriminator_gives_a_probability_for_each_location() -> None:
         assert probability.min() > 0 and probability.max() < 1
 
 
-def test_maps_of_one_shape_need_no_transfer_layer() -> None:
-    method = AFD()
-    distiller_of(method, members=SAME)
-    assert not list(method.transfers.parameters())
-    method = AFD()
-    distiller_of(method, members=THREE)  # 6 x 4 x 4, 5 x 8 x 8, 4 x 4 x 4
-    assert [t.layers[0].weight.shape for t in method.transfers.values()] == [(6, c, 1, 1) for c in (6, 5, 4)]  # type: ignore[union-attr]
-    assert {t.size for t in method.transfers.values()} == {(4, 4)}
+@pytest.mark.parametrize(
+    ("members", "widths"), [(SAME, None), (SIZES, (4, 4)), (MEMBERS, (6, 4)), (THREE, (6, 5, 4))], ids=str
+)
+def test_maps_of_one_shape_alone_need_no_transfer_layer(
+    members: dict[str, tuple[int, int]], widths: tuple[int, ...] | None
+) -> None:
+    method: Any = AFD()
+    distiller = distiller_of(method, members=members)
+    views = distiller.views(images(2))
+    made = [method.transfers[r](n.forward_features(views[r])).shape for r, n in distiller.networks.items()]  # type: ignore[operator]
+    assert set(made) == {(2, max(channels for channels, _ in members.values()), 4, 4)}
+    if widths is None:
+        assert not list(method.transfers.parameters())
+    else:
+        kernels = [t.layers[0].weight.shape for t in method.transfers.values()]
+        assert kernels == [(max(widths), width, 1, 1) for width in widths]
 
 
 # --- who is trained by what -------------------------------------------------------------------------------------------
@@ -301,6 +310,10 @@ def test_each_term_trains_its_own_and_nothing_else(members: dict[str, tuple[int,
         assert trained_by(distiller, role, "kd") == (whole, set())
         assert trained_by(distiller, role, "generator") == (set(), {f"{role}.stages", f"T.{role}"})
         assert trained_by(distiller, role, "discriminator") == (set(), {f"D.{role}"})
+        loss_d = distiller(batch_of(), START)[0][role]["discriminator"]
+        found = torch.autograd.grad(loss_d, list(distiller.parameters()), allow_unused=True)
+        reached = dict(zip(distiller.parameters(), found, strict=True))
+        assert owners(distiller, reached) == {f"D.{role}"}  # its maps are detached
 
 
 def test_with_adm_its_terms_and_adapters_belong_to_the_sgd() -> None:

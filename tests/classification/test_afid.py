@@ -230,7 +230,9 @@ def test_fusion_pools_to_the_smaller_size() -> None:
     ],
 )
 def test_ramp(epoch: float, ramp: int, wanted: float) -> None:
-    assert ramp_weight(epoch, ramp) == pytest.approx(wanted, rel=1e-12)
+    assert ramp_weight(epoch, ramp, random(1)).item() == pytest.approx(wanted, rel=1e-12)
+    weight = ramp_weight(epoch, ramp, torch.ones(1, dtype=torch.bfloat16))
+    assert weight.dtype == torch.float32 and weight.item() == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,20 @@ RECIPE = ROOT / "classification/recipes/digits.yaml"
 # 33 images in batches of 14, 14 and 5 (a last batch of 3 and 2), and 107 test images.
 SMALL = ["--data.classes", "3", "--data.per_class", "11", "--data.image_size", "8", "--batch_size", "14"]
 FIT = ["--fit.device", "cpu", "--fit.trackers", "[]", "--progress_bar", "false"]
-FROZEN = {"plain": [], "accumulated": ["--fit.accumulate", "3"], "alternate": ["--dml.update", "alternate"]}
+FROZEN = {
+    "plain": [],
+    "accumulated": ["--fit.accumulate", "3"],
+    "alternate": ["--dml.update", "alternate"],
+    "three": ["--networks.student_2.name", "cifar_resnet8"],
+    "noise": ["--data.noise", "0.3"],
+    "kdcl": ["--method", "kdcl"],
+    "kdcl linear": ["--method", "kdcl+adm", "--kdcl.variant", "linear"],
+    "switokd": ["--method", "switokd+adm"],
+    "shake": ["--method", "shake+adm", "--shake.online_teacher", "true"],
+    "afd": ["--method", "afd+adm"],
+    # Of seed 0, a ReLU flips by rounding alone, in one process with --fit.accumulate 5 too.
+    "afid": ["--method", "afid+adm", "--seed", "1"],
+}
 LIVE = ["--fit.epochs", "3", "--fit.log_every", "2"]
 
 
@@ -58,7 +71,8 @@ def frozen(out: Path, name: str) -> list[list[Tensor | None]]:
         gradients.append([None if p.grad is None else p.grad.clone() for p in parameters])
         real(self, closure)
 
-    more = ["--fit.epochs", "1", "--fit.log_every", "1", "--optimizer.lr", "0.01", "--adm.phi_loss", "feature"]
+    phi = [] if name == "kdcl" else ["--adm.phi_loss", "feature"]  # without ADM it is refused
+    more = ["--fit.epochs", "1", "--fit.log_every", "1", "--optimizer.lr", "0.01", *phi]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.BatchNorm2d, "train", lambda self, mode=True: nn.Module.train(self, False))
         patch.setattr(torch.optim.SGD, "step", step)

@@ -183,7 +183,8 @@ def test_hugging_face_sets_equal_folders(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_compiled_run_learns_what_the_plain_one_does(folder: Path, tmp_path: Path, command: Command) -> None:
-    more = ["--fit.precision", "fp32", "--fit.steps", "2", "--fit.log_every", "1", "--fit.accumulate", "1"]
+    networks = ["--networks.student.name", "resnet10t"]  # with few layers, or it compiles for minutes
+    more = [*networks, "--fit.precision", "fp32", "--fit.steps", "2", "--fit.log_every", "1"]
     logged: dict[str, list[dict[str, Any]]] = {}
     for compiled in ("false", "true"):
         out = tmp_path / compiled
@@ -192,16 +193,18 @@ def test_a_compiled_run_learns_what_the_plain_one_does(folder: Path, tmp_path: P
         logged[compiled] = [line for line in metrics(out) if line["kind"] == "train"]
     assert [line["step"] for line in logged["true"]] == [1, 2]
     for plain, compiled_line in zip(logged["false"], logged["true"], strict=True):
-        assert plain.keys() == compiled_line.keys() >= {"teacher/divergence", "student/consensus", "student/phi"}
+        assert plain.keys() == compiled_line.keys() >= {"teacher/divergence", "student/consensus", "student/feature"}
         for name, value in plain.items():
             if "/" in name:
                 assert compiled_line[name] == pytest.approx(value, rel=5e-3), name
 
 
 @pytest.mark.slow
-def test_the_recipe_learns_to_tell_photographs_apart(folder: Path, tmp_path: Path, command: Command) -> None:
-    networks = ["--networks.teacher.name", "resnet18", "--networks.student.name", "resnet10t"]
-    argv = arguments(folder, tmp_path / "run", *networks, "--fit.precision", "fp32", "--fit.epochs", "15")
+def test_networks_learn_to_tell_photographs_apart(folder: Path, tmp_path: Path, command: Command) -> None:
+    """At a rate for 32 images: over epochs 7 to 12 both networks stay well below a guess's cross-entropy."""
+    more = ["--networks.student.name", "resnet10t", "--fit.precision", "fp32", "--fit.accumulate", "1"]
+    duration = ["--fit.epochs", "12", "--fit.log_every", "24", "--fit.evaluate_every", "48"]
+    argv = arguments(folder, tmp_path / "run", *more, *duration, "--optimizer.lr", "0.003")
     assert command(argv)[0] == 0
-    last = json.loads((tmp_path / "run/summary.json").read_text())["last"]
-    assert min(last["teacher/top1"], last["student/top1"]) > 50  # chance: 25
+    last = [line for line in metrics(tmp_path / "run") if line["kind"] == "train"][-1]
+    assert last["step"] == 48 and max(last["teacher/ce"], last["student/ce"]) < 0.8 * math.log(4)

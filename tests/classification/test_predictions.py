@@ -413,6 +413,7 @@ def test_a_checkpoint_names_what_a_resume_needs(tmp_path: Path) -> None:
         attach(fresh, tmp_path, datasets)
         fresh.load_state_dict({"adm.previous._extra_state": state}, strict=False)
         assert fresh.previous is not None and fresh.previous.made
+        assert fresh.previous.get_extra_state() == state  # a checkpoint from here says the same
 
     resume(datasets, state)
     with pytest.raises(InputError, match="with samples 11, this one has 10: resume with the data set"):
