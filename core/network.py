@@ -159,7 +159,7 @@ def as_network(model: nn.Module, images: Tensor | None = None) -> nn.Module:
     if tokens or hasattr(model, "num_prefix_tokens") or getattr(model, "output_fmt", "NCHW") == "NLC":
         return TokenFeatures(model)
     if images is not None:
-        with torch.no_grad(), _preserved(model, images):
+        with torch.no_grad(), preserved(model, images):
             features = model.eval().forward_features(images)  # type: ignore[operator]
         if isinstance(features, Tensor) and features.dim() == 3:
             return TokenFeatures(model)
@@ -167,7 +167,7 @@ def as_network(model: nn.Module, images: Tensor | None = None) -> nn.Module:
 
 
 @contextmanager
-def _preserved(network: nn.Module, images: Tensor) -> Iterator[Callable[[], None]]:
+def preserved(network: nn.Module, images: Tensor) -> Iterator[Callable[[], None]]:
     """Puts modes, buffers and random state back in the end; yields a function that puts the buffers back at once."""
     modes = [(module, module.training) for module in network.modules()]
     # The buffer itself and its value: some networks (ConViT) replace a buffer by one of another shape.
@@ -216,7 +216,7 @@ def check_network(network: nn.Module, images: Tensor, role: str = "network") -> 
     generator = torch.Generator().manual_seed(0)
     zeros = [p for p in network.parameters() if p.dim() == 2 and not p.any()]
     head: Callable[[Tensor], Tensor] = network.forward_head  # type: ignore[assignment]
-    with _preserved(network, images) as reset:
+    with preserved(network, images) as reset:
         try:
             for p in zeros:  # a classifier that starts at zero (Mixer, Hiera) would hide what its map does
                 p.copy_(torch.randn(p.shape, generator=generator))

@@ -22,7 +22,7 @@ from classification.methods.base import Method, Outputs
 from core.adapter import pool_to
 from core.distillation import full_precision, mutual_loss
 from core.errors import InputError
-from core.network import _preserved, stage_maps
+from core.network import preserved, stage_maps
 from core.training.distiller import Batch, Losses, Progress, backward
 from core.training.fit import FitConfig
 
@@ -215,7 +215,7 @@ def last_map(network: nn.Module, images: Tensor) -> tuple[tuple[int, int, int], 
     Leaves buffers, modes and random state as they were.
     """
     trained = [p for p in network.parameters() if p.requires_grad]
-    with _preserved(network, images), torch.enable_grad():
+    with preserved(network, images), torch.enable_grad():
         final, _ = stage_maps(network.eval(), images)
         gradients = torch.autograd.grad(final.sum(), trained, allow_unused=True)
     c, h, w = final.shape[1:]

@@ -104,7 +104,7 @@ def dry_run(command: Any) -> int:
     from classification.experiment import build, check_batch
     from classification.flops import count_forward
     from classification.predictions import check_saves
-    from core.training.distiller import Progress
+    from core.training.distiller import Batch, Progress
     from core.training.fit import durations, make_accelerator
 
     config = command.config
@@ -121,10 +121,10 @@ def dry_run(command: Any) -> int:
         check_saves(config.fit, len(loader))
     module = accelerator.prepare(distiller)
     batches = iter(loader)
-    batch = {k: v.to(accelerator.device) if hasattr(v, "to") else v for k, v in next(batches).items()}
+    batch: Batch = {k: v.to(accelerator.device) if hasattr(v, "to") else v for k, v in next(batches).items()}
     networks, added = count_forward(distiller, batch)
     for role, output in distiller.outputs(batch["image"][:2]).items():
-        network = distiller.networks[role] if role in distiller.networks else distiller.method
+        network = {**distiller.networks}.get(role, distiller.method)  # a role that the method adds is its own module
         maps = ", ".join("x".join(map(str, m.shape[1:])) for m in output.maps)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         name = distiller.configs[role].name if role in distiller.configs else type(network).__name__
@@ -137,7 +137,7 @@ def dry_run(command: Any) -> int:
     if added is not None:
         share = 100 * added.total / sum(2 * network.macs for network in networks.values())
         print(f"ADM adds {added.total / 1e6:.3g} MFLOPs an image ({share:.3g} % of the networks together)")
-        print(f"  {added.macs / 1e6:.3g} M multiply-accumulates (heads, phi) and {added.others / 1e6:.3g} MFLOPs besides")
+        print(f"  {added.macs / 1e6:.3g} M multiply-accumulates (heads, phi), {added.others / 1e6:.3g} MFLOPs besides")
     if experiment.noise is not None:
         changed = int((experiment.noise.given != experiment.noise.true).sum())
         print(f"noisy labels: {len(experiment.noise.index):,} drawn anew, {changed:,} of them are wrong")
@@ -155,6 +155,7 @@ def dry_run(command: Any) -> int:
             distiller.before_update()
             optim.step()
             optim.zero_grad()
+        distiller.after_step(batch, progress)
         total.item()
         seconds.append(time.perf_counter() - started)
     step = min(seconds[1:])

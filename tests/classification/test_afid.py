@@ -30,7 +30,7 @@ from classification.methods.afid import (
 from classification.networks import create_network
 from classification.tools.evaluate import parse_options, weights_command
 from core.adapter import Adapter
-from core.adm import spatial_similarity
+from core.adm import ADMLoss
 from core.errors import InputError
 from core.network import stage_maps
 from core.training.checkpoint import save_checkpoint
@@ -100,7 +100,7 @@ def sigmoid(value: float) -> float:
 def naive_m(attention: SpatialAttention, x: Tensor) -> Tensor:
     """m of one image ``[C, H, W]``, number by number."""
     channels, height, width = x.shape
-    down, up = (attention.channel.f[k].weight.flatten(1).tolist() for k in (0, 2))  # type: ignore[union-attr, operator]
+    down, up = (attention.channel.f[k].weight.flatten(1).tolist() for k in (0, 2))  # type: ignore[operator]
     values = x.tolist()
     pooled = []
     for pool in (lambda v: sum(v) / len(v), max):
@@ -132,11 +132,11 @@ def test_spatial_attention_and_the_crosswise_interaction() -> None:
     interaction = Interaction(32, 32).double()
     (attention,) = interaction.attentions
     assert attention.channel.f[0].weight.shape == (2, 32, 1, 1)  # type: ignore[union-attr, index]
-    y_1, y_2 = interaction(x_1, x_2)
+    for_1, for_2 = interaction(x_1, x_2)
+    assert for_1.shape == for_2.shape == (2, 1, 3, 4)
     for b in range(2):
-        m_1, m_2 = naive_m(attention, x_1[b]), naive_m(attention, x_2[b])  # type: ignore[arg-type]
-        torch.testing.assert_close(y_1[b], m_2 * x_1[b])
-        torch.testing.assert_close(y_2[b], m_1 * x_2[b])
+        torch.testing.assert_close(for_1[b, 0], naive_m(attention, x_2[b]))  # type: ignore[arg-type]
+        torch.testing.assert_close(for_2[b, 0], naive_m(attention, x_1[b]))  # type: ignore[arg-type]
     assert len(list(interaction.parameters())) == 3  # two 1x1 and one 7x7: shared, no biases
 
 
@@ -144,23 +144,24 @@ def test_unequal_maps_have_their_own_attention_and_m_is_resized() -> None:
     interaction = Interaction(8, 6).double()
     first, second = interaction.attentions
     x_1, x_2 = random(2, 8, 4, 4), random(2, 6, 2, 2)
-    y_1, y_2 = interaction(x_1, x_2)
+    for_1, for_2 = interaction(x_1, x_2)
     for b in range(2):
         small = naive_m(second, x_2[b])  # type: ignore[arg-type]
         # Bilinear from 2 to 4 positions lies at -0.25, 0.25, 0.75, 1.25 of the small grid, clamped to it.
         line = torch.tensor([[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]], dtype=torch.float64)
-        torch.testing.assert_close(y_1[b], (line @ small @ line.T) * x_1[b])
+        torch.testing.assert_close(for_1[b, 0], line @ small @ line.T)
         large = naive_m(first, x_1[b])  # type: ignore[arg-type]
         # ... and from 4 to 2 at 0.5 and 2.5: the middle of the two in the half.
         half = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]], dtype=torch.float64)
-        torch.testing.assert_close(y_2[b], (half @ large @ half.T) * x_2[b])
+        torch.testing.assert_close(for_2[b, 0], half @ large @ half.T)
 
 
 def test_gradients_of_the_interaction() -> None:
     interaction = Interaction(3, 2).double()
     inputs = (random(1, 3, 3, 3).requires_grad_(), random(1, 2, 2, 2, seed=5).requires_grad_())
     assert torch.autograd.gradcheck(interaction, inputs)
-    assert ChannelAttention(3).f[0].weight.shape[0] == 1  # type: ignore[union-attr]
+    narrow: Any = ChannelAttention(3).f[0]
+    assert narrow.weight.shape[0] == 1
 
 
 def naive_fusion(head: FusionHead, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -168,7 +169,7 @@ def naive_fusion(head: FusionHead, maps: Sequence[Tensor]) -> tuple[Tensor, Tens
     x = []
     for phi, one in zip(head.adapters, maps, strict=True):
         weight = None if phi.conv is None else phi.conv.weight[:, :, 0, 0]  # type: ignore[union-attr, index]
-        x += list(one.unbind(1) if weight is None else torch.einsum("oc,bchw->bohw", weight, one).unbind(1))  # type: ignore[arg-type]
+        x += list(one.unbind(1) if weight is None else torch.einsum("oc,bchw->bohw", weight, one).unbind(1))
 
     def normalised(channel: Tensor, bn: nn.BatchNorm2d, c: int) -> Tensor:
         mean = channel.sum() / channel.numel()
@@ -206,7 +207,7 @@ def test_fusion_head(widths: tuple[int, int]) -> None:
     torch.testing.assert_close(fused, wanted)
     torch.testing.assert_close(head.forward_head(fused), logits)
     # Only the wider map has a 1x1 in front, and only where widths differ.
-    assert [phi.conv is not None for phi in head.adapters] == [c > min(widths) for c in widths]  # type: ignore[union-attr]
+    assert [phi.conv is not None for phi in head.adapters] == [c > min(widths) for c in widths]
 
 
 def test_fusion_pools_to_the_smaller_size() -> None:
@@ -246,6 +247,7 @@ def test_whole_method_against_a_naive_one(names: Mapping[str, str], tau: float, 
     losses = method.losses(outputs, {"target": target}, Progress(7, 3.5, 10, 5.0))
 
     def crosswise(interaction: Interaction, maps: list[Tensor]) -> list[Tensor]:
+        """x_1 <- m_2 x_1, x_2 <- m_1 x_2."""
         m = [
             torch.stack([naive_m(interaction.attentions[-k], image) for image in one])  # type: ignore[arg-type]
             for k, one in enumerate(maps)
@@ -264,6 +266,8 @@ def test_whole_method_against_a_naive_one(names: Mapping[str, str], tau: float, 
     ]
     fused, z_f = naive_fusion(method.fusion, lasts)
     torch.testing.assert_close(outputs[FUSION].maps, [fused])
+    for role, last in zip(names, lasts, strict=True):
+        torch.testing.assert_close(outputs[role].maps[-1], last)
     assert list(outputs) == [*names, FUSION]
 
     p = lambda logits: [[math.exp(v) / sum(map(math.exp, row)) for v in row] for row in logits.tolist()]  # noqa: E731
@@ -315,8 +319,20 @@ def test_gradients_cross_over() -> None:
     second = {name for name in every if name.startswith("attention.1.")}
     for term in ("ce", "kd"):
         assert reached(losses[FUSION][term]) == every - fc["teacher"] - fc["student"] - second, term
-    total = sum(value for terms in losses.values() for value in terms.values())
+    total = torch.stack([value for terms in losses.values() for value in terms.values()]).sum()
     assert reached(total) == every  # DistributedDataParallel waits for each
+
+
+@pytest.mark.parametrize("names", [UNEQUAL, EQUAL])
+def test_the_feature_loss_cannot_shrink_the_maps_by_the_last_attention(names: Mapping[str, str]) -> None:
+    distiller = distiller_of(names, ADMConfig())
+    losses, _ = distiller(batch_of(), START)
+    last: Any = distiller.method.after_stages
+    for term, reaches in (("feature", False), ("consensus", True), ("ce", True)):
+        gradients = torch.autograd.grad(
+            losses["student"][term], list(last.parameters()), retain_graph=True, allow_unused=True
+        )
+        assert any(g is not None and g.abs().max() > 0 for g in gradients) == reaches, term
 
 
 @pytest.mark.parametrize("adm", [None, ADMConfig(0.3, 0.7, 0.5)])
@@ -428,21 +444,28 @@ def test_attention_of_one_hands_out_the_networks_own_maps(
                 assert torch.equal(own, wanted)
                 assert interacted.shape == wanted.shape and not torch.allclose(interacted, wanted)
             assert torch.equal(plain[role].logits, network(x))
+            head: Any = network.forward_head  # the second interaction is inside the method's own head
+            assert not torch.allclose(real[role].logits, head(real[role].maps[-1]))
 
 
+@pytest.mark.parametrize("consensus", ["ce", "kd"])
 @pytest.mark.parametrize("names", [UNEQUAL, EQUAL])
-def test_attention_leaves_adms_similarity_alone(names: Mapping[str, str]) -> None:
+def test_adm_is_what_it_would_be_behind_the_second_interaction(names: Mapping[str, str], consensus: Any) -> None:
     method, networks, x = prepared(names)
-    plain = copy.deepcopy(method)
-    without_interaction(plain).after_stem = copy.deepcopy(method.after_stem)  # only the second interaction is off
-    views = dict.fromkeys(networks, x)
     with torch.no_grad():
-        real, own = method(networks, views), plain(networks, views)
-        phi = Adapter(real["student"].maps[-1].shape[1], real["teacher"].maps[-1].shape[1]).double()
-        similarities = [spatial_similarity(phi(o["student"].maps[-1]), o["teacher"].maps[-1]) for o in (real, own)]
-    assert not torch.allclose(real["student"].maps[-1], own["student"].maps[-1])
-    torch.testing.assert_close(similarities[0], similarities[1])
-    assert similarities[0].std() > 0.05
+        outputs = method(networks, dict.fromkeys(networks, x))
+        s, t = outputs["student"], outputs["teacher"]
+        m_s, m_t = method.after_stages(t.maps[-1], s.maps[-1])[::-1]
+        channels = s.maps[-1].shape[1], t.maps[-1].shape[1]
+        adm = ADMLoss(0.3, 0.7, Adapter(*channels), consensus=consensus, train_adapter=False).double()
+        target = torch.tensor([0, 3, 1, 3])
+        before = adm.terms(s.maps[-1], t.maps[-1], target, s.head, t.head)
+        heads = [networks[role].forward_head for role in ("student", "teacher")]
+        behind = adm.terms(m_s * s.maps[-1], m_t * t.maps[-1], target, *heads)  # type: ignore[arg-type]
+    assert before.keys() == behind.keys() == {"consensus", "divergence"}
+    for term, value in before.items():
+        torch.testing.assert_close(value, behind[term], rtol=1e-9, atol=0.0)
+    assert m_s.std() > 0.001 and m_t.std() > 0.001  # or nothing would be shown
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -471,7 +494,7 @@ def test_the_fusion_head_steps_by_nesterov(momentum: float, nesterov: bool) -> N
     for k in range(2):
         optim.zero_grad()
         losses, _ = distiller(batch_of(), START)
-        sum(v for terms in losses.values() for v in terms.values()).backward()  # type: ignore[union-attr]
+        torch.stack([value for terms in losses.values() for value in terms.values()]).sum().backward()
         wanted = {}
         for p, decay, looks_ahead in ((attention, 0.5, nesterov), (fusion, 1e-5, True)):
             gradient = p.grad + decay * p.detach()

@@ -75,7 +75,7 @@ def test_learns_and_resumes_exactly(
     last = json.loads((tmp_path / "whole/summary.json").read_text())["last"]
     tops = {name: value for name, value in last.items() if name.endswith("/top1") and not name.startswith("test/")}
     assert {f"{role}/top1" for role in ("teacher", "student")} <= tops.keys()
-    assert all(value > 50 for value in tops.values()), tops  # 20 is chance
+    assert all(value > 35 for value in tops.values()), tops  # 20 is chance, 3 its standard deviation
     argv = arguments(tmp_path / "cut", flags)
     for stop in (20, 33):  # the end of an epoch, and the middle of one
         with monkeypatch.context() as patch:

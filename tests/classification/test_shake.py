@@ -330,8 +330,9 @@ def test_every_logit_is_standardised_and_every_head_says_it(options: SHAKEOption
             assert torch.equal(z.argmax(1), raw.argmax(1))
 
 
-def test_the_shadow_stands_on_the_teachers_activated_maps() -> None:
-    distiller = distiller_of()
+@pytest.mark.parametrize("name", ["cifar_wrn_10_2", "cifar_vgg8"])  # three stages, four stages
+def test_the_shadow_stands_on_the_teachers_last_three_maps_activated(name: str) -> None:
+    distiller = distiller_of(teacher=name)
     x = images(4)
     shadow = distiller.outputs(x)["shadow"]
     network: Any = distiller.networks["teacher"]
@@ -339,9 +340,9 @@ def test_the_shadow_stands_on_the_teachers_activated_maps() -> None:
     distiller.eval()
     with torch.no_grad():
         final, maps = network.forward_intermediates(distiller.views(x)["teacher"])
-        w = head(*(f.clamp_min(0) for f in (maps[1], maps[2], final)))
+        w = head(*(f.clamp_min(0) for f in (maps[-3], maps[-2], final)))
         raw = w.mean((2, 3)) @ network.fc.weight.T + network.fc.bias
-    assert min(f.min() for f in maps[1:]) < 0  # they were not
+    assert min(f.min() for f in maps[-3:]) < 0  # they were not
     assert len(shadow.maps) == 1
     torch.testing.assert_close(shadow.maps[0], w)
     torch.testing.assert_close(shadow.logits, standardise(raw, C))
