@@ -165,16 +165,16 @@ def check_batch(experiment: Experiment, processes: int) -> None:
         raise InputError(f"batch_size {batch_size} cannot be shared by {processes} process(es) x {parts} part(s)")
     share, last = batch_size // processes, len(experiment.datasets.train) % batch_size // processes
     smallest = min(share, last) if last >= 2 else share  # the loader drops a last batch of fewer than 2
-    if smallest < parts:  # the processes would split it into different numbers of parts, and wait for each other
-        raise InputError(
-            f"batch_size {batch_size}: the last batch of an epoch ({last} images a process) is fewer than "
-            f"{parts} parts: change --batch_size or lower --fit.accumulate"
-        )
     if smallest < 2 * parts and any(has_batchnorm(network) for network in experiment.distiller.networks.values()):
         where = "" if smallest == share else f" in the last batch of an epoch ({last} images a process)"
         raise InputError(
             f"batch_size {batch_size} over {processes} process(es) and {parts} part(s) leaves BatchNorm one image at a "
             f"time{where}: change --batch_size or lower --fit.accumulate"
+        )
+    if smallest < parts:  # the processes would split it into different numbers of parts, and wait for each other
+        raise InputError(
+            f"batch_size {batch_size}: the last batch of an epoch ({last} images a process) is fewer than "
+            f"{parts} parts: change --batch_size or lower --fit.accumulate"
         )
 
 

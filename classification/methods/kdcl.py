@@ -65,7 +65,6 @@ def naive_target(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(0, best[None, :, None].expand(1, *logits.shape[1:])).squeeze(0)
 
 
-@torch.compiler.disable  # it would unroll the solvers' loops: minutes of compilation
 def linear_weights(logits: Tensor, targets: Tensor) -> Tensor:
     """KDCL-Linear: for each sample the ``a`` on the simplex that minimises ``CE(sum_i a_i z_i, y)``, which is convex.
 
@@ -126,6 +125,9 @@ class KDCL(Method):
         super().__init__(options, with_adm=with_adm)
         self.views = self.options.views or ("shared" if with_adm else "separate")
         self.needs_held_out = self.options.variant == "general"
+        self.linear_weights = linear_weights
+        if self.options.variant == "linear":  # compiled, its loops would be unrolled: minutes of compilation
+            self.linear_weights = torch.compiler.disable(linear_weights)
         if with_adm and self.views == "separate":
             raise InputError(
                 "kdcl.views separate does not go with ADM: under separate crops and flips, location (i, j) of the two "
@@ -169,7 +171,7 @@ class KDCL(Method):
         if variant == "naive":
             return naive_target(z, targets)
         if variant == "linear":
-            return combine(linear_weights(z, targets), z)
+            return combine(self.linear_weights(z, targets), z)
         if variant == "general":
             return combine(self.weights[:, None].to(z.dtype), z)
         return z.mean(dim=0)

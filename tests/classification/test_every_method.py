@@ -32,7 +32,7 @@ FORMS: dict[str, list[str]] = {
     "dml+adm with Eq. 12": ["--method", "dml+adm", "--adm.divergence", "kd", "--adm.consensus", "kd"],
     "kdcl naive": ["--method", "kdcl", "--kdcl.variant", "naive"],
     "kdcl linear among three": ["--method", "kdcl", "--kdcl.variant", "linear", *STUDENT_2],
-    "kdcl general": ["--method", "kdcl", "--kdcl.variant", "general", "--data.validation", "0.2"],
+    "kdcl general": ["--method", "kdcl", "--kdcl.variant", "general", "--data.validation", "0.15"],
     "switokd 1T2S": ["--method", "switokd+adm", *STUDENT_2],
     "switokd 2T1S": ["--method", "switokd+adm", *TEACHER_2],
     "shake with an online teacher": ["--method", "shake+adm", "--shake.online_teacher", "true"],
