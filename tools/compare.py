@@ -213,8 +213,19 @@ def make_groups(runs: Sequence[Run]) -> list[Group]:
 
 
 def experiment(run: Run) -> dict[str, Any]:
-    """The part of the config that decides what is computed."""
-    return {key: value for key, value in run.config.items() if not key.startswith(IGNORED)}
+    """The part of the config that decides what is computed, options that are not set left out.
+
+    Weights that a network starts from count by their path, in which the run's own seed reads ``{seed}``: each seed of
+    an experiment may have a teacher of its own.
+    """
+    kept = {}
+    for key, value in run.config.items():
+        if value is None or key.startswith(IGNORED) or key.endswith(".sha256"):
+            continue
+        if key.endswith(".weights") and isinstance(value, str):
+            value = re.sub(rf"(?<!\d){re.escape(str(run.seed))}(?!\d)", "{seed}", value)
+        kept[key] = value
+    return kept
 
 
 def label(group: Group, groups: Sequence[Group]) -> str:

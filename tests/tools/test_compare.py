@@ -287,3 +287,19 @@ def test_the_command_needs_no_torch_and_exits_with_2(runs: list[Path]) -> None:
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
     wrong = subprocess.run([sys.executable, "tools/compare.py", "nowhere"], capture_output=True, text=True, cwd=ROOT)
     assert (wrong.returncode, wrong.stdout, wrong.stderr) == (2, "", "error: no run folder nowhere\n")
+
+
+def test_each_seed_of_a_group_may_start_from_weights_of_its_own(tmp_path: Path, command: Any) -> None:
+    for seed in (0, 1):
+        weights = {"teacher": {"name": "a", "weights": f"runs/vanilla_10-{seed}", "sha256": f"{seed}" * 64}}
+        write_run(tmp_path / f"shake-{seed}", seed, [50.0], method="shake", networks=weights)
+    other = {"teacher": {"name": "a", "weights": "runs/other-2", "sha256": None}}
+    write_run(tmp_path / "other", 2, [50.0], method="shake", networks=other)
+    write_run(tmp_path / "dml", 0, [40.0], method="dml", networks={"teacher": {"name": "a", "weights": None}})
+    command(*sorted(tmp_path.iterdir()), "--baseline", "dml", "--out", tmp_path / "out")
+    said = report(tmp_path / "out")
+    assert {g["label"]: len(g["runs"]) for g in said["groups"]} == {
+        "dml": 1,
+        "shake teacher.weights=runs/vanilla_10-{seed}": 2,
+        "shake teacher.weights=runs/other-{seed}": 1,
+    }
