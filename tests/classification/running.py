@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
+from comparing import assert_same, without_times
 
 from classification.distiller import OnlineDistiller
 from core.training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "classification/recipes/digits.yaml"
-TIMES = ("seconds", "images_per_second", "metrics_size")
 # 30 images of 3 digits at 8 pixels: epochs of 12, 12 and 6. The last maps have 128 and 64 channels.
 SMALL = ["--data.classes", "3", "--data.per_class", "10", "--data.image_size", "8", "--batch_size", "12"]
 
@@ -40,24 +38,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
-def assert_same(a: Any, b: Any, where: str = "") -> None:
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            if key not in TIMES:
-                assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    elif isinstance(a, Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
+    return without_times([json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()])
 
 
 def assert_same_runs(a: Path, b: Path) -> None:

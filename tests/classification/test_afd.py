@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_methods import CLASSES, MEAN, START, STD, TinyNet, batch_of, images
+from test_methods import START, TinyNet, batch_of, distiller_around, images
 from torch import Tensor, nn
 
 from classification.distiller import NetworkConfig, OnlineDistiller, OptimizerConfig, build_networks
@@ -48,20 +48,7 @@ def distiller_of(
     dtype: torch.dtype = torch.float64,
 ) -> OnlineDistiller:
     networks = {role: Net(*member, seed, dtype) for seed, (role, member) in enumerate(members.items())}
-    torch.manual_seed(11)
-    distiller = OnlineDistiller(
-        networks,
-        {role: NetworkConfig("tiny") for role in members},
-        dict.fromkeys(members, (MEAN, STD)),
-        method,
-        adm,
-        SGD,
-        images(2),
-        num_classes=CLASSES,
-    )
-    for network in networks.values():
-        network.features_calls = network.head_calls = 0
-    return distiller.to(dtype)
+    return distiller_around(networks, method, adm, SGD, None, dtype)
 
 
 def parts_of(batch: Mapping[str, Any], count: int) -> list[dict[str, Any]]:

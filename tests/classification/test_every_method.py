@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from running import RECIPE, assert_same, metrics, stop_at
+from comparing import assert_same
+from running import RECIPE, metrics, stop_at
 from torch import Tensor
 
 from classification.config import parse_command

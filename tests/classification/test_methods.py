@@ -71,11 +71,22 @@ def distiller_of(
     channels: Mapping[str, int] = CHANNELS,
 ) -> OnlineDistiller:
     networks = {role: TinyNet(channels[role], seed, dtype) for seed, role in enumerate(roles)}
+    return distiller_around(networks, method, adm, optimizer, norms, dtype)
+
+
+def distiller_around(
+    networks: Mapping[str, TinyNet],
+    method: Method,
+    adm: ADMConfig | None,
+    optimizer: OptimizerConfig,
+    norms: Mapping[str, Any] | None,
+    dtype: torch.dtype,
+) -> OnlineDistiller:
     torch.manual_seed(11)
     distiller = OnlineDistiller(
         networks,
-        {role: NetworkConfig("tiny") for role in roles},
-        norms or dict.fromkeys(roles, (MEAN, STD)),
+        {role: NetworkConfig("tiny") for role in networks},
+        norms or dict.fromkeys(networks, (MEAN, STD)),
         method,
         adm,
         optimizer,

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from running import ROOT, arguments, assert_same, assert_same_runs, metrics, stop_at
+from comparing import assert_same
+from running import ROOT, arguments, assert_same_runs, metrics, stop_at
 
 from classification.config import parse_command
 from classification.distiller import OnlineDistiller

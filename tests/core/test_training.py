@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_same, without_times
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,8 +27,6 @@ from core.training.fit import FitConfig, durations, fit, make_accelerator
 from core.training.run import RunFolder
 from core.training.schedule import ScheduleConfig, make_schedule
 from core.training.seed import random_state, restore_random_state, seed_everything
-
-TIMES = ("images_per_second", "seconds")
 
 
 class TinyData:
@@ -175,27 +174,6 @@ def stop_after(*steps: int) -> Callable[[int], None]:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in values]
-
-
-def assert_same(a: Any, b: Any, where: str = "") -> None:
-    """Bitwise equality of nested values."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            if key not in (*TIMES, "metrics_size"):
-                assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    elif isinstance(a, Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
 
 
 def assert_same_runs(a: Path, b: Path) -> None:
