@@ -93,7 +93,7 @@ def make_distiller(
 
     configs = {role: NetworkConfig(name) for role, name in (TINY if settings.quick else pair.networks).items()}
     networks, images = build_networks(configs, pair.classes, seed=0), settings.batch(pair)["image"][:2].cpu()
-    method, config = METHODS[method_name](), None if adm is None else ADMConfig(**adm)
+    method, config = METHODS[method_name](with_adm=adm is not None), None if adm is None else ADMConfig(**adm)
     normalisation, optimizer, classes = dict.fromkeys(configs, MEAN_STD), OptimizerConfig(), pair.classes
     made = OnlineDistiller(
         networks,
@@ -109,48 +109,42 @@ def make_distiller(
     return made.to(settings.device).train()
 
 
+def total_of(losses: Losses) -> Tensor:
+    first, *others = (value for terms in losses.values() for value in terms.values())
+    return sum(others, start=first)
+
+
 def apply(losses: Losses, optimizer: torch.optim.Optimizer) -> None:
     """What is left of a bare step after the forward."""
-    first, *others = (value for terms in losses.values() for value in terms.values())
-    sum(others, start=first).backward()
+    total_of(losses).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
 def make_step(
-    pair: Pair, settings: Settings, adm: dict[str, Any] | None, variant: str = "", repeat: int = 1
+    pair: Pair,
+    settings: Settings,
+    adm: dict[str, Any] | None,
+    variant: str = "",
+    repeat: int = 1,
+    method_name: str = "dml",
 ) -> Callable[[], None]:
-    """Optimiser steps on one batch."""
-    distiller = make_distiller(pair, settings, adm, channels_last=variant == "channels_last")
+    """Optimiser steps on one batch as ``fit`` makes them: with the method's own views, backward and optimiser."""
+    distiller = make_distiller(pair, settings, adm, variant == "channels_last", method_name)
     if variant == "compile":
         distiller.compile()
     optimizer = sgd(distiller.parameter_groups())
-    batch, progress = settings.batch(pair), Progress(0, 0.0, 1, 1.0)
-
-    def step() -> None:
-        for _ in range(repeat):
-            with torch.autocast(settings.device.type, torch.bfloat16, enabled=variant == "bf16"):
-                losses, _ = distiller(batch, progress)
-            apply(losses, optimizer)
-
-    return step
-
-
-def method_step(pair: Pair, settings: Settings, name: str, repeat: int) -> Callable[[], None]:
-    """Optimiser steps of a method as ``fit`` makes them: with its own views, backward and optimiser."""
-    distiller = make_distiller(pair, settings, None, method_name=name)
-    optimizer = distiller.optimizer.make(distiller.parameter_groups())
     progress, unscaled = Progress(1, 0.5, 4, 2.0), SimpleNamespace(scaler=None)
-    drawn: dict[str, Any] = settings.batch(pair)
+    drawn = settings.batch(pair)
     if distiller.method.views == "separate":
         drawn["image"] = torch.stack([drawn["image"]] * len(distiller.networks), dim=1)  # [B, V, C, H, W]
 
     def step() -> None:
         for _ in range(repeat):
             batch = distiller.before_step(drawn, progress)
-            losses, _ = distiller(batch, progress)
-            first, *others = (value for terms in losses.values() for value in terms.values())
-            distiller.backward(losses, sum(others, start=first), unscaled)
+            with torch.autocast(settings.device.type, torch.bfloat16, enabled=variant == "bf16"):
+                losses, _ = distiller(batch, progress)
+            distiller.backward(losses, total_of(losses), unscaled)
             distiller.before_update()
             optimizer.step()
             optimizer.zero_grad()
@@ -169,8 +163,9 @@ def method_ratio(name: str, pair: Pair, settings: Settings, bare: bool = False) 
         forward = lambda: {r: {"ce": F.cross_entropy(n(view), target)} for r, n in networks.items()}  # noqa: E731
         other = bare_loop(networks, forward, repeat)
     else:
-        other = method_step(pair, settings, "dml", repeat)
-    times = paired(settings.timer(method_step(pair, settings, name, repeat)), settings.timer(other), settings.pairs)
+        other = make_step(pair, settings, None, repeat=repeat)
+    step = make_step(pair, settings, None, repeat=repeat, method_name=name)
+    times = paired(settings.timer(step), settings.timer(other), settings.pairs)
     values, on = ratios(times, "ms a step", 1e3 / repeat)
     return values, f"{settings.sizes(pair)}, {on}"
 
