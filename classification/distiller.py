@@ -126,7 +126,7 @@ class OnlineDistiller(Distiller):
         if channels_last:
             self.networks.to(memory_format=torch.channels_last)
         self.phases = method.phases(list(self.networks))
-        self.unused_parameters = len(self.phases) > 1 or method.unused_parameters
+        self.unused_parameters = len(self.phases) > 1
         self.reduces_itself = method.reduces_itself
         self.output_roles = method.output_roles(list(self.networks))
         self.pairs = method.pairs(self.output_roles)

@@ -14,6 +14,20 @@ class TrainingError(RuntimeError):
     """A run that cannot go on (NaN loss, full disk): says in one line where. Commands exit with 1."""
 
 
+def require_positive(section: str, **values: float) -> None:
+    """Raises: InputError naming the first option of ``section`` that is 0 or less."""
+    for name, value in values.items():
+        if value <= 0:
+            raise InputError(f"{section}.{name} must be positive: {value}")
+
+
+def require_not_negative(section: str, **values: float) -> None:
+    """Raises: InputError naming the first option of ``section`` that is below 0."""
+    for name, value in values.items():
+        if value < 0:
+            raise InputError(f"{section}.{name} must not be negative: {value}")
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for an unknown name, offering the nearest known one, e.g. ``unknown("method", "dmll", METHODS)``."""
     names = sorted(known)

@@ -13,7 +13,7 @@ from classification.predictions import PreviousPredictions
 from core.adapter import Adapter
 from core.adm import ADMLoss, spatial_similarity
 from core.distillation import feature_loss
-from core.errors import InputError
+from core.errors import InputError, require_not_negative, require_positive
 from core.network import check_pair
 from core.training.distiller import Batch, Losses, Progress
 
@@ -48,11 +48,8 @@ class ADMConfig:
     phi_loss: Literal["own", "feature"] = "own"
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "gamma"):
-            if getattr(self, name) < 0:
-                raise InputError(f"adm.{name} must not be negative: {getattr(self, name)}")
-        if self.tau <= 0:
-            raise InputError(f"adm.tau must be positive: {self.tau}")
+        require_not_negative("adm", alpha=self.alpha, beta=self.beta, gamma=self.gamma)
+        require_positive("adm", tau=self.tau)
         if not all(0 <= value <= 1 for value in self.delta):
             raise InputError(f"adm.delta must lie in [0, 1]: {list(self.delta)}")
 

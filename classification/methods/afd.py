@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from classification.methods.base import Method, Outputs
 from core.adapter import pool_to
 from core.distillation import full_precision, mutual_loss
-from core.errors import InputError
+from core.errors import InputError, require_not_negative, require_positive
 from core.network import preserved, stage_maps
 from core.training.distiller import Batch, Losses, Progress, backward
 from core.training.fit import FitConfig
@@ -88,13 +88,10 @@ class AFDOptions:
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.tau <= 0:
-            raise InputError(f"afd.tau must be positive: {self.tau}")
+        require_positive("afd", tau=self.tau)
         if self.adversarial <= 0:
             raise InputError(f"afd.adversarial must be positive: {self.adversarial} (AFD without it is --method dml)")
-        for name in ("weight", "lr", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"afd.{name} must not be negative: {getattr(self, name)}")
+        require_not_negative("afd", weight=self.weight, lr=self.lr, weight_decay=self.weight_decay)
 
 
 class AFD(Method):

@@ -24,7 +24,7 @@ from classification.networks.base import CifarNetwork, ConvBN, init_conv
 from core.adapter import Adapter, smaller_size
 from core.adm import Head
 from core.distillation import full_precision, kd_loss
-from core.errors import InputError
+from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
 
 FUSION = "fusion"
@@ -47,11 +47,8 @@ class AFIDOptions:
     ramp: int = 80
 
     def __post_init__(self) -> None:
-        if self.tau <= 0:
-            raise InputError(f"afid.tau must be positive: {self.tau}")
-        for name in ("weight", "ramp"):
-            if getattr(self, name) < 0:
-                raise InputError(f"afid.{name} must not be negative: {getattr(self, name)}")
+        require_positive("afid", tau=self.tau)
+        require_not_negative("afid", weight=self.weight, ramp=self.ramp)
 
 
 def ramp_weight(epoch: float, ramp: int, like: Tensor) -> Tensor:
@@ -210,7 +207,7 @@ class AFID(Method):
     The second interaction is the first thing that a head does here, so ADM, too, takes the last maps in front of it.
     Consensus and divergence are the same as behind it: m is one positive factor a location, which leaves S as it is and
     commutes with ADM's attention (where sizes agree). The feature loss is not: behind it, the quickest way down is the
-    one number that scales all channels of a location, and at gamma 1 m falls to 1e-4 within an epoch or two.
+    one number that scales all channels of a location: m itself would be driven to nothing.
     """
 
     Options = AFIDOptions

@@ -46,6 +46,13 @@ def pairs_of(roles: Sequence[str]) -> list[tuple[str, str]]:
     return [(s, t) for s in roles if not is_teacher(s) for t in roles if is_teacher(t)]
 
 
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of all processes' ``values``, in place; the values themselves where there is one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
+
+
 class Method(nn.Module):
     """One method: a file, an entry in ``METHODS``, a test. Roles are names, teachers first; never positions.
 
@@ -66,9 +73,6 @@ class Method(nn.Module):
 
     reduces_itself: bool = False
     """Whether ``before_update`` averages the gradients over the processes, and DDP must not."""
-
-    unused_parameters: bool = False
-    """Whether a step leaves trainable parameters without a gradient."""
 
     caveat: str = ""
     """Where a network alone is not what was trained: what its weight files, and tools that load it alone, say."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from classification.methods.base import Method, Outputs
 from core.distillation import mutual_loss
-from core.errors import InputError
+from core.errors import InputError, require_positive
 from core.training.distiller import Batch, Losses, Progress
 
 
@@ -32,8 +32,7 @@ class DMLOptions:
     peers: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
-        if self.tau <= 0:
-            raise InputError(f"dml.tau must be positive: {self.tau}")
+        require_positive("dml", tau=self.tau)
         if self.weight < 0 or any(w < 0 for w in self.weights.values()):
             raise InputError(f"the weights of DML must not be negative: {self.weight}, {dict(self.weights)}")
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.data.config import DataConfig
-from classification.methods.base import Method, Outputs
+from classification.methods.base import Method, Outputs, sum_over_processes
 from core.distillation import full_precision, kd_loss
-from core.errors import InputError
+from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
 
 RIDGE = 1e-6
@@ -42,10 +42,8 @@ class KDCLOptions:
     views: Literal["separate", "shared"] | None = None
 
     def __post_init__(self) -> None:
-        if self.tau <= 0:
-            raise InputError(f"kdcl.tau must be positive: {self.tau}")
-        if self.weight < 0:
-            raise InputError(f"kdcl.weight must not be negative: {self.weight}")
+        require_positive("kdcl", tau=self.tau)
+        require_not_negative("kdcl", weight=self.weight)
 
 
 def min_logit_target(logits: Tensor, targets: Tensor) -> Tensor:
@@ -157,8 +155,7 @@ class KDCL(Method):
         for logits, targets in held_out:
             sums[:-1] += error_correlation(torch.stack(list(logits.values())), targets).flatten()
             sums[-1] += len(targets)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
+        sum_over_processes(sums)
         self.weights.copy_(general_weights((sums[:-1] / sums[-1]).view(m, m)))
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from classification.methods.base import Method, Output, Outputs
 from classification.networks.base import ConvBN, init_conv
 from core.adapter import pool_to
 from core.distillation import full_precision, kd_loss
-from core.errors import InputError
+from core.errors import InputError, require_positive
 from core.network import stage_maps
 from core.training.distiller import Batch, Losses, Progress
 
@@ -41,9 +41,7 @@ class SHAKEOptions:
     online_teacher: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tau", "scale"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"shake.{name} must be positive: {getattr(self, name)}")
+        require_positive("shake", tau=self.tau, scale=self.scale)
 
 
 def standardise(logits: Tensor, scale: float) -> Tensor:

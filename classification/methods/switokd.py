@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classification.methods.base import Method, Outputs, is_teacher, pairs_of
+from classification.methods.base import Method, Outputs, is_teacher, pairs_of, sum_over_processes
 from core.distillation import full_precision, kd_loss
-from core.errors import InputError
+from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
 
 FORMS = (
@@ -43,10 +43,8 @@ class SwitOKDOptions:
     official_quirks: bool = False
 
     def __post_init__(self) -> None:
-        if self.tau <= 0:
-            raise InputError(f"switokd.tau must be positive: {self.tau}")
-        if self.weight < 0:
-            raise InputError(f"switokd.weight must not be negative: {self.weight}")
+        require_positive("switokd", tau=self.tau)
+        require_not_negative("switokd", weight=self.weight)
 
 
 @torch.no_grad()
@@ -66,9 +64,7 @@ def mean_over_all(sums: Tensor, count: int) -> Tensor:
 
     Shares of different size need no weights here, for the images themselves are counted.
     """
-    total = torch.cat([sums.flatten(), sums.new_full((1,), count)])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
+    total = sum_over_processes(torch.cat([sums.flatten(), sums.new_full((1,), count)]))
     return (total[:-1] / total[-1]).view_as(sums)
 
 
