@@ -1,4 +1,4 @@
-"""One run of online distillation as a typed config, and the command-line parser made from it."""
+"""One run as a typed config, and the command-line parser made from it: of online distillation, or of another task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from classification.data import DataConfig
 from classification.distiller import NetworkConfig, OptimizerConfig
-from classification.methods import METHODS, ADMConfig, parse_method
+from classification.methods import METHODS, ADMConfig, Method, parse_method
 from classification.methods.base import NoOptions
 from classification.networks.pretrained import file_hash, find_weights
 from core.errors import InputError
@@ -58,12 +58,39 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What tells one task of image classification from another; data, networks, loop and tools are the same.
+
+    Args: the package that it lives in; its methods by label; its config, for the defaults; one line for ``--help``.
+    """
+
+    name: str
+    methods: Mapping[str, type[Method]]
+    config: type[TrainConfig]
+    description: str
+
+
+ONLINE = Task(
+    "classification",
+    METHODS,
+    TrainConfig,
+    "Trains teacher and student together: mutual learning and its relatives, with or without ADM.",
+)
+
+
+@dataclass(frozen=True)
 class Command:
-    """A parsed command: the config, the options of its method, and whether it only looks."""
+    """A parsed command: the config, the options of its method, whether it only looks, and the task that it is of."""
 
     config: TrainConfig
     options: Any
     dry_run: bool = False
+    task: Task = ONLINE
+
+    @property
+    def method(self) -> tuple[str, bool]:
+        """The method's name, and whether ADM is composed with it."""
+        return parse_method(self.config.method, self.task.methods)
 
     def resolved(self) -> dict[str, Any]:
         """Everything that decides the run's results, as ``config.yaml`` keeps it; ``--config`` reads it back.
@@ -71,10 +98,12 @@ class Command:
         Raises: InputError where a weight file is missing, or is not the one that the run in ``out`` began with.
         """
         values = asdict(self.config)
+        if self.task is not ONLINE:
+            values = {"task": self.task.name, **values}
         for role, hashed in self._weight_hashes().items():
             values["networks"][role]["sha256"] = hashed
         del values["out"]
-        name, with_adm = parse_method(self.config.method)
+        name, with_adm = self.method
         if not with_adm:
             del values["adm"]
         elif self.config.adm.divergence != "kd":
@@ -101,16 +130,18 @@ class Command:
         }
 
 
-def make_parser(prog: str | None = None) -> Any:
-    """The parser of ``classification/tools/train.py``."""
-    from jsonargparse import ArgumentParser
+def make_parser(prog: str | None = None, task: Task = ONLINE) -> Any:
+    """The parser of ``<task>/tools/train.py``."""
+    from jsonargparse import SUPPRESS, ArgumentParser
 
-    description = "Trains teacher and student together: mutual learning and its relatives, with or without ADM."
-    epilog = f"Methods: {', '.join(METHODS)}; each alone or with +adm."
-    parser = ArgumentParser(prog=prog, description=description, epilog=epilog, exit_on_error=False, allow_abbrev=False)
+    epilog = f"Methods: {', '.join(task.methods)}; each alone or with +adm."
+    parser = ArgumentParser(
+        prog=prog, description=task.description, epilog=epilog, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="a recipe or a run's config.yaml; later flags override it")
-    parser.add_class_arguments(TrainConfig)
-    for name, method in METHODS.items():
+    parser.add_argument("--task", choices=[task.name], default=task.name, help=SUPPRESS)  # a run's config.yaml says it
+    parser.add_class_arguments(task.config)
+    for name, method in task.methods.items():
         if method.Options is not NoOptions:
             parser.add_argument(f"--{name}", type=method.Options, default=method.Options())
     parser.add_argument(
@@ -120,35 +151,54 @@ def make_parser(prog: str | None = None) -> Any:
     return parser
 
 
-def parse_command(argv: Sequence[str] | None = None, prog: str | None = None) -> Command:
+def parse_command(argv: Sequence[str] | None = None, prog: str | None = None, task: Task = ONLINE) -> Command:
     """The command line as a ``Command``. Raises: InputError for anything wrong with it."""
+    argv = sys.argv[1:] if argv is None else argv
+    _check_task(task, argv)
     nested = [f"networks.<role>.{f.name}" for f in fields(NetworkConfig)]
-    cfg = parse(make_parser(prog), argv, nested).as_dict()
-    options = {name: cfg.pop(name) for name in METHODS if name in cfg}
+    cfg = parse(make_parser(prog, task), argv, nested).as_dict()
+    options = {name: cfg.pop(name) for name in task.methods if name in cfg}
     dry_run = cfg.pop("dry_run")
-    cfg.pop("config", None)
-    config = TrainConfig(**cfg)
-    name, with_adm = parse_method(config.method)
-    _check_options(name, options)
-    if not with_adm:
-        _check_no_adm(name, sys.argv[1:] if argv is None else argv)
+    for key in ("config", "task"):
+        cfg.pop(key, None)
+    config = task.config(**cfg)
+    name, with_adm = parse_method(config.method, task.methods)
+    _check_flags(task, name, with_adm, argv)
     if not config.networks:
         raise InputError("no networks: choose a recipe (--config), or give --networks.student.name cifar_resnet8x4")
-    return Command(config, options.get(name, NoOptions()), dry_run)
+    return Command(config, options.get(name, NoOptions()), dry_run, task)
 
 
-def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raises: InputError for an option of another method than ``name``, from wherever it comes."""
-    for other, values in options.items():
-        changed = [f.name for f in fields(values) if getattr(values, f.name) != getattr(type(values)(), f.name)]
-        if other != name and changed:
-            own = [f"{name}.{f.name}" for f in fields(METHODS[name].Options)]
+def task_of(file: Path) -> str | None:
+    """The task that a recipe or a run's ``config.yaml`` says it is of; None where it says nothing or is unreadable."""
+    import yaml
+
+    try:
+        said = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError):  # the parser says what is wrong with it
+        return None
+    return said.get("task") if isinstance(said, dict) else None
+
+
+def _check_task(task: Task, argv: Sequence[str]) -> None:
+    """Raises: InputError for a config file that says it is of another task: its options would seem unknown."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        file = value if equals else following
+        if flag == "--config" and (said := task_of(Path(file))) not in (None, task.name):
+            raise InputError(f"{file} is of {said}, and this is {task.name}: use {said}/tools/train.py")
+
+
+def _check_flags(task: Task, name: str, with_adm: bool, argv: Sequence[str]) -> None:
+    """Raises: InputError for a flag that counts for nothing: another method's, or ADM's without +adm.
+
+    Those in a recipe stay unused: it serves the runs of all methods.
+    """
+    for flag in (argument.partition("=")[0].removeprefix("--") for argument in argv if argument.startswith("--")):
+        owner = flag.partition(".")[0]
+        if owner == "adm" and not with_adm:
+            raise InputError(f"{flag} counts only with +adm: choose --method {name}+adm, or leave it out")
+        if owner in task.methods and owner != name:
+            own = [f"{name}.{f.name}" for f in fields(task.methods[name].Options)]
             known = f"its options are {', '.join(own)}" if own else "it has no options"
-            raise InputError(f"{other}.{changed[0]} does not apply to {name}: {known}")
-
-
-def _check_no_adm(name: str, argv: Sequence[str]) -> None:
-    """Raises: InputError for ADM's options on a command line without +adm; a recipe has them for its other runs."""
-    for flag in (argument.partition("=")[0] for argument in argv):
-        if flag == "--adm" or flag.startswith("--adm."):
-            raise InputError(f"{flag[2:]} counts only with +adm: choose --method {name}+adm, or leave it out")
+            raise InputError(f"{flag} does not apply to {name}: {known}")

@@ -1,10 +1,10 @@
-"""Teacher and student trained together: the module that ``core.training.fit`` trains for image classification."""
+"""Teacher and student: the module that ``core.training.fit`` trains for image classification."""
 
 from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,12 +168,16 @@ class OnlineDistiller(Distiller):
         return self
 
     @torch.no_grad()
-    def outputs(self, images: Tensor) -> Outputs:
-        """Evaluation: what each network says about raw images ``[B, C, H, W]``; nothing moves."""
+    def outputs(self, images: Tensor, without: Collection[str] = ()) -> Outputs:
+        """Evaluation: what each network says about raw images ``[B, C, H, W]``; nothing moves.
+
+        ``without``: networks to leave out, of a method that is ``separable``.
+        """
         training = self.training
         self.eval()
         try:
-            return self.method(self.networks, self.views(images))
+            networks = {role: network for role, network in self.networks.items() if role not in without}
+            return self.method(networks, self.views(images, list(networks)))
         finally:
             self.train(training)
 

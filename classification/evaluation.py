@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -52,19 +52,29 @@ def similarities(distiller: OnlineDistiller, outputs: Outputs) -> dict[tuple[str
     maps = {role: output.maps[-1] for role, output in outputs.items()}
     if distiller.adm is not None:
         return distiller.adm.similarities(maps)
-    pairs = [(s, t) for s, t in distiller.pairs if maps[s].shape[1] == maps[t].shape[1]]
+    present = [(s, t) for s, t in distiller.pairs if s in maps and t in maps]
+    pairs = [(s, t) for s, t in present if maps[s].shape[1] == maps[t].shape[1]]
     return {(s, t): spatial_similarity(maps[s], maps[t]) for s, t in pairs}
 
 
 @torch.no_grad()
-def evaluate(distiller: OnlineDistiller, loader: Iterable[Batch], accelerator: Any = None) -> Evaluation:
+def evaluate(
+    distiller: OnlineDistiller,
+    loader: Iterable[Batch],
+    accelerator: Any = None,
+    roles: Sequence[str] | None = None,
+) -> Evaluation:
     """Evaluates whatever gives logits on every sample of ``loader``, once, over all processes together.
 
+    ``roles``: only these of ``distiller.output_roles``. The other networks are then not run, unless the method or ADM
+    looks at them.
     Returns: ``<role>/top1``, ``/top5``, ``/ece`` in percent, ``/nll`` in nats, and ``attention/...`` (Table 17) of the
     first pair that has an S (see ``similarities``), with ADM or without, so that both can be compared.
     """
     device = accelerator.device if accelerator is not None else next(distiller.parameters()).device
-    roles = distiller.output_roles
+    roles = distiller.output_roles if roles is None else roles
+    can_leave_out = distiller.method.separable and distiller.adm is None
+    without = [role for role in distiller.networks if role not in roles] if can_leave_out else []
     scores = {role: Scores(device) for role in roles}
     calibrations = {role: Calibration(device=device) for role in roles}
     attention = AttentionStatistics(device)
@@ -73,7 +83,7 @@ def evaluate(distiller: OnlineDistiller, loader: Iterable[Batch], accelerator: A
     for batch in loader:
         images, target = batch["image"].to(device, non_blocking=True), batch["target"].to(device, non_blocking=True)
         with accelerator.autocast() if accelerator is not None else torch.no_grad():
-            outputs = distiller.outputs(images)
+            outputs = distiller.outputs(images, without)
             for role in roles:
                 scores[role].update(outputs[role].logits, target)
                 calibrations[role].update(outputs[role].logits, target)

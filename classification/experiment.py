@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from classification.config import Command, TrainConfig, parse_command
+from classification.config import ONLINE, Command, Task, TrainConfig, parse_command, task_of
 from classification.data import DataSets, Split, Streamed, load_datasets, make_loader
 from classification.data.datasets import IN_MEMORY_NAMES
 from classification.data.noise import LabelNoise, draw_noise, with_noise
 from classification.data.sources import EXTENSIONS, folder_sources, timm_sources
 from classification.distiller import NetworkConfig, OnlineDistiller, build_networks, has_batchnorm
-from classification.methods import METHODS, parse_method
 from classification.networks.pretrained import (
     find_weights,
     metadata_of,
@@ -91,6 +90,10 @@ class Experiment:
             raise InputError(f"the images of {config.name} have no files of their own (the first is {files[0]})")
         return files
 
+    def starts_trained(self, role: str) -> bool:
+        """Whether a network starts from weights, its classifier included."""
+        return _starts_trained(self.command.config.networks[role], self.datasets.num_classes)
+
     @property
     def selection(self) -> tuple[str, Split]:
         """The split on which ``best`` is chosen: validation where it is held out, else the test set (and so named)."""
@@ -103,9 +106,11 @@ def build(command: Command, roles: Sequence[str] | None = None) -> Experiment:
     config = command.config
     datasets, noise = _with_noise(load_datasets(config.data), config)
     networks = {role: c for role, c in config.networks.items() if roles is None or role in roles}
-    name, with_adm = parse_method(config.method)
-    method = METHODS[name](command.options, with_adm=with_adm)
+    name, with_adm = command.method
+    method = command.task.methods[name](command.options, with_adm=with_adm)
     method.check_loop(config.fit)
+    if with_adm:
+        method.check_adm(config.adm)
     method.check_start([role for role, c in networks.items() if _starts_trained(c, datasets.num_classes)])
     distiller = OnlineDistiller(
         build_networks(networks, datasets.num_classes, config.seed, in_chans=datasets.channels),
@@ -178,16 +183,22 @@ def check_batch(experiment: Experiment, processes: int) -> None:
         )
 
 
-def command_of(run: Path) -> Command:
-    """The command that made a run folder, from its ``config.yaml``. Raises: InputError where there is no such run."""
+def command_of(run: Path, task: Task = ONLINE) -> Command:
+    """The command that made a run folder, from its ``config.yaml``.
+
+    Raises: InputError where there is no such run, or one of another task.
+    """
+    file = run / "config.yaml"
     if not run.is_dir():
         raise InputError(f"no run folder {run}")
-    if not (run / "config.yaml").is_file():
+    if not file.is_file():
         raise InputError(f"{run} is no run folder: it has no config.yaml")
+    if (said := task_of(file) or ONLINE.name) != task.name:
+        raise InputError(f"{run} is a run of {said}: use the tools in {said}/tools")
     try:
-        return parse_command(["--config", str(run / "config.yaml"), "--out", str(run)])
+        return parse_command(["--config", str(file), "--out", str(run)], task=task)
     except InputError as error:
-        raise InputError(f"{run / 'config.yaml'} is not of a classification run: {error}") from error
+        raise InputError(f"{file} is not of a {task.name} run: {error}") from error
 
 
 def find_checkpoint(run: Path, name: str) -> Path:

@@ -97,11 +97,15 @@ def consensus_kd_loss(
     student_head: Head,
     teacher_head: Head,
     tau: float = 1.0,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """Eq. 11, trains the student: it imitates what the teacher says about its own map under the same attention."""
+    """Eq. 11, trains the student: it imitates what the teacher says about its own map under the same attention.
+
+    ``weight``: a factor for each distribution that the heads put out, as in ``kd_loss``.
+    """
     with torch.no_grad():
         teacher_logits = teacher_head(attend(map_teacher, similarity, consensus_attention))
-    return kd_loss(student_head(attend(map_student, similarity, consensus_attention)), teacher_logits, tau)
+    return kd_loss(student_head(attend(map_student, similarity, consensus_attention)), teacher_logits, tau, weight)
 
 
 def divergence_kd_loss(

@@ -19,11 +19,11 @@ def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def kd_loss(logits: Tensor, target_logits: Tensor, tau: float = 1.0) -> Tensor:
+def kd_loss(logits: Tensor, target_logits: Tensor, tau: float = 1.0, weight: Tensor | None = None) -> Tensor:
     """Eq. 2: ``tau^2 KL(p_target || p)``, ``p = softmax(logits / tau)``, in float32 also under autocast.
 
     Args: logits ``[B, K]`` (or ``[B, K, ...]``: one distribution per location); those of the imitated network are
-        detached; tau > 0.
+        detached; tau > 0; a factor for each distribution ``[B, ...]`` (0: it does not count, but for the mean).
     Returns: a scalar, the mean over all but the class dimension.
     Raises: ValueError where the shapes differ.
     """
@@ -31,7 +31,18 @@ def kd_loss(logits: Tensor, target_logits: Tensor, tau: float = 1.0) -> Tensor:
         raise ValueError(f"logits {tuple(logits.shape)} and target logits {tuple(target_logits.shape)} differ in shape")
     log_p = F.log_softmax(full_precision(logits) / tau, dim=1)
     log_target = F.log_softmax(full_precision(target_logits.detach()) / tau, dim=1)
-    return tau**2 * F.kl_div(log_p, log_target, reduction="none", log_target=True).sum(dim=1).mean()
+    divergence = F.kl_div(log_p, log_target, reduction="none", log_target=True).sum(dim=1)  # [B, ...]
+    return tau**2 * (divergence if weight is None else weight * divergence).mean()
+
+
+def standardise(logits: Tensor, scale: float) -> Tensor:
+    """``c (z - mean_K) / sqrt(var_K + 1e-7)``, biased variance, of each row of ``[B, K]``; in float32 at least.
+
+    SHAKE's and NORM's logits: each row gets mean 0 and standard deviation c.
+    """
+    z = full_precision(logits)
+    z = z - z.mean(dim=1, keepdim=True)
+    return scale * z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + 1e-7)
 
 
 def mutual_loss(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+Shell = Callable[[Callable[[list[str]], int], list[str]], tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +25,31 @@ def shared_data() -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs of training commands in this process: no curves but where a test's name says "is_whole", no state left."""
+    from core.training.run import RunFolder
+
+    if "is_whole" not in request.node.name:
+        monkeypatch.setattr(RunFolder, "draw", lambda self: None)
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def shell(capfd: pytest.CaptureFixture[str]) -> Shell:
+    """Runs a tool's ``main`` in this process as a shell would see it: (exit code, stdout, stderr)."""
+    from core.training.command import run_command
+
+    def run(main: Callable[[list[str]], int], argv: list[str]) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_command(lambda: main(argv))
+        said = capfd.readouterr()
+        return int(end.value.code or 0), said.out, said.err
+
+    return run

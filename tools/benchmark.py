@@ -29,10 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.methods import METHODS
+from classification.methods import METHODS, Method
 from core.errors import InputError, unknown
 from core.training.command import run_command
 from core.training.distiller import Batch, Distiller, Losses, Progress
+from offline_kd.methods import METHODS as OFFLINE_METHODS
 from tools.ratios import HEADER, Row, Values, cuda_seconds, draw, line, paired, peak_bytes, ratios, seconds, summary
 
 EPOCH = 391  # steps of a CIFAR epoch at batch 128, after which fit() saves a checkpoint and draws the curves
@@ -85,7 +86,11 @@ class Settings:
 
 
 def make_distiller(
-    pair: Pair, settings: Settings, adm: dict[str, Any] | None, channels_last: bool = False, method_name: str = "dml"
+    pair: Pair,
+    settings: Settings,
+    adm: dict[str, Any] | None,
+    channels_last: bool = False,
+    made_by: type[Method] = METHODS["dml"],
 ) -> Any:
     """A method with ADM (its config) or without (None)."""
     from classification.distiller import NetworkConfig, OnlineDistiller, OptimizerConfig, build_networks
@@ -93,7 +98,7 @@ def make_distiller(
 
     configs = {role: NetworkConfig(name) for role, name in (TINY if settings.quick else pair.networks).items()}
     networks, images = build_networks(configs, pair.classes, seed=0), settings.batch(pair)["image"][:2].cpu()
-    method, config = METHODS[method_name](with_adm=adm is not None), None if adm is None else ADMConfig(**adm)
+    method, config = made_by(with_adm=adm is not None), None if adm is None else ADMConfig(**adm)
     normalisation, optimizer, classes = dict.fromkeys(configs, MEAN_STD), OptimizerConfig(), pair.classes
     made = OnlineDistiller(
         networks,
@@ -127,10 +132,10 @@ def make_step(
     adm: dict[str, Any] | None,
     variant: str = "",
     repeat: int = 1,
-    method_name: str = "dml",
+    made_by: type[Method] = METHODS["dml"],
 ) -> Callable[[], None]:
     """Optimiser steps on one batch as ``fit`` makes them: with the method's own views, backward and optimiser."""
-    distiller = make_distiller(pair, settings, adm, variant == "channels_last", method_name)
+    distiller = make_distiller(pair, settings, adm, variant == "channels_last", made_by)
     if variant == "compile":
         distiller.compile()
     optimizer = sgd(distiller.parameter_groups())
@@ -153,7 +158,7 @@ def make_step(
     return step
 
 
-def method_ratio(name: str, pair: Pair, settings: Settings, bare: bool = False) -> Values:
+def method_ratio(made_by: type[Method], pair: Pair, settings: Settings, bare: bool = False) -> Values:
     """A step of a method over one of DML, or over the bare cross-entropy step of the same networks."""
     repeat = 5 if settings.device.type == "cuda" else 1
     if bare:
@@ -164,7 +169,26 @@ def method_ratio(name: str, pair: Pair, settings: Settings, bare: bool = False) 
         other = bare_loop(networks, forward, repeat)
     else:
         other = make_step(pair, settings, None, repeat=repeat)
-    step = make_step(pair, settings, None, repeat=repeat, method_name=name)
+    step = make_step(pair, settings, None, repeat=repeat, made_by=made_by)
+    times = paired(settings.timer(step), settings.timer(other), settings.pairs)
+    values, on = ratios(times, "ms a step", 1e3 / repeat)
+    return values, f"{settings.sizes(pair)}, {on}"
+
+
+def offline_ratio(made_by: type[Method], adm: dict[str, Any] | None, pair: Pair, settings: Settings) -> Values:
+    """A step of an offline method over the teacher's forward and the student's bare cross-entropy step."""
+    repeat = 5 if settings.device.type == "cuda" else 1
+    networks = make_distiller(pair, settings, None, made_by=made_by).networks
+    teacher, student, batch = networks["teacher"], networks["student"], settings.batch(pair)
+    view, target = batch["image"].float() / 255.0, batch["target"]
+
+    def forward() -> Losses:
+        with torch.no_grad():
+            teacher(view)
+        return {"student": {"ce": F.cross_entropy(student(view), target)}}
+
+    step = make_step(pair, settings, adm, repeat=repeat, made_by=made_by)
+    other = bare_loop({"student": student}, forward, repeat)
     times = paired(settings.timer(step), settings.timer(other), settings.pairs)
     values, on = ratios(times, "ms a step", 1e3 / repeat)
     return values, f"{settings.sizes(pair)}, {on}"
@@ -338,11 +362,16 @@ ROWS = {
     "fit_overhead_ms": Row("time of a step, fit() - bare loop", fit_overhead, 0.10, unit="ms"),
     "loader": Row("images/s, in-memory loader / torchvision's transforms", loader_ratio, 30.0, at_least=True),
 }
-for _name in METHODS:
-    _of = partial(method_ratio, _name, replace(CIFAR, batch=16))
+for _name, _method in METHODS.items():
+    _of = partial(method_ratio, _method, replace(CIFAR, batch=16))
     if _name != "dml":
         ROWS[f"method_{_name}"] = Row(f"time of a step, {_name} / DML", _of)
     ROWS[f"bare_{_name}"] = Row(f"time of a step, {_name} / bare cross-entropy", partial(_of, bare=True))
+_what = "time of a step, {} / teacher's forward and the student's bare step"
+for _name in ("kd", "dkd", "diswot", "norm"):
+    ROWS[f"offline_{_name}"] = Row(_what.format(_name), partial(offline_ratio, OFFLINE_METHODS[_name], None, CIFAR))
+_of = partial(offline_ratio, OFFLINE_METHODS["kd"], {"alpha": 1.0, "beta": 0.0, "gamma": 0.0}, CIFAR)
+ROWS["offline_kd+adm"] = Row(_what.format("kd + ADM"), _of, 1.03)
 GPU_ROWS = {}
 for (_name, _pair), _variant in itertools.product(PAIRS.items(), ("bf16", "channels_last", "compile")):
     _what = f"time of a step in {_variant}, DML + ADM"

@@ -1,5 +1,7 @@
 """Every method by the paper's label. A new one is one file and one line here; `+adm` composes with any of them."""
 
+from collections.abc import Mapping
+
 from classification.methods.adm import ADM, ADMConfig
 from classification.methods.afd import AFD
 from classification.methods.afid import AFID
@@ -22,12 +24,12 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def parse_method(label: str) -> tuple[str, bool]:
-    """``"dml+adm" -> ("dml", True)``. Raises: InputError offering the nearest label."""
+def parse_method(label: str, methods: Mapping[str, type[Method]] = METHODS) -> tuple[str, bool]:
+    """``"dml+adm" -> ("dml", True)``. Raises: InputError offering the nearest label of ``methods``."""
     name, plus, extra = label.partition("+")
-    if name in METHODS and (not plus or extra == "adm"):
+    if name in methods and (not plus or extra == "adm"):
         return name, bool(plus)
-    raise unknown("method", label, [f"{m}{suffix}" for m in METHODS for suffix in ("", "+adm")])
+    raise unknown("method", label, [f"{m}{suffix}" for m in methods for suffix in ("", "+adm")])
 
 
 __all__ = ["ADM", "METHODS", "ADMConfig", "Method", "Output", "Outputs", "parse_method"]

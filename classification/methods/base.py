@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from core.errors import InputError
 from core.network import stage_maps
 from core.training.distiller import Batch, Losses, Progress, backward
 from core.training.fit import FitConfig
+
+if TYPE_CHECKING:
+    from classification.methods.adm import ADMConfig
 
 
 @dataclass
@@ -74,6 +77,9 @@ class Method(nn.Module):
     reduces_itself: bool = False
     """Whether ``before_update`` averages the gradients over the processes, and DDP must not."""
 
+    separable: ClassVar[bool] = False
+    """Whether ``forward`` also takes some of the networks alone, so that evaluation may leave out a fixed one."""
+
     caveat: str = ""
     """Where a network alone is not what was trained: what its weight files, and tools that load it alone, say."""
 
@@ -97,6 +103,9 @@ class Method(nn.Module):
 
     def check_data(self, config: DataConfig) -> None:
         """Raises: InputError where it cannot train on these data (no image is held out)."""
+
+    def check_adm(self, config: ADMConfig) -> None:
+        """Raises: InputError where ADM of this config cannot be composed with it."""
 
     def check_start(self, pretrained: Collection[str]) -> None:
         """``pretrained``: the roles that start from trained weights.

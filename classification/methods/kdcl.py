@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from classification.data.config import DataConfig
 from classification.methods.base import Method, Outputs, sum_over_processes
+from core.baselines import min_logit_target, relative_logits
 from core.distillation import full_precision, kd_loss
 from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
@@ -46,20 +47,12 @@ class KDCLOptions:
         require_not_negative("kdcl", weight=self.weight)
 
 
-def min_logit_target(logits: Tensor, targets: Tensor) -> Tensor:
-    """KDCL-MinLogit: ``z_t[k] = min_i (z_i[k] - z_i[y])``, so ``z_t[y] = 0`` and CE(z_t) is at most every CE(z_i).
-
-    Args: logits ``[M, B, K]``; class indices ``[B]``. Returns: ``[B, K]``.
-    """
-    return _relative(logits, targets).amin(dim=0)
-
-
 def naive_target(logits: Tensor, targets: Tensor) -> Tensor:
     """KDCL-Naive: for each sample the logits of the network with the least cross-entropy.
 
     Args: logits ``[M, B, K]``; class indices ``[B]``. Returns: ``[B, K]``.
     """
-    best = _cross_entropy(_relative(logits, targets)).argmin(dim=0)  # [B]
+    best = _cross_entropy(relative_logits(logits, targets)).argmin(dim=0)  # [B]
     return logits.gather(0, best[None, :, None].expand(1, *logits.shape[1:])).squeeze(0)
 
 
@@ -71,7 +64,7 @@ def linear_weights(logits: Tensor, targets: Tensor) -> Tensor:
     Args: logits ``[M, B, K]``; class indices ``[B]``.
     Returns: ``[M, B]``, not negative, of sum 1 for each sample; never worse than the best single network.
     """
-    relative = _relative(logits, targets)
+    relative = relative_logits(logits, targets)
     weights = _bisect(relative) if len(relative) == 2 else _exponentiated_gradient(relative)
     least, best = _cross_entropy(relative).min(dim=0)  # [B]
     single = torch.arange(len(relative), device=best.device)[:, None] == best  # [M, B]
@@ -183,11 +176,6 @@ class KDCL(Method):
             if options.weight:
                 losses[role]["kd"] = options.weight * kd_loss(output.logits, z_t, options.tau)
         return losses
-
-
-def _relative(logits: Tensor, targets: Tensor) -> Tensor:
-    """``z - z[y]``: the same softmax, and the cross-entropy is its log-sum-exp. ``[M, B, K]`` -> ``[M, B, K]``."""
-    return logits - logits.gather(-1, targets[None, :, None].expand(len(logits), -1, 1))
 
 
 def _cross_entropy(relative: Tensor) -> Tensor:

@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.methods.base import Method, Output, Outputs
-from classification.networks.base import ConvBN, init_conv
+from classification.networks.base import ConvBN, classifier_of, init_conv
 from core.adapter import pool_to
-from core.distillation import full_precision, kd_loss
+from core.distillation import kd_loss, standardise
 from core.errors import InputError, require_positive
 from core.network import stage_maps
 from core.training.distiller import Batch, Losses, Progress
@@ -42,13 +41,6 @@ class SHAKEOptions:
 
     def __post_init__(self) -> None:
         require_positive("shake", tau=self.tau, scale=self.scale)
-
-
-def standardise(logits: Tensor, scale: float) -> Tensor:
-    """``c (z - mean_K) / sqrt(var_K + 1e-7)``, biased variance, of each row of ``[B, K]``; in float32 at least."""
-    z = full_precision(logits)
-    z = z - z.mean(dim=1, keepdim=True)
-    return scale * z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + 1e-7)
 
 
 def classify(feature_map: Tensor, classifier: nn.Linear) -> Tensor:
@@ -167,16 +159,3 @@ class SHAKE(Method):
         if self.options.online_teacher:
             losses["teacher"] = {"ce": F.cross_entropy(z_t, target)}
         return losses
-
-
-def classifier_of(network: nn.Module) -> nn.Linear:
-    """W and b of a network that tells which they are, as timm's and the CIFAR networks do.
-
-    Raises: InputError where it does not, or where they are no linear layer.
-    """
-    network = getattr(network, "model", network)  # the timm model inside a layout adapter
-    get_classifier: Any = getattr(network, "get_classifier", lambda: None)
-    classifier = get_classifier()
-    if not isinstance(classifier, nn.Linear):
-        raise InputError(f"shake needs a teacher that ends with one linear layer, {type(network).__name__} does not")
-    return classifier

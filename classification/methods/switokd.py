@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from classification.methods.base import Method, Outputs, is_teacher, pairs_of, sum_over_processes
-from core.distillation import full_precision, kd_loss
+from core.baselines import distances, epsilon, learning
+from core.distillation import kd_loss
 from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
 
@@ -47,18 +48,6 @@ class SwitOKDOptions:
         require_not_negative("switokd", weight=self.weight)
 
 
-@torch.no_grad()
-def distances(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """The L1 distances that decide, each summed over the images.
-
-    Args: logits ``[B, K]`` of a student and a teacher; class indices ``[B]``.
-    Returns: ``[3]``: ``|p_s - onehot|``, ``|p_t - onehot|`` and the distillation gap ``|p_s - p_t|``, all at tau 1.
-    """
-    p_s, p_t = F.softmax(full_precision(student), dim=1), F.softmax(full_precision(teacher), dim=1)  # [B, K]
-    onehot = torch.zeros_like(p_s).scatter_(1, target[:, None], 1.0)
-    return torch.stack([(p_s - onehot).abs().sum(), (p_t - onehot).abs().sum(), (p_s - p_t).abs().sum()])
-
-
 def mean_over_all(sums: Tensor, count: int) -> Tensor:
     """Sums over this process's ``count`` images -> means over those of all processes, which then decide alike.
 
@@ -66,19 +55,6 @@ def mean_over_all(sums: Tensor, count: int) -> Tensor:
     """
     total = sum_over_processes(torch.cat([sums.flatten(), sums.new_full((1,), count)]))
     return (total[:-1] / total[-1]).view_as(sums)
-
-
-def epsilon(r_s: Tensor, r_t: Tensor) -> Tensor:
-    """``exp(-r_t / (r_s + r_t))``, in [1/e, 1]; 1 where both networks are perfect."""
-    return torch.exp(-r_t / (r_s + r_t).clamp_min(torch.finfo(r_s.dtype).tiny))
-
-
-def learning(r_s: Tensor, r_t: Tensor, gap: Tensor, eps: Tensor) -> Tensor:
-    """1 in learning mode, 0 in expert mode: the gap exceeds ``delta = r_s - eps r_t`` and the teacher is ahead.
-
-    The second condition stands in the authors' code, not in the paper's formula.
-    """
-    return 1.0 - ((gap > r_s - eps * r_t) & (r_t < r_s)).to(gap.dtype)
 
 
 class SwitOKD(Method):

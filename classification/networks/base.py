@@ -195,6 +195,20 @@ def taken_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
     return [index % count for index in indices]
 
 
+def classifier_of(network: nn.Module) -> nn.Linear:
+    """W and b of a network that tells which they are, as timm's and the CIFAR networks do.
+
+    Raises: InputError where it does not, or where they are no linear layer.
+    """
+    network = getattr(network, "model", network)  # the timm model inside a layout adapter
+    get_classifier: Any = getattr(network, "get_classifier", lambda: None)
+    classifier = get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        name = type(network).__name__
+        raise InputError(f"the method needs a network that ends with one linear layer, and {name} does not")
+    return classifier
+
+
 def init_conv(module: nn.Module) -> None:
     """Kaiming normal, fan out, for a convolution: N(0, sqrt(2 / (k * k * channels))); its bias 0.
 

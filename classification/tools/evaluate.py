@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from classification.config import Command, TrainConfig
+from classification.config import ONLINE, Command, Task, TrainConfig
 from classification.data import DataConfig
 from classification.distiller import NetworkConfig
 from classification.evaluation import evaluate
@@ -42,13 +42,13 @@ from core.training.run import environment
 ONNX_TOLERANCE = 1e-4  # of the largest logit
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
     options = parse_options(argv)
     run = Path(options.run) if options.run is not None else None
     source: dict[str, Any]
     if run is not None:
-        command, folder = command_of(run), find_checkpoint(run, options.checkpoint)
+        command, folder = command_of(run, task), find_checkpoint(run, options.checkpoint)
         options = parse_options(argv, command.config.data)
         experiment = restore(replace(command, config=replace(command.config, data=options.data)), folder)
         source = {"run": str(run), "checkpoint": folder.name}

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from classification.config import ONLINE, Task
 from classification.data import DataConfig, Streamed
 from classification.data.datasets import SMALL
 from classification.data.sources import EXTENSIONS
@@ -43,10 +44,10 @@ BOXES_HELP = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
     run = Path(parse_options(argv).run)
-    command = command_of(run)
+    command = command_of(run, task)
     options = parse_options(argv, command.config.data)
     command = replace(command, config=replace(command.config, data=options.data))
     every = options.checkpoint == "all"

@@ -27,9 +27,9 @@ STYLES = ("-", "--", ":")
 def draw_curves(metrics: Sequence[Line], path: str | Path) -> None:
     """Draw the lines of a run's ``metrics.jsonl``: a panel for whatever they hold, none for what they lack.
 
-    Training loss terms (a panel for each role), top-1 and calibration error of every role and split, learning rate, and
-    the attention statistics of Table 17, over epochs (over steps where no line has an epoch). Values that are missing
-    or not finite are left out.
+    Training loss terms (a panel for each role), top-1, calibration error and mIoU of every role and split, learning
+    rate, and the attention statistics of Table 17, over epochs (over steps where no line has an epoch). Values that are
+    missing or not finite are left out.
     Raises: InputError where there is nothing to draw or ``path`` cannot be written (see ``save_figure``).
     """
     x = "epoch" if any("epoch" in line for line in metrics) else "step"
@@ -130,6 +130,7 @@ def _score_panels(evaluation: Sequence[Line], x: str) -> list[Panel]:
     for term, title, unit, best in (
         ("top1", "top-1 accuracy", "top-1 (%)", max),
         ("ece", "expected calibration error", "ECE (%)", min),
+        ("mIoU", "mean intersection over union", "mIoU (%)", max),
     ):
         scores = {
             (role, split): points

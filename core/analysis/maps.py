@@ -124,6 +124,9 @@ def draw_maps(
     path: str | Path,
     labels: Sequence[str] | None = None,
     boxes: Tensor | None = None,
+    pictures: Mapping[str, Tensor] | None = None,
+    legend: Mapping[str, Sequence[int]] | None = None,
+    side: float = 1.7,
 ) -> None:
     """Figure 1: a row for each image, the image first, then each map in colour over the grey image.
 
@@ -135,10 +138,14 @@ def draw_maps(
         maps: name -> ``[B, h, w]`` at any resolution, drawn in this order (see ``pair_maps``).
         labels: a text for each row, e.g. its class.
         boxes: object boxes ``[B, 4]`` to outline, as in ``box_share``.
+        pictures: name -> uint8 ``[B, 3, H, W]`` to show as they are, between image and maps (class maps in colour).
+        legend: name -> colour (red, green, blue, 0 to 255) of what ``pictures`` show, below everything.
+        side: inches across an image.
     Raises: InputError where shapes do not fit or ``path`` cannot be written (see ``save_figure``).
     """
     count, channels, height, width = images.shape
-    if images.dtype != torch.uint8 or channels not in (1, 3) or not maps:
+    pictures = pictures or {}
+    if images.dtype != torch.uint8 or channels not in (1, 3) or not (maps or pictures):
         raise InputError(
             f"draw_maps needs maps and uint8 images [B, 1 or 3, H, W], not {images.dtype} {[*images.shape]}"
         )
@@ -153,25 +160,39 @@ def draw_maps(
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    side = 1.7  # inches across an image
     shape = side * height / width
+    columns = 1 + len(pictures) + len(maps)
     figure = Figure(
-        figsize=(side * (1 + len(maps)) + 0.6, (shape + 0.06) * count + 1.0),
+        figsize=(side * columns + 0.6, (shape + 0.06) * count + 1.0 + (0.4 if legend else 0.0)),
         layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, rect=(0, 0, 0.985, 1)),  # the last scale's end label
     )
     # Below the images a row for the scale of each map.
-    axes = figure.subplots(count + 1, 1 + len(maps), squeeze=False, height_ratios=[shape] * count + [0.09])
-    axes[count, 0].set_axis_off()
+    axes = figure.subplots(count + 1, columns, squeeze=False, height_ratios=[shape] * count + [0.09])
     _prepare(axes[:count], (height, width), boxes)
-    for row, picture in enumerate(images.cpu().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()):
-        axes[row, 0].imshow(picture, extent=(0, width, height, 0))
-        if labels is not None:
-            axes[row, 0].set_ylabel(labels[row], fontsize=9)
-    axes[0, 0].set_title("image", fontsize=9)
+    shown = {"image": images.expand(-1, 3, -1, -1), **pictures}
+    for column, (name, values) in enumerate(shown.items()):
+        axes[count, column].set_axis_off()
+        axes[0, column].set_title(name, fontsize=9)
+        for row, picture in enumerate(values.cpu().permute(0, 2, 3, 1).numpy()):
+            axes[row, column].imshow(picture, extent=(0, width, height, 0))
+    for row, text in enumerate(labels or []):
+        axes[row, 0].set_ylabel(text, fontsize=9)
+    if legend:
+        _draw_legend(figure, legend, columns)
     grey = images.cpu().float().mean(dim=1)
-    for column, (name, values) in enumerate(maps.items(), start=1):
+    for column, (name, values) in enumerate(maps.items(), start=len(shown)):
         _draw_column(axes[:, column], name, values.detach().float().cpu(), grey)
     save_figure(figure, path, dpi=150)
+
+
+def _draw_legend(figure: Any, legend: Mapping[str, Sequence[int]], columns: int) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [
+        Patch(facecolor=f"#{bytes(color).hex()}", edgecolor="0.4", linewidth=0.5, label=name)
+        for name, color in legend.items()
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=2 * columns, fontsize=8, frameon=False)
 
 
 def _prepare(axes: Any, size: Size, boxes: Tensor | None) -> None:

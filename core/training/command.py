@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import errno
@@ -10,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from core.errors import InputError, TrainingError
 
@@ -42,6 +43,18 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class LineParser(argparse.ArgumentParser):
+    """argparse for what is no dataclass: says what is wrong in one line, as an InputError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def missing_extra(error: ImportError, extra: str) -> InputError:
+    """What to say where a package of one of our extras is not installed."""
+    return InputError(f"{error.name or error} is not installed: pip install -e '.[{extra}]'")
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from core.errors import InputError, TrainingError, unknown
+from core.errors import InputError, unknown
 from core.training import checkpoint as checkpoints
 from core.training.command import Stop
 from core.training.distiller import Batch, Distiller, Losses, Progress
+from core.training.meters import Clock, Window, peak_memory
 from core.training.run import RunFolder
 from core.training.schedule import Schedule
 from core.training.seed import random_state, restore_random_state
@@ -127,7 +127,12 @@ def fit(
     module = accelerator.prepare(distiller)  # not the optimiser: accelerate's wrapper costs 0.1 ms a step
     optim = optimizer(distiller.parameter_groups())
     base_rates = [group["lr"] for group in optim.param_groups]
-    window, clock = _Window(accelerator), _Clock(accelerator.device)
+    window = Window(
+        accelerator.device,
+        lambda values: accelerator.reduce(values, reduction="mean"),
+        "lower the learning rate, clip gradients (--fit.clip 1.0) or train in bf16 / fp32",
+    )
+    clock = Clock(accelerator.device, accelerator.num_processes)
     step, best = 0, None
     factor, started_at = None, time.perf_counter()
 
@@ -192,14 +197,14 @@ def fit(
             stopping = False
             if step % config.log_every == 0 or step == total_steps:
                 means = window.flush()
-                rate = clock.tick(accelerator)
+                rate = clock.tick()
                 report({"lr": optim.param_groups[0]["lr"], "images_per_second": rate, **means}, "train")
                 bar.set_postfix({k: f"{v:.3f}" for k, v in means.items() if k.endswith("/ce")})
                 stopping = _any(stop.requested, accelerator)
             elif accelerator.num_processes == 1:
                 stopping = stop.requested
             if step % interval == 0 or step == total_steps:
-                clock.pause(accelerator)
+                clock.pause()
                 improved = False
                 if evaluate is not None:
                     distiller.eval()
@@ -238,104 +243,6 @@ def fit(
         tracker.finish()
     accelerator.trackers.clear()
     return result
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on a GPU, the process's resident peak on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class _Window:
-    """The losses of the steps since the last log point, kept on the device: reading them there alone saves a sync."""
-
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator = accelerator
-        self.rows: list[dict[str, Any]] = []
-        self._step: dict[str, Tensor] = {}
-
-    def add(self, losses: Losses, observed: Mapping[str, Tensor]) -> Tensor:
-        """Takes one forward's losses; returns their sum."""
-        values = {f"{role}/{term}": value for role, terms in losses.items() for term, value in terms.items()}
-        first, *others = values.values()
-        total = sum(others, start=first)  # not stack and sum: their backward takes longer than all the rest here
-        for name, value in {**values, **observed}.items():
-            value = value.detach().float()
-            # The parts of a step add up.
-            self._step[name] = self._step[name] + value if name in self._step else value
-        return total
-
-    def close_step(self, step: int) -> None:
-        self.rows.append({"step": step, "names": list(self._step), "values": torch.stack(list(self._step.values()))})
-        self._step = {}
-
-    def rows_on_cpu(self) -> list[dict[str, Any]]:
-        return [{**row, "values": row["values"].cpu()} for row in self.rows]
-
-    def check(self) -> dict[str, float]:
-        """Means over the steps and the processes. Raises: TrainingError naming the first value that is not finite."""
-        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-        for row in self.rows:
-            groups.setdefault(tuple(row["names"]), []).append(row)
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        bad: list[tuple[int, str, float]] = []
-        for names, rows in groups.items():
-            table = torch.stack([row["values"].to(self.accelerator.device) for row in rows])  # [rows, terms]
-            table = self.accelerator.reduce(table, reduction="mean").double().cpu()
-            for r, c in (~table.isfinite()).nonzero().tolist():
-                bad.append((rows[r]["step"], names[c], float(table[r, c])))
-            for name, value in zip(names, table.sum(dim=0).tolist(), strict=True):
-                sums[name] = sums.get(name, 0.0) + value
-                counts[name] = counts.get(name, 0) + len(rows)
-        if bad:
-            step, name, value = min(bad)
-            what = name.replace("/", "'s ", 1)
-            raise TrainingError(
-                f"the loss is not finite: {what} is {value} at step {step}: lower the learning rate, clip "
-                "gradients (--fit.clip 1.0) or train in bf16 / fp32; nothing was saved since the last checkpoint"
-            )
-        return {name: value / counts[name] for name, value in sums.items()}
-
-    def flush(self) -> dict[str, float]:
-        means = self.check()
-        self.rows = []
-        return means
-
-
-class _Clock:
-    """Seconds spent training (evaluation and saving left out), and images per second since the last look."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds, self.samples = 0.0, 0
-        self._since = time.perf_counter()
-        self._ticked = 0.0, 0
-
-    def restore(self, seconds: float, samples: int) -> None:
-        self.seconds, self.samples = seconds, samples
-        self._ticked = seconds, samples
-
-    def _now(self) -> None:
-        now = time.perf_counter()
-        self.seconds += now - self._since
-        self._since = now
-
-    def tick(self, accelerator: Any) -> float:
-        self._now()
-        seconds, samples = self._ticked
-        rate = (self.samples - samples) * accelerator.num_processes / max(self.seconds - seconds, 1e-9)
-        self._ticked = (self.seconds, self.samples)
-        return rate
-
-    def pause(self, accelerator: Any) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self._now()
-
-    def resume(self) -> None:
-        self._since = time.perf_counter()
 
 
 def durations(config: FitConfig, steps_per_epoch: int | None) -> tuple[int, int]:

@@ -61,7 +61,7 @@ def frozen(out: Path, name: str) -> list[list[Tensor | None]]:
 
     That is BatchNorm's statistics (frozen here), and phi's own loss, a quotient of two sums over the batch.
     """
-    import classification.experiment
+    import classification.training
 
     gradients: list[list[Tensor | None]] = []
     real = torch.optim.SGD.step
@@ -76,7 +76,7 @@ def frozen(out: Path, name: str) -> list[list[Tensor | None]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.BatchNorm2d, "train", lambda self, mode=True: nn.Module.train(self, False))
         patch.setattr(torch.optim.SGD, "step", step)
-        patch.setattr(classification.experiment, "check_batch", lambda *arguments: None)
+        patch.setattr(classification.training, "check_batch", lambda *arguments: None)
         assert train(out / name, *more, *FROZEN[name]) == 0
     return gradients
 

@@ -46,18 +46,27 @@ def test_every_methods_options_are_its_own(method: str) -> None:
     assert getattr(command.options, field.name) == changed
 
 
-def test_an_option_counts_wherever_it_comes_from(tmp_path: Path) -> None:
+def test_options_of_several_methods_in_a_recipe_serve_each_its_own(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("networks: {student: {name: cifar_resnet8}}\ndml: {weights: {teacher: 0.3}}\n")
-    assert refusal("--method", "vanilla", "--dml", "{tau: 2}") == "dml.tau does not apply to vanilla: it has no options"
-    for argv in (["--method", "vanilla"], ["--method", "vanilla+adm"]):
-        with pytest.raises(InputError, match=r"^dml\.weights does not apply to vanilla: it has no options$"):
-            parse_command(["--config", str(recipe), *argv])
-    assert parse_command(["--config", str(recipe), "--method", "dml"]).options.weights == {"teacher": 0.3}
-    # Taken back, and a default that is spelled out, change nothing.
-    parse_command(["--config", str(recipe), "--method", "vanilla", "--dml.weights", "{}"])
-    recipe.write_text("networks: {student: {name: cifar_resnet8}}\ndml: {tau: 1.0, peers: mean}\n")
-    parse_command(["--config", str(recipe), "--method", "vanilla"])
+    recipe.write_text("networks: {student: {name: cifar_resnet8}}\ndml: {weights: {teacher: 0.3}}\nkdcl: {tau: 2.0}\n")
+    for method, options in (("dml", METHODS["dml"].Options(weights={"teacher": 0.3})), ("vanilla", NoOptions())):
+        for label in (method, f"{method}+adm"):
+            command = parse_command(["--config", str(recipe), "--method", label])
+            assert command.options == options
+            assert [key for key in command.resolved() if key in METHODS] == (["dml"] if method == "dml" else [])
+    assert parse_command(["--config", str(recipe), "--method", "kdcl", "--kdcl.tau", "3"]).options.tau == 3.0
+    argv = ["--config", str(recipe), "--method", "dml"]
+    with pytest.raises(InputError, match=r"^kdcl\.tau does not apply to dml: its options are dml\.tau, "):
+        parse_command([*argv, "--kdcl.tau", "2.0"])  # also where it says the same again
+    with pytest.raises(InputError, match=r"bogus"):
+        recipe.write_text("networks: {student: {name: cifar_resnet8}}\nkdcl: {bogus: 2.0}\n")
+        parse_command(argv)
+
+
+@pytest.mark.parametrize("flags", [["--dml", "{tau: 2}"], ["--dml.tau=1.0"], ["--dml.weights", "{}"]])
+def test_options_of_another_method_are_refused_in_every_spelling(flags: list[str]) -> None:
+    name = flags[0].removeprefix("--").partition("=")[0]
+    assert refusal("--method", "vanilla", *flags) == f"{name} does not apply to vanilla: it has no options"
 
 
 @pytest.mark.parametrize("flags", [["--adm.alpha", "0.02"], ["--adm.gamma=1.0"], ["--adm", "{alpha: 0.02}"]])

@@ -21,9 +21,11 @@ from classification.evaluation import evaluate
 from classification.experiment import build, command_of, find_checkpoint, restore
 from classification.methods import ADMConfig
 from classification.methods.base import Output
-from classification.methods.shake import SHAKE, ShadowHead, SHAKEOptions, classifier_of, classify, standardise
+from classification.methods.shake import SHAKE, ShadowHead, SHAKEOptions, classify
 from classification.networks import create_network
+from classification.networks.base import classifier_of
 from classification.tools import evaluate as evaluate_tool
+from core.distillation import standardise
 from core.errors import InputError
 from core.network import as_network
 from core.training.checkpoint import read_checkpoint
@@ -86,21 +88,6 @@ def reached(distiller: OnlineDistiller, loss: Tensor) -> set[str]:
 
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
-
-
-def test_standardise_is_what_the_paper_writes() -> None:
-    z = torch.randn(7, 6, dtype=torch.float64) * 3 + 2
-    wanted = torch.empty_like(z)
-    for i, row in enumerate(z.tolist()):
-        mean = sum(row) / 6
-        variance = sum((x - mean) ** 2 for x in row) / 6
-        for k, x in enumerate(row):
-            wanted[i, k] = 2.5 * (x - mean) / math.sqrt(variance + 1e-7)
-    torch.testing.assert_close(standardise(z, 2.5), wanted, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(standardise(4 * z - 1, 2.5), wanted, rtol=1e-6, atol=1e-6)  # neither scale nor mean
-    assert torch.autograd.gradcheck(lambda x: standardise(x, C), z.requires_grad_())
-    assert standardise(torch.ones(2, 5), C).abs().max() == 0  # no spread, no NaN
-    assert standardise(torch.randn(2, 5).bfloat16(), C).dtype == torch.float32
 
 
 def test_classify_pools_and_leaves_the_classifier_alone() -> None:

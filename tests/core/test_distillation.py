@@ -1,4 +1,4 @@
-"""Eq. 2, 4 and 5 and Table 18's noise filters against plain Python loops, and who gets a gradient from them."""
+"""Eq. 2, 4, 5, standardised logits, Table 18's noise filters: against plain Python loops, and who gets a gradient."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from core import Adapter, feature_loss, kd_loss, mutual_loss
+from core.distillation import standardise
 
 B, K = 4, 5
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
@@ -112,6 +113,24 @@ def test_kd_loss_is_stable_at_large_logits(dtype: torch.dtype) -> None:
 def test_kd_loss_needs_equal_shapes() -> None:
     with pytest.raises(ValueError, match="shape"):
         kd_loss(torch.zeros(B, K), torch.zeros(B, K + 1))
+
+
+# SHAKE, NORM
+
+
+def test_standardise_is_what_the_paper_writes() -> None:
+    z = torch.randn(7, 6, dtype=torch.float64) * 3 + 2
+    wanted = torch.empty_like(z)
+    for i, row in enumerate(z.tolist()):
+        mean = sum(row) / 6
+        variance = sum((x - mean) ** 2 for x in row) / 6
+        for k, x in enumerate(row):
+            wanted[i, k] = 2.5 * (x - mean) / math.sqrt(variance + 1e-7)
+    torch.testing.assert_close(standardise(z, 2.5), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(standardise(4 * z - 1, 2.5), wanted, rtol=1e-6, atol=1e-6)  # neither scale nor mean
+    assert torch.autograd.gradcheck(lambda x: standardise(x, 2.5), z.requires_grad_())
+    assert standardise(torch.ones(2, 5), 2.5).abs().max() == 0  # no spread, no NaN
+    assert standardise(torch.randn(2, 5).bfloat16(), 2.5).dtype == torch.float32
 
 
 # Eq. 4

@@ -1,0 +1,1 @@
+"""Distillation from a fixed, pre-trained teacher, for image classification (Tables 8 and 9)."""

@@ -1,0 +1,132 @@
+"""DKD, decoupled knowledge distillation (Zhao et al., CVPR 2022): KD's loss in two parts with a weight each.
+
+Values as in megvii-research/mdistiller (distillers/DKD.py, configs). The published code masks the target's logit by
+-1000 and takes the logarithm of summed probabilities, which is -inf for a saturated network; here both parts come from
+differences of log-sum-exps in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from classification.methods.base import Outputs
+from core.distillation import full_precision
+from core.errors import require_not_negative, require_positive
+from core.training.distiller import Batch, Losses, Progress
+from offline_kd.methods.base import OfflineMethod
+
+
+@dataclass(frozen=True)
+class DKDOptions:
+    """Options of DKD. The defaults are those of ResNet-32x4 -> ResNet-8x4 on CIFAR-100; see ``DKD`` for other pairs.
+
+    Args:
+        alpha: weight of the target class's part (TCKD).
+        beta: weight of the other classes' part (NCKD).
+        tau: temperature.
+        warmup: epochs over which alpha and beta rise to their whole, in equal steps from 1 / warmup in the first epoch;
+            0 or 1 for no rise.
+        ce: weight of the cross-entropy.
+    """
+
+    alpha: float = 1.0
+    beta: float = 8.0
+    tau: float = 4.0
+    warmup: int = 20
+    ce: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_not_negative("dkd", alpha=self.alpha, beta=self.beta, warmup=self.warmup, ce=self.ce)
+        require_positive("dkd", tau=self.tau)
+
+
+def decoupled(logits: Tensor, target: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """The target class against all others, and the others among themselves, of ``p = softmax(logits / tau)``.
+
+    Args: logits ``[B, K]`` with K >= 2; class indices ``[B]``; tau > 0.
+    Returns: ``z_y - logsumexp(z without y)``, the logit of ``p[y]``, ``[B]``; ``log q``, q the softmax over the other
+        classes, ``[B, K - 1]``; in float32 at least.
+    Raises: ValueError for fewer than two classes.
+    """
+    classes = logits.shape[1]
+    if classes < 2:
+        raise ValueError(f"DKD needs at least 2 classes, and the logits are {tuple(logits.shape)}")
+    z = full_precision(logits) / tau
+    index = torch.arange(classes - 1, device=z.device)
+    others = z.gather(1, index + (index >= target[:, None]))  # the columns without y: [B, K - 1]
+    normaliser = others.logsumexp(dim=1, keepdim=True)
+    return (z.gather(1, target[:, None]) - normaliser).squeeze(1), others - normaliser
+
+
+def dkd_terms(logits: Tensor, target_logits: Tensor, target: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """The two parts of ``KL(p_t || p_s) = KL(b_t || b_s) + (1 - p_t[y]) KL(q_t || q_s)``, of each sample.
+
+    ``b = (p[y], 1 - p[y])``, q the softmax over the classes other than y, all at temperature tau.
+
+    Args: the student's and the teacher's logits ``[B, K]``, the latter detached; class indices ``[B]``; tau > 0.
+    Returns: ``KL(b_t || b_s)`` and ``KL(q_t || q_s)``, ``[B]`` each; the second is 0 for two classes.
+    Raises: ValueError where the shapes differ, or for fewer than two classes.
+    """
+    if logits.shape != target_logits.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and target logits {tuple(target_logits.shape)} differ in shape")
+    d_s, log_q_s = decoupled(logits, target, tau)
+    d_t, log_q_t = decoupled(target_logits.detach(), target, tau)
+    yes, no = torch.sigmoid(d_t), torch.sigmoid(-d_t)
+    binary = yes * (F.logsigmoid(d_t) - F.logsigmoid(d_s)) + no * (F.logsigmoid(-d_t) - F.logsigmoid(-d_s))
+    return binary, F.kl_div(log_q_s, log_q_t, reduction="none", log_target=True).sum(dim=1)
+
+
+def dkd_losses(logits: Tensor, target_logits: Tensor, target: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """``(TCKD, NCKD)``: tau^2 times the means of ``dkd_terms`` over the batch, two scalars."""
+    binary, others = dkd_terms(logits, target_logits, target, tau)
+    return tau**2 * binary.mean(), tau**2 * others.mean()
+
+
+def warmup_weight(epoch: float, warmup: int, like: Tensor) -> Tensor:
+    """``min(e / warmup, 1)`` with e the number of the current epoch, counted from 1; 1 where ``warmup`` is 0.
+
+    Args: epochs done, fractional. Returns: a scalar on the device of ``like`` and no number, which torch.compile would
+    take for a constant in every epoch anew.
+    """
+    one = full_precision(like.new_ones(()))
+    return ((one * epoch).floor() + 1.0).div(warmup).clamp(max=1.0) if warmup else one
+
+
+class DKD(OfflineMethod):
+    """``L = ce CE(z_s, y) + min(e / warmup, 1) (alpha TCKD + beta NCKD)``, e counted from 1.
+
+    The authors' values; those of a pair that is not here follow from the nearest one:
+
+    ============================================  =====  ====  ===  ======
+    pair                                          alpha  beta  tau  warmup
+    ============================================  =====  ====  ===  ======
+    ResNet-32x4 -> ResNet-8x4, ShuffleNetV2       1      8     4    20
+    ResNet-50 -> MobileNetV2 (half width)         1      8     4    20
+    WRN-40-2 -> WRN-16-2, WRN-40-1                1      6     4    20
+    VGG-13 -> MobileNetV2 (half width)            1      6     4    20
+    ResNet-56 -> ResNet-20                        1      2     4    20
+    ImageNet, ResNet-34 -> ResNet-18              1      0.5   1    1
+    ImageNet, ResNet-50 -> MobileNetV1            1      2     1    1
+    ============================================  =====  ====  ===  ======
+
+    WRN-16-2 -> MobileNetV2 (Table 8) has no published values; 6, as the other WRN and MobileNetV2 pairs, is taken.
+    """
+
+    Options = DKDOptions
+
+    def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
+        options: DKDOptions = self.options
+        student, teacher = outputs["student"].logits, outputs["teacher"].logits
+        tckd, nckd = dkd_losses(student, teacher, batch["target"], options.tau)
+        weight = warmup_weight(progress.epoch, options.warmup, student)
+        return {
+            "student": {
+                "ce": options.ce * F.cross_entropy(student, batch["target"]),
+                "tckd": options.alpha * weight * tckd,
+                "nckd": options.beta * weight * nckd,
+            }
+        }
