@@ -2,7 +2,7 @@
 
 The paper searches an architecture without training (``offline_kd/tools/score.py``), and offers its two metrics as
 distillation losses besides. Which of the two stands behind "DisWOT" in Table 9, with a fixed ResNet-18 as student, is
-said nowhere; the released code has no such loss. What is here is a reading of it: KD's ImageNet weights, the relation
+said nowhere; the released code has no such loss. What is here is a reading of it: KD's own weights, the relation
 loss with the weight that HobbitLong/RepDistiller gives the same loss under the name of similarity-preserving (3000 for
 a batch of 64), the semantic loss with ICKD's 2.5.
 """
@@ -26,7 +26,7 @@ from offline_kd.methods.base import OfflineMethod
 
 @dataclass(frozen=True)
 class DisWOTOptions:
-    """Options of DisWOT. Those of KD are for ImageNet; for CIFAR-100: 0.1, 0.9, tau 4.
+    """Options of DisWOT. The defaults of KD's part are those for CIFAR-100; for ImageNet: 0.5, 0.5, tau 1.
 
     Args:
         ce: weight of the cross-entropy.
@@ -38,9 +38,9 @@ class DisWOTOptions:
         semantic: weight of the semantic loss.
     """
 
-    ce: float = 0.5
-    kd: float = 0.5
-    tau: float = 1.0
+    ce: float = 0.1
+    kd: float = 0.9
+    tau: float = 4.0
     relation: float = 3000.0
     semantic: float = 2.5
 

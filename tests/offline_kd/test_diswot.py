@@ -192,7 +192,7 @@ def test_losses_are_those_of_the_spec(count: int) -> None:
     assert losses.keys() == {"student"} and losses["student"].keys() == wanted.keys()
     for term, value in wanted.items():
         assert losses["student"][term].item() == pytest.approx(value.item(), rel=1e-12), term
-    assert DisWOTOptions() == DisWOTOptions(ce=0.5, kd=0.5, tau=1.0, relation=3000.0, semantic=2.5)
+    assert DisWOTOptions() == DisWOTOptions(ce=0.1, kd=0.9, tau=4.0, relation=3000.0, semantic=2.5)
 
 
 # --- as a method ------------------------------------------------------------------------------------------------------
