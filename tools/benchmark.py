@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import itertools
 import os
@@ -34,6 +35,7 @@ from core.errors import InputError, unknown
 from core.training.command import run_command
 from core.training.distiller import Batch, Distiller, Losses, Progress
 from offline_kd.methods import METHODS as OFFLINE_METHODS
+from tools import dense_rows
 from tools.ratios import HEADER, Row, Values, cuda_seconds, draw, line, paired, peak_bytes, ratios, seconds, summary
 
 EPOCH = 391  # steps of a CIFAR epoch at batch 128, after which fit() saves a checkpoint and draws the curves
@@ -372,6 +374,12 @@ for _name in ("kd", "dkd", "diswot", "norm"):
     ROWS[f"offline_{_name}"] = Row(_what.format(_name), partial(offline_ratio, OFFLINE_METHODS[_name], None, CIFAR))
 _of = partial(offline_ratio, OFFLINE_METHODS["kd"], {"alpha": 1.0, "beta": 0.0, "gamma": 0.0}, CIFAR)
 ROWS["offline_kd+adm"] = Row(_what.format("kd + ADM"), _of, 1.03)
+for _name in ("deeplabv3", "pspnet") if importlib.util.find_spec("mmseg") else ():  # its extra is installed
+    _what = f"{_name}, R101 + R18, {ADM_DML}"
+    ROWS[f"step_{_name}"] = Row(f"time of a step, {_what}", partial(dense_rows.step_ratio, _name), 1.03)
+    ROWS[f"memory_{_name}"] = Row(f"peak memory, {_what}", partial(dense_rows.memory_ratio, _name), 1.05)
+    _loop = f"images/s, training command / bare loop, {_name}, R101 + R18"
+    ROWS[f"loop_{_name}"] = Row(_loop, partial(dense_rows.loop_ratio, _name), 0.95, at_least=True)
 GPU_ROWS = {}
 for (_name, _pair), _variant in itertools.product(PAIRS.items(), ("bf16", "channels_last", "compile")):
     _what = f"time of a step in {_variant}, DML + ADM"

@@ -34,7 +34,18 @@ IGNORED = (
     "fit.log_every",
     "fit.trackers",
     "progress_bar",
+    "data_root",
+    "run.",
+    "train_dataloader.num_workers",
+    "val_dataloader",
+    "env_cfg",
+    "visualizer",
+    "log_level",
+    "custom_imports",
 )
+
+MEASURES = {"top1": "top-1", "mIoU": "mIoU"}
+"""What is compared, in percent: the first that the runs have, and how it is called."""
 
 
 class WrongInput(ValueError):
@@ -54,6 +65,7 @@ class Run:
     chosen: str  # by what and on which split best was chosen
     evaluations: Sequence[Mapping[str, Any]]
     commit: str | None
+    measure: str
 
 
 @dataclass(frozen=True)
@@ -64,15 +76,20 @@ class Group:
     config: Mapping[str, Any]
     label: str = ""
 
+    @property
+    def measure(self) -> str:
+        """What is compared: the same for all runs."""
+        return next(iter(self.runs.values())).measure
+
     def scores(self, role: str, which: str) -> dict[Any, float]:
-        """Top-1 by seed, of "last" or "best"."""
-        found = {seed: top1(run.last if which == "last" else run.best, role) for seed, run in self.runs.items()}
+        """The measure by seed, of "last" or "best"."""
+        found = {s: score(r.last if which == "last" else r.best, role, r.measure) for s, r in self.runs.items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A group's last top-1 less that of its baseline (as the command named it), paired by seed, in points."""
+    """A group's last score less that of its baseline (as the command named it), paired by seed, in points."""
 
     group: str
     role: str
@@ -163,7 +180,8 @@ def read_run(path: Path) -> Run:
     best = summary.get("best")
     chosen = f"{best.get('selected_by')} on {summary.get('selected_on', best.get('split'))}" if best else "-"
     seed = config.get("seed", summary.get("seed"))
-    return Run(path, config, seed, finished, last or {}, best, chosen, evaluations, starts[-1].get("commit"))
+    measure = next((m for m in MEASURES if any(key.endswith(f"/{m}") for key in last or {})), "top1")
+    return Run(path, config, seed, finished, last or {}, best, chosen, evaluations, starts[-1].get("commit"), measure)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -178,15 +196,18 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def top1(values: Mapping[str, Any] | None, role: str) -> float | None:
+def score(values: Mapping[str, Any] | None, role: str, measure: str) -> float | None:
     """Percent. On the test set also where another split was used to choose."""
     values = values or {}
-    return values.get(f"test/{role}/top1", values.get(f"{role}/top1"))
+    return values.get(f"test/{role}/{measure}", values.get(f"{role}/{measure}"))
 
 
 def common_roles(runs: Sequence[Run]) -> list[str]:
-    """The roles that all runs evaluate, teachers first. Raises: WrongInput where there is none."""
-    by_run = [{m[1] for key in run.last if (m := re.fullmatch(r"([^/]+)/top1", key))} for run in runs]
+    """The roles that all runs evaluate by one measure, teachers first. Raises: WrongInput where there is none."""
+    if len({run.measure for run in runs}) > 1:
+        told = "; ".join(f"{run.path}: {MEASURES[run.measure]}" for run in runs)
+        raise WrongInput(f"the runs measure different things ({told})")
+    by_run = [{m[1] for key in run.last if (m := re.fullmatch(rf"([^/]+)/{run.measure}", key))} for run in runs]
     common = set.intersection(*by_run)
     if not common:
         named = "; ".join(f"{run.path}: {', '.join(sorted(r)) or 'none'}" for run, r in zip(runs, by_run, strict=True))
@@ -222,7 +243,7 @@ def experiment(run: Run) -> dict[str, Any]:
     for key, value in run.config.items():
         if value is None or key.startswith(IGNORED) or key.endswith(".sha256"):
             continue
-        if key.endswith(".weights") and isinstance(value, str):
+        if key.endswith((".weights", ".teacher_weights")) and isinstance(value, str):
             value = re.sub(rf"(?<!\d){re.escape(str(run.seed))}(?!\d)", "{seed}", value)
         kept[key] = value
     return kept
@@ -260,7 +281,7 @@ def match(group: Group, rivals: Sequence[Group]) -> Group | None:
 
 
 def paired(group: Group, rival: Group | None, role: str, baseline: str) -> Difference:
-    """The difference of the last top-1 over the common seeds, with its 95 % t interval from two seeds on."""
+    """The difference of the last score over the common seeds, with its 95 % t interval from two seeds on."""
     ours, theirs = group.scores(role, "last"), rival.scores(role, "last") if rival is not None else {}
     by_seed = {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
     values, n = list(by_seed.values()), len(by_seed)
@@ -293,7 +314,11 @@ def render(
     groups: Sequence[Group], roles: Sequence[str], differences: Sequence[Difference], left_out: Sequence[Run]
 ) -> str:
     """Both tables and what must be known to read them, as Markdown that is legible as it is."""
-    parts = ["Top-1 in percent: mean ± sample standard deviation over seeds.", table(score_rows(groups, roles))]
+    measure = MEASURES[groups[0].measure]
+    parts = [
+        f"{measure.replace('top', 'Top')} in percent: mean ± sample standard deviation over seeds.",
+        table(score_rows(groups, roles)),
+    ]
     chosen = {run.chosen for group in groups for run in group.runs.values()}
     if any(c.endswith(" on test") for c in chosen):
         parts.append("Best was chosen by test accuracy, which flatters it: read last.")
@@ -311,19 +336,24 @@ def render(
             for d in differences
         ]
         parts.append(
-            f"Difference of the last top-1 from {differences[0].baseline}, in points, paired by seed; t interval"
+            f"Difference of the last {measure} from {differences[0].baseline}, in points, paired by seed; t interval"
             + (f", not corrected for {len(rows)} comparisons." if len(rows) > 1 else ".")
         )
         parts.append(table([heads, *rows]))
     unfinished = [run for group in groups for run in group.runs.values() if not run.finished]
     if unfinished:
-        told = ", ".join(f"{run.path} (epoch {run.last.get('epoch', 0):g})" for run in unfinished)
+        told = ", ".join(f"{run.path} ({when(run.last)})" for run in unfinished)
         parts.append(f"Not finished, taken as far as they are: {told}.")
     if left_out:
         parts.append(f"Left out, not finished: {', '.join(str(run.path) for run in left_out)}.")
     if len({run.commit for group in groups for run in group.runs.values()}) > 1:
         parts.append("These runs come from different commits (see each run's environment.json).")
     return "\n\n".join(parts)
+
+
+def when(values: Mapping[str, Any]) -> str:
+    """Where in its run an evaluation stands."""
+    return f"epoch {values['epoch']:g}" if "epoch" in values else f"iteration {values.get('step', 0)}"
 
 
 def score_rows(groups: Sequence[Group], roles: Sequence[str]) -> list[list[str]]:
@@ -375,7 +405,7 @@ def as_json(
                     for seed, run in group.runs.items()
                 ],
                 "best_chosen_by": sorted({run.chosen for run in group.runs.values()}),
-                "top1": {role: {w: summary(group.scores(role, w)) for w in ("last", "best")} for role in roles},
+                group.measure: {role: {w: summary(group.scores(role, w)) for w in ("last", "best")} for role in roles},
             }
             for group in groups
         ],
@@ -397,11 +427,14 @@ def as_json(
 
 
 def curve(group: Group, role: str) -> list[tuple[float, float, float]]:
-    """(epoch, mean top-1, its sample standard deviation over seeds; 0 of one run) at each epoch that all runs have."""
+    """(epoch, mean score, its sample standard deviation over seeds; 0 of one run) at each epoch that all runs have.
+
+    Iterations stand for epochs where a run counts those.
+    """
     by_epoch: dict[float, list[float]] = {}
     for run in group.runs.values():
         for line in run.evaluations:
-            value = top1(line, role)
+            value = score(line, role, run.measure)
             if value is not None:
                 by_epoch.setdefault(round(line.get("epoch", line["step"]), 6), []).append(value)
     return [
@@ -412,10 +445,13 @@ def curve(group: Group, role: str) -> list[tuple[float, float, float]]:
 
 
 def draw(groups: Sequence[Group], roles: Sequence[str], path: Path) -> None:
-    """Top-1 over epochs, a panel for each role: the mean over seeds in a band of one sample standard deviation."""
+    """The score over epochs, a panel for each role: the mean over seeds in a band of one sample standard deviation."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    measure = MEASURES[groups[0].measure]
+    epochs = any("epoch" in line for group in groups for run in group.runs.values() for line in run.evaluations)
+    unit = "epoch" if epochs else "iteration"
     texts = {
         (group.label, role): textwrap.fill(
             f"{group.label}: {spread(list(group.scores(role, 'last').values()))} (n = {len(group.runs)})", 56
@@ -436,11 +472,11 @@ def draw(groups: Sequence[Group], roles: Sequence[str], path: Path) -> None:
             axis.plot(x, y, **look, marker=marker, markersize=3, linewidth=1.4, label=texts[group.label, role])
             low, high = [m - d for m, d in zip(y, s, strict=True)], [m + d for m, d in zip(y, s, strict=True)]
             axis.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
-        axis.set(title=role, xlabel="epoch", ylabel="top-1 (%)")
+        axis.set(title=role, xlabel=unit, ylabel=f"{measure} (%)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3, linewidth=0.6)
         place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "borderaxespad": 0}
-        axis.legend(fontsize="small", title="last top-1, mean ± std over seeds", title_fontsize="small", **place)
+        axis.legend(fontsize="small", title=f"last {measure}, mean ± std over seeds", title_fontsize="small", **place)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     figure.savefig(beside, dpi=120, format="png")
     beside.replace(path)

@@ -54,7 +54,7 @@ class LineParser(argparse.ArgumentParser):
 
 def missing_extra(error: ImportError, extra: str) -> InputError:
     """What to say where a package of one of our extras is not installed."""
-    return InputError(f"{error.name or error} is not installed: pip install -e '.[{extra}]'")
+    return InputError(f"{(error.name or str(error)).partition('.')[0]} is not installed: pip install -e '.[{extra}]'")
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -20,6 +20,12 @@ from typing import Any
 from core.errors import InputError, TrainingError
 from core.training.checkpoint import leftover, write_atomically
 
+PACKAGES = (
+    "torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "onedl-mmengine", "onedl-mmcv",
+    "onedl-mmsegmentation", "mmengine", "mmcv", "mmsegmentation",
+)  # fmt: skip
+"""Whose versions ``environment.json`` names, where they are installed."""
+
 
 class RunFolder:
     """One run's folder. Only the main process writes; the others hold it with ``main=False`` and write nothing.
@@ -185,7 +191,7 @@ def environment(device: str) -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     versions = {}
-    for package in ("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy"):
+    for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

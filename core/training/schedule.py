@@ -18,13 +18,13 @@ class ScheduleConfig:
     """How the learning rate falls.
 
     Args:
-        name: "multistep" multiplies by ``factor`` after each milestone, "cosine" falls to 0 over the run.
+        name: "multistep" multiplies by ``factor`` after each milestone, "cosine" and "linear" fall to 0 over the run.
         milestones: completed epochs after which the rate drops.
         factor: what a drop multiplies the rate by.
         warmup: epochs over which the rate first rises linearly from 0.
     """
 
-    name: Literal["multistep", "cosine", "constant"] = "multistep"
+    name: Literal["multistep", "cosine", "linear", "constant"] = "multistep"
     milestones: tuple[float, ...] = (140, 200, 250)
     factor: float = 0.1
     warmup: float = 0.0
@@ -44,9 +44,9 @@ def make_schedule(config: ScheduleConfig, epochs: float) -> Schedule:
             return done / config.warmup
         if config.name == "multistep":
             return config.factor ** bisect_right(config.milestones, done + 1e-9)
+        share = min((done - config.warmup) / max(epochs - config.warmup, 1e-9), 1.0)
         if config.name == "cosine":
-            share = (done - config.warmup) / max(epochs - config.warmup, 1e-9)
-            return 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
-        return 1.0
+            return 0.5 * (1.0 + math.cos(math.pi * share))
+        return 1.0 - share if config.name == "linear" else 1.0
 
     return schedule

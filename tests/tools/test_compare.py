@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -158,6 +159,21 @@ def test_the_test_set_is_reported_where_validation_chose(tmp_path: Path, command
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
+
+
+def test_segmentation_is_compared_by_miou_over_iterations(runs: list[Path], tmp_path: Path, command: Any) -> None:
+    command(*runs, "--baseline", "dml", "--out", tmp_path / "top1")
+    for file in (path / name for path in runs for name in ("metrics.jsonl", "summary.json")):
+        file.write_text(re.sub(r'"epoch": [\d.]+, ', "", file.read_text().replace("/top1", "/mIoU")))
+    out = command(*runs, "--baseline", "dml", "--out", tmp_path / "miou")
+    by_top1, by_miou = report(tmp_path / "top1"), report(tmp_path / "miou")
+    assert by_miou["differences"] == by_top1["differences"]
+    assert [group["mIoU"] for group in by_miou["groups"]] == [group["top1"] for group in by_top1["groups"]]
+    assert "mIoU in percent" in out and "last mIoU from dml" in out and "op-1" not in out
+    assert (tmp_path / "miou/compare.png").stat().st_size > 5000
+    other = write_run(tmp_path / "classified", 0, [40.0])
+    with pytest.raises(compare.WrongInput, match="the runs measure different things"):
+        compare.main([str(runs[0]), str(other)])
 
 
 def test_groups_differ_in_more_than_the_seed(tmp_path: Path, command: Any) -> None:

@@ -1,0 +1,96 @@
+"""mmengine's checkpoints in a run folder: ``checkpoints/iter_<N>.pth``; ``last.pth`` and ``best.pth`` are links."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import InputError
+from core.training.checkpoint import leftover, link
+
+LAST, BEST = "last.pth", "best.pth"
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"iter_{step}.pth"
+
+
+def numbered(run: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    found = [p for p in (run / "checkpoints").glob("iter_*.pth") if re.fullmatch(r"iter_\d+", p.stem)]
+    return sorted(found, key=lambda p: int(p.stem.removeprefix("iter_")))
+
+
+def point(run: Path, name: str, step: int) -> None:
+    """Lets ``last.pth`` or ``best.pth`` be the checkpoint of an iteration."""
+    link(run / "checkpoints", name, checkpoint_path(run, step))
+
+
+def prune(run: Path, keep: int) -> None:
+    """Removes all but the newest ``keep`` and the two that have a name."""
+    named = {os.readlink(p) for name in (LAST, BEST) if (p := run / "checkpoints" / name).is_symlink()}
+    for old in numbered(run)[:-keep]:
+        if old.name not in named:
+            old.unlink()
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """Raises: InputError for a file that is missing, cut off, no checkpoint, or holds more than plain values."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"no checkpoint {file}") from error
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(f"cannot read the checkpoint {file}: {_reason(error)}") from error
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{file} is no checkpoint: it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def latest_checkpoint(run: Path, log: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest readable checkpoint, None where there is none. A damaged newer one is reported and removed.
+
+    For one process alone: it moves ``last.pth`` and clears what a killed save left behind.
+    Raises: InputError where there are checkpoints but none is readable.
+    """
+    for path in (run / "checkpoints").glob("*"):
+        if leftover(path):
+            path.unlink()
+    damaged: list[Path] = []
+    for candidate in numbered(run)[::-1]:
+        try:
+            checkpoint = read_checkpoint(candidate)
+        except InputError as error:
+            log(f"{error}: looking for the one before it")
+            damaged.append(candidate)
+            continue
+        for bad in damaged:
+            log(f"resuming from {candidate} instead of {bad.name}")
+            bad.unlink()
+        point(run, LAST, int(candidate.stem.removeprefix("iter_")))
+        best = run / "checkpoints" / BEST
+        if best.is_symlink() and not best.exists():
+            best.unlink()
+        return checkpoint
+    if damaged:
+        raise InputError(f"none of the checkpoints of {run} can be read: move the run folder away to start anew")
+    return None
+
+
+def find_checkpoint(run: Path, name: str) -> Path:
+    """A run's checkpoint "last", "best" or "iter_400" as its numbered file. Raises: InputError naming all."""
+    file = run / "checkpoints" / f"{name}.pth"
+    if not file.is_file():
+        named = [n for n in (LAST, BEST) if (run / "checkpoints" / n).is_file()]
+        known = ", ".join(Path(n).stem for n in (*named, *(p.name for p in numbered(run))))
+        raise InputError(f"{run} has no checkpoint {name!r}: " + (f"it has {known}" if known else "none was saved yet"))
+    return file.resolve()

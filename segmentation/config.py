@@ -1,0 +1,327 @@
+"""Configs: mmengine's, with a network named by the stock config it comes from, and options checked before they count.
+
+Our configs add to mmengine's keys: ``stock`` in a network (a file of mmseg's own configs), and at the top
+``data_root``, ``crop_size`` (height, width), ``batch_size`` (over all processes), ``seed`` and ``run``
+(``configs/_base_/runtime.py``), which are put where mmengine reads them.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import mmseg
+import torch
+from mmengine import registry
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import init_default_scope
+from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner.checkpoint import get_external_models
+from mmseg.registry import DATASETS, MODELS
+
+from core.errors import InputError, unknown
+from core.training.command import LineParser
+from segmentation.distiller import ROLES, load_weights
+from segmentation.losses import ADMOptions, parse_method
+
+NEEDED = (
+    "model", "train_dataloader", "val_dataloader", "val_evaluator", "train_cfg", "optim_wrapper", "param_scheduler",
+    "default_hooks", "env_cfg", "data_root", "crop_size", "batch_size", "seed", "run",
+)  # fmt: skip
+PAIR = "DistillationSegmentor"
+STOCK_CONFIGS = Path(mmseg.__file__).parent / ".mim" / "configs"
+
+
+def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> Config:
+    """A config with its networks in full, ``--cfg-options`` merged in, and our own keys put where mmengine reads them.
+
+    Raises: InputError for a file that is no config and options that do not fit.
+    """
+    if not Path(file).is_file():
+        raise InputError(f"no config {file}")
+    try:
+        cfg = Config.fromfile(str(file))
+    except Exception as error:  # a config is Python and can raise anything
+        raise InputError(f"{file} is no config: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if missing := [key for key in NEEDED if key not in cfg]:
+        raise InputError(f"{file} lacks {missing[0]}: start from one of segmentation/configs")
+    init_default_scope("mmseg")
+    for role in ROLES:
+        if "stock" in cfg.model[role]:
+            cfg.model[role] = stock_network(cfg.model[role])
+    for key, value in (options or {}).items():
+        check_option(cfg, key, value)
+        try:
+            cfg.merge_from_dict({key: value})
+        except (TypeError, KeyError) as error:
+            raise InputError(f"the option {key} does not fit the config: {' '.join(str(error).split())}") from error
+    method, with_adm = parse_method(cfg.model.method)
+    cfg.model.adm = asdict(ADMOptions.of(cfg.model.get("adm") or {}, method, used=with_adm))
+    crop = tuple(cfg.crop_size)
+    if len(crop) != 2 or not all(isinstance(side, int) and side > 0 for side in crop):
+        raise InputError(f"crop_size {crop}: two positive numbers, height and width in pixels")
+    for step in _datasets(cfg.train_dataloader.dataset)[-1].pipeline:
+        if step.type == "RandomCrop":
+            step.crop_size = crop
+    cfg.model.data_preprocessor.size = crop
+    for scheduler in cfg.param_scheduler:
+        if scheduler.type == "PolyLR" and not scheduler.by_epoch:
+            scheduler.setdefault("end", cfg.train_cfg.max_iters)
+    for name in ("train_pipeline", "test_pipeline"):  # the loaders hold them
+        cfg.pop(name, None)
+    return cfg
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["train_cfg.max_iters=100"] -> {"train_cfg.max_iters": 100}``, values as mmengine reads them.
+
+    Raises: InputError for one without a value.
+    """
+    if not pairs:
+        return {}
+    if wrong := next((pair for pair in pairs if "=" not in pair), None):
+        raise InputError(f"--cfg-options {wrong}: give KEY=VALUE")
+    parser = LineParser()
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction)
+    return parser.parse_args(["--cfg-options", *pairs]).cfg_options
+
+
+def stock_network(network: Mapping[str, Any]) -> ConfigDict:
+    """The network of a stock config with our changes. Raises: InputError where mmseg ships no such file."""
+    file = STOCK_CONFIGS / network["stock"]
+    if not file.is_file():
+        known = [str(path.relative_to(STOCK_CONFIGS)) for path in STOCK_CONFIGS.glob("*/*.py")]
+        raise unknown("stock config", network["stock"], known)
+    changes = {key: value for key, value in network.items() if key != "stock"}
+    whole = Config({"network": Config.fromfile(str(file)).model})
+    whole.merge_from_dict({"network": changes})
+    whole.network.pop("data_preprocessor", None)  # the pair has one
+    return whole.network
+
+
+def check_option(cfg: Config, key: str, value: Any) -> None:
+    """Raises: InputError for an option that nothing would read, offering the nearest, or a text instead of a number."""
+    here: Any = cfg
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if isinstance(here, (list, tuple)):
+            if not part.isdigit() or int(part) >= len(here):
+                raise InputError(f"unknown option {key}: {'.'.join(parts[:depth])} has the items 0 to {len(here) - 1}")
+            here = here[int(part)]
+        elif isinstance(here, (Mapping, Config)):
+            if part not in here and (known := _accepted(here, parts[:depth])) is not None and part not in known:
+                raise _unknown_option(key, ".".join(parts[:depth]), part, known | set(here))
+            here = here.get(part)
+            if isinstance(here, (int, float)) and isinstance(value, str) and depth == len(parts) - 1:
+                raise InputError(f"the option {key} is a number or a switch, not {value!r}")
+        else:
+            if here is not None:
+                raise InputError(f"unknown option {key}: {'.'.join(parts[:depth])} is {here!r}, it has no parts")
+            return
+
+
+def _unknown_option(key: str, place: str, part: str, known: set[str]) -> InputError:
+    nearest = difflib.get_close_matches(part, sorted(known), n=1, cutoff=0.5)
+    prefix = f"{place}." if place else ""
+    hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"{place or 'a config'} has {', '.join(sorted(known))}"
+    return InputError(f"unknown option {key}: {hint}")
+
+
+def _accepted(section: Mapping[str, Any] | Config, place: Sequence[str]) -> set[str] | None:
+    """The arguments that a section's class takes besides those it has; None where they cannot be known."""
+    if not place:
+        return set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"} | {"find_unused_parameters"}
+    if tuple(place) == ("model", "adm"):
+        return {field.name for field in fields(ADMOptions)}
+    if tuple(place) == ("run",):
+        return set()
+    if "type" not in section:
+        return set(inspect.signature(torch.utils.data.DataLoader).parameters) if "sampler" in section else None
+    owner = _class_of(section["type"])
+    if owner is None:
+        return None
+    names: set[str] = set()
+    for parent in owner.__mro__ if inspect.isclass(owner) else (owner,):
+        parameters = inspect.signature(parent.__init__ if inspect.isclass(parent) else parent).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names | {"init_cfg"}
+
+
+def _class_of(name: Any) -> Any:
+    if not isinstance(name, str):
+        return name
+    from mmseg import registry as own
+
+    for source in (own, registry):
+        for found in vars(source).values():
+            if isinstance(found, registry.Registry) and (owner := found.get(name)) is not None:
+                return owner
+    return None
+
+
+def complete(cfg: Config, processes: int, device: str) -> Config:
+    """A copy to train with: each process's share of the batch, KDCL's two views, what the CPU cannot do replaced.
+
+    Raises: InputError where batch, crop or networks do not fit each other.
+    """
+    cfg = copy.deepcopy(cfg)
+    cfg.randomness = {**cfg.get("randomness", {}), "seed": cfg.seed}
+    cfg.train_dataloader.batch_size = _share(cfg.batch_size, processes)
+    for name in ("train_dataloader", "val_dataloader"):
+        cfg[name] = ready_loader(cfg[name], cfg.data_root)
+    if (data := cfg.train_dataloader.dataset).type == "NumberedDataset":
+        data.seed = cfg.seed
+    if parse_method(cfg.model.method)[0] == "kdcl":
+        for step in _datasets(cfg.train_dataloader.dataset)[-1].pipeline:
+            if step.type == "PhotoMetricDistortion":
+                step.type = "PhotoMetricDistortionPerNetwork"
+                cfg.model.data_preprocessor.type = "ViewsDataPreProcessor"
+    if device == "cpu":
+        _without_gpu(cfg)
+    check_networks(cfg, processes)
+    return cfg
+
+
+def ready_loader(loader: Any, root: str | None) -> Any:
+    """A loader's config with the folder of the data set (unless None), and without what no worker can have."""
+    loader = copy.deepcopy(loader)
+    if loader.get("num_workers", 0) == 0:
+        loader.persistent_workers = False
+    if root is not None:
+        _datasets(loader.dataset)[-1].data_root = root
+    return loader
+
+
+def _share(batch_size: int, processes: int) -> int:
+    if batch_size < 1 or batch_size % processes:
+        raise InputError(f"batch_size {batch_size} cannot be shared by {processes} process(es)")
+    return batch_size // processes
+
+
+def _datasets(dataset: Any) -> list[Any]:
+    """A data set's config and those it wraps, outermost first."""
+    return [dataset, *(_datasets(dataset.dataset) if "dataset" in dataset else [])]
+
+
+def _without_gpu(cfg: Config) -> None:
+    if cfg.optim_wrapper.get("type", "OptimWrapper") == "AmpOptimWrapper":
+        raise InputError("mixed precision needs a GPU: leave out --amp")
+    cfg.env_cfg.dist_cfg.backend = "gloo"
+
+    def replace(section: Any) -> None:
+        if isinstance(section, dict) and section.get("type") == "SyncBN":
+            section["type"] = "BN"
+        for value in section.values() if isinstance(section, dict) else section:
+            if isinstance(value, (dict, list)):
+                replace(value)
+
+    replace(cfg.model)
+    cfg.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+
+
+def check_networks(cfg: Config, processes: int) -> None:
+    """Raises: InputError for a batch of one, or a crop too small for a head."""
+    networks = {role: cfg.model[role] for role in ROLES}
+    per_process = cfg.train_dataloader.batch_size
+    together = any("SyncBN" in str(network) for network in networks.values())
+    if per_process * (processes if together else 1) < 2:
+        raise InputError(
+            f"batch_size {cfg.batch_size} over {processes} process(es) gives BatchNorm one image at a time, and the "
+            f"heads pool it to one value: choose batch_size {2 * processes} or more"
+        )
+    for role, network in networks.items():
+        _check_crop(role, network, tuple(cfg.crop_size))
+
+
+def _check_crop(role: str, network: Mapping[str, Any], crop: tuple[int, ...]) -> None:
+    stride = 4
+    for step in network["backbone"].get("strides", ()):
+        stride *= step
+    head = network["decode_head"]
+    cells = max(head.get("pool_scales", (2,)))
+    height, width = (-(-side // stride) for side in crop)
+    if min(height, width) < cells:
+        raise InputError(
+            f"crop_size {crop} gives the {role}'s {head['type']} a map of {height} x {width} cells, it needs {cells} x "
+            f"{cells}: choose at least {(cells - 1) * stride + 1} pixels a side"
+        )
+
+
+def check_data(cfg: Config) -> None:
+    """Raises: InputError where images or labels are not where the config says, or classes do not fit the networks."""
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        check_images(loader, cfg.model.student.decode_head.num_classes)
+
+
+def check_images(loader: Any, classes: int) -> None:
+    """As ``check_data``, of one loader and networks of so many classes."""
+    config = _datasets(loader.dataset)[-1]
+    root = Path(config.get("data_root") or ".")
+    images, labels = (root / config.data_prefix[key] for key in ("img_path", "seg_map_path"))
+    where = f"--data-root {root} must hold {config.data_prefix.img_path}/ and {config.data_prefix.seg_map_path}/"
+    for folder in (images, labels):
+        if not folder.is_dir():
+            raise InputError(f"no folder {folder}: {where}")
+    dataset: Any = DATASETS.build({**config, "pipeline": [], "serialize_data": False})
+    if not len(dataset):
+        raise InputError(f"no image *{dataset.img_suffix} in {images}: {where}")
+    files = [Path(dataset.get_data_info(i)["seg_map_path"]) for i in range(len(dataset))]
+    if missing := next((file for file in files if not file.is_file()), None):
+        made = " (made by cityscapesscripts' createTrainIdLabelImgs)" if "TrainIds" in missing.name else ""
+        raise InputError(f"no label map {missing}{made}: every image needs one")
+    if len(dataset.metainfo["classes"]) != classes:
+        raise InputError(
+            f"{config.type} has {len(dataset.metainfo['classes'])} classes, the networks' heads have {classes}: "
+            "set num_classes of all heads"
+        )
+
+
+def check_pretrained(cfg: Config, networks: Mapping[str, Any]) -> None:
+    """Finds, downloading as mmseg does, what the networks start from. Raises: InputError naming what is wrong."""
+    if file := cfg.model.get("teacher_weights"):
+        load_weights(networks["teacher"], Path(file), "teacher")
+    for role, network in networks.items():
+        for option, name in _pretrained(role, cfg.model[role]):
+            what, give = f"the {role}'s backbone starts from {name}", f"--cfg-options {option}=FILE"
+            try:
+                state = CheckpointLoader.load_checkpoint(name, map_location="cpu", logger="silent")
+            except FileNotFoundError as error:
+                raise InputError(f"{what}, and there is no such file: {give} names one, {option}=None none") from error
+            except Exception as error:  # no network, a cut off file, an unknown name
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                address = get_external_models().get(name.partition("://")[2], name)
+                cache = os.path.join(torch.hub.get_dir(), "checkpoints")
+                raise InputError(
+                    f"{what}, which cannot be had ({reason}): get {address} and put it into {cache}, or name it by "
+                    f"{give}; {option}=None starts from random weights"
+                ) from error
+            state = state.get("state_dict", state)
+            own = {k: v.shape for k, v in network.backbone.state_dict().items() if "num_batches" not in k}
+            wrong = [k for k, shape in own.items() if k not in state or state[k].shape != shape]
+            if wrong:
+                raise InputError(f"{what}, which is of another network: {len(wrong)} weights do not fit, as {wrong[0]}")
+
+
+def _pretrained(role: str, network: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if name := network.get("pretrained"):
+        yield f"model.{role}.pretrained", name
+    init = network["backbone"].get("init_cfg")
+    if isinstance(init, Mapping) and init.get("type") == "Pretrained":
+        yield f"model.{role}.backbone.init_cfg.checkpoint", init["checkpoint"]
+
+
+def build(model: Mapping[str, Any]) -> Any:
+    """A model from its section of a config. Raises: InputError where its networks do not fit."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Default ``avg_non_ignore`` is False")  # `normalise` says it
+        warnings.filterwarnings("ignore", message="DeprecationWarning: pretrained is a deprecated")  # stock configs
+        return MODELS.build(model)

@@ -1,0 +1,127 @@
+"""Images for dense prediction: an order and an augmentation that neither workers nor an interruption change."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dataset import BaseDataset
+from mmengine.dist import get_dist_info
+from mmseg.datasets.transforms import PhotoMetricDistortion
+from mmseg.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
+from torch.utils.data import Dataset, Sampler
+
+from core.errors import InputError
+
+Draw = tuple[int, int]  # index of the image, number of the draw over all processes
+
+
+@DATA_SAMPLERS.register_module()
+class NumberedSampler(Sampler[Draw]):
+    """Endless, shuffled anew for each pass; every process takes its share of one common order.
+
+    It yields each image's index with the number of the draw, from which ``NumberedDataset`` takes the augmentation.
+    """
+
+    def __init__(self, dataset: Any, seed: int = 0) -> None:
+        self.size, self.seed = len(dataset), seed
+        self.rank, self.processes = get_dist_info()
+        self.skipped = 0
+
+    def skip(self, num_samples: int) -> None:
+        """Goes to an absolute position of this process (mmengine calls it before a resumed run's first batch)."""
+        self.skipped = num_samples
+
+    def __iter__(self) -> Iterator[Draw]:
+        for number in itertools.count(self.rank + self.skipped * self.processes, self.processes):
+            epoch, position = divmod(number, self.size)
+            yield int(self._order(epoch)[position]), number
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if getattr(self, "_known", None) != epoch:
+            self._known = epoch
+            self._shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+        return self._shuffled
+
+    def __len__(self) -> int:
+        return self.size
+
+
+@DATASETS.register_module()
+class NumberedDataset(Dataset):
+    """Another data set, its augmentation drawn from (seed, number of the draw) and its labels checked.
+
+    With plain indices (validation) nothing is seeded.
+
+    Args: the config of the data set; the seed; the number of classes (those of the data set unless given).
+    """
+
+    def __init__(self, dataset: Mapping[str, Any] | BaseDataset, seed: int = 0) -> None:
+        self.dataset: Any = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
+        self.seed = seed
+
+    @property
+    def metainfo(self) -> dict[str, Any]:
+        return self.dataset.metainfo
+
+    def full_init(self) -> None:
+        self.dataset.full_init()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
+        """``inputs`` uint8 ``[3 or 6, H, W]`` and ``data_samples``. Raises: InputError naming a file's wrong label."""
+        if isinstance(draw, tuple):
+            index, number = draw
+            with _seeded(zlib.crc32(repr((self.seed, number)).encode())):
+                sample = self.dataset[index]
+        else:
+            sample = self.dataset[draw]
+        check_labels(sample["data_samples"], len(self.metainfo["classes"]), self.dataset.ignore_index)
+        return sample
+
+
+def check_labels(sample: Any, classes: int, ignore: int) -> None:
+    """Raises: InputError for a label that is neither a class nor the ignored one; it would be learnt as anything."""
+    if "gt_sem_seg" not in sample:
+        return
+    labels = sample.gt_sem_seg.data
+    wrong = labels[(labels >= classes) & (labels != ignore)]
+    if len(wrong):
+        raise InputError(
+            f"{sample.seg_map_path} holds label {int(wrong[0])}, but there are {classes} classes (0 to {classes - 1}, "
+            f"{ignore} is ignored): Cityscapes needs its labelTrainIds, other data their own number of classes"
+        )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds what transforms draw from inside, and puts it back: without workers it is the training's own state."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the GPUs too
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+@TRANSFORMS.register_module()
+class PhotoMetricDistortionPerNetwork(PhotoMetricDistortion):
+    """Two distortions of one crop, ``[H, W, 3] -> [H, W, 6]``: the teacher's view first (KDCL)."""
+
+    def transform(self, results: dict) -> dict:
+        image = results["img"]
+        views = [super(PhotoMetricDistortionPerNetwork, self).transform({"img": image})["img"] for _ in range(2)]
+        results["img"] = np.concatenate(views, axis=2)
+        return results

@@ -1,0 +1,53 @@
+"""Trains a teacher and a student for dense prediction together, with one method of the paper.
+
+    python segmentation/tools/train.py segmentation/configs/deeplabv3_camvid.py --method dml+adm --out runs/x
+
+The same command again resumes where the run stopped. Several processes: `torchrun --nproc_per_node 4` before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from core.training.command import LineParser, missing_extra, run_command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code. Raises: InputError, TrainingError."""
+    parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("config", help="mmengine config, as those in segmentation/configs")
+    add("--method", help="vanilla, dml, kdcl, switokd or kd (with model.teacher_weights), each also as dml+adm")
+    add("--seed", type=int, help="of initial weights, data order, augmentation and dropout")
+    add("--data-root", help="folder of the data set, for Cityscapes with leftImg8bit/ and gtFine/ in it")
+    add("--amp", choices=("bf16", "fp16"), help="mixed precision, on a GPU")
+    add("--out", "--work-dir", dest="out", help="run folder; runs/<config>/<method>-<seed> unless given")
+    add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the config, mmengine's way")
+    add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), help="torchrun is recognised unless given")
+    add("--local-rank", "--local_rank", type=int, help="what older launchers pass; not needed")
+    add("--dry-run", action="store_true", help="print the config, the networks and a time estimate only")
+    options = parser.parse_args(argv)
+
+    try:  # after the command line is read: --help is quick
+        from segmentation.config import parse_options
+        from segmentation.training import train
+    except ImportError as error:
+        raise missing_extra(error, "segmentation") from error
+
+    changes: dict[str, Any] = parse_options(options.cfg_options)
+    for key, value in (("model.method", options.method), ("seed", options.seed), ("data_root", options.data_root)):
+        if value is not None:
+            changes[key] = value
+    return train(
+        options.config,
+        changes,
+        amp=options.amp,
+        out=options.out,
+        launcher=options.launcher,
+        dry_run=options.dry_run,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

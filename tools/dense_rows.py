@@ -1,0 +1,141 @@
+"""The benchmark's rows of segmentation: mmsegmentation's stock networks, ResNet-101 and ResNet-18, on small crops."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.ratios import Values, paired, peak_bytes, ratios
+
+CONFIGS = Path(__file__).resolve().parents[1] / "segmentation" / "configs"
+CROP, BATCH, CLASSES = (64, 128), 2, 19
+ITERATIONS, WARM = 6, 2  # of a measured run of the training command; so many of them before it counts
+TINY = {
+    **{f"model.{role}.backbone.{key}_channels": 4 for role in ("teacher", "student") for key in ("base", "stem")},
+    "model.teacher.backbone.depth": 18,
+    **{f"model.teacher.{head}_head.in_channels": width for head, width in (("decode", 32), ("auxiliary", 16))},
+    **{f"model.student.{head}_head.in_channels": width for head, width in (("decode", 32), ("auxiliary", 16))},
+}
+
+
+def options_of(method: str, quick: bool) -> dict[str, Any]:
+    """What is changed of a stock config: random weights, small crops; ``quick``: narrow networks too."""
+    return {
+        "model.method": method,
+        "model.teacher.pretrained": None,
+        "model.student.pretrained": None,
+        "crop_size": CROP,
+        "batch_size": BATCH,
+        **(TINY if quick else {}),
+    }
+
+
+def make_model(architecture: str, settings: Any, method: str) -> Any:
+    from segmentation.config import build, complete, load_config
+
+    cfg = load_config(CONFIGS / f"{architecture}_cityscapes_mmseg.py", options_of(method, settings.quick))
+    torch.manual_seed(0)
+    return build(complete(cfg, 1, settings.device.type).model).to(settings.device).train()
+
+
+def make_batch(device: torch.device) -> tuple[torch.Tensor, list[Any]]:
+    """Normalised images and their labels, a quarter of them ignored."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    samples = []
+    for _ in range(BATCH):
+        labels = torch.randint(0, CLASSES, (1, *CROP), device=device)
+        labels[:, : CROP[0] // 4] = 255
+        samples.append(SegDataSample(gt_sem_seg=PixelData(data=labels)))
+    return torch.randn(BATCH, 3, *CROP, device=device), samples
+
+
+def make_step(model: Any, settings: Any, repeat: int = 1) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    images, samples = make_batch(settings.device)
+
+    def step() -> None:
+        for _ in range(repeat):
+            loss, _ = model.parse_losses(model.loss(images, samples))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def step_ratio(architecture: str, settings: Any) -> Values:
+    """A step of DML + ADM over one of DML."""
+    a, b = (make_step(make_model(architecture, settings, method), settings) for method in ("dml+adm", "dml"))
+    values, on = ratios(paired(settings.timer(a), settings.timer(b), settings.pairs), "s a step", 1.0)
+    return values, f"batch {BATCH}, {CROP[0]} x {CROP[1]} px, {on}"
+
+
+def memory_ratio(architecture: str, settings: Any) -> Values:
+    """Peak bytes of DML + ADM over DML, from building the networks to the end of their second step."""
+
+    def two_steps(method: str) -> Callable[[], None]:
+        step = make_step(make_model(architecture, settings, method), settings, repeat=2)
+        step()
+        return step
+
+    (a, _), (b, _) = (peak_bytes(partial(two_steps, method), settings.device) for method in ("dml+adm", "dml"))
+    values, on = ratios([(a, b)], "MiB", 2**-20)
+    return values, f"batch {BATCH}, {CROP[0]} x {CROP[1]} px, {on}"
+
+
+def make_street(root: Path, count: int = 8) -> None:
+    """Random images and labels laid out like Cityscapes, 256 x 128 pixels."""
+    import cv2
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        images, labels = root / "leftImg8bit" / split / "ulm", root / "gtFine" / split / "ulm"
+        images.mkdir(parents=True)
+        labels.mkdir(parents=True)
+        for number in range(count):
+            pixels = random.integers(0, 256, (128, 256, 3), dtype=np.uint8)
+            cv2.imwrite(str(images / f"ulm_{number:06}_000019_leftImg8bit.png"), pixels)
+            classes = random.integers(0, CLASSES, (128, 256), dtype=np.uint8)
+            cv2.imwrite(str(labels / f"ulm_{number:06}_000019_gtFine_labelTrainIds.png"), classes)
+
+
+def loop_ratio(architecture: str, settings: Any) -> Values:
+    """Images per second of the training command, mmseg's pipeline included, over those of the two networks bare.
+
+    Bare is forward, cross-entropies (auxiliary heads' too), backward and step, on one batch that is in memory. The
+    command's iterations are timed between its log points, without evaluation and checkpoints.
+    """
+    networks = make_model(architecture, settings, "vanilla")
+    bare = settings.timer(make_step(networks, settings, repeat=ITERATIONS - WARM))
+    from segmentation.training import train
+
+    options = {
+        **options_of("vanilla", settings.quick),
+        "train_dataloader.num_workers": 0,
+        "val_dataloader.num_workers": 0,
+        "train_cfg.max_iters": ITERATIONS,
+        "train_cfg.val_interval": 10 * ITERATIONS,
+        "run.log_every": WARM,
+    }
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_street(Path(folder, "street"))
+        for number in range(settings.pairs):
+            out = Path(folder, f"run-{number}")
+            train(CONFIGS / f"{architecture}_cityscapes_mmseg.py",
+                  {**options, "data_root": str(Path(folder, "street"))}, out=str(out))  # fmt: skip
+            lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            rates = [line["images_per_second"] for line in lines if line["kind"] == "train"][1:]
+            times.append((bare() / (ITERATIONS - WARM), BATCH / statistics.mean(rates)))
+    values, on = ratios(times, "s a step", 1.0)
+    return values, f"batch {BATCH}, {CROP[0]} x {CROP[1]} px, bare : whole {on}"
