@@ -398,7 +398,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny networks: shows that all runs, measures nothing")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU where there is one")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all cores)")
-    clock = "cpu counts processor time, for a machine that others use too (loader: always wall)"
+    clock = "cpu counts processor time, for a machine that others use too (loader, loop_...: always wall)"
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=clock)
     return parser
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,8 +115,10 @@ def loop_ratio(architecture: str, settings: Any) -> Values:
     """Images per second of the training command, mmseg's pipeline included, over those of the two networks bare.
 
     Bare is forward, cross-entropies (auxiliary heads' too), backward and step, on one batch that is in memory. The
-    command's iterations are timed between its log points, without evaluation and checkpoints.
+    command's iterations are timed between its log points, without evaluation and checkpoints. Always wall time, which
+    the command measures.
     """
+    settings = replace(settings, now=time.perf_counter)
     networks = make_model(architecture, settings, "vanilla")
     bare = settings.timer(make_step(networks, settings, repeat=ITERATIONS - WARM))
     from segmentation.training import train
