@@ -20,10 +20,19 @@ CONFIGS = Path(__file__).resolve().parents[1] / "segmentation" / "configs"
 CROP, BATCH, CLASSES = (64, 128), 2, 19
 ITERATIONS, WARM = 6, 2  # of a measured run of the training command; so many of them before it counts
 TINY = {
-    **{f"model.{role}.backbone.{key}_channels": 4 for role in ("teacher", "student") for key in ("base", "stem")},
     "model.teacher.backbone.depth": 18,
-    **{f"model.teacher.{head}_head.in_channels": width for head, width in (("decode", 32), ("auxiliary", 16))},
-    **{f"model.student.{head}_head.in_channels": width for head, width in (("decode", 32), ("auxiliary", 16))},
+    **{
+        f"model.{role}.{key}": value
+        for role in ("teacher", "student")
+        for key, value in {
+            "backbone.base_channels": 4,
+            "backbone.stem_channels": 4,
+            "decode_head.in_channels": 32,
+            "decode_head.channels": 8,
+            "auxiliary_head.in_channels": 16,
+            "auxiliary_head.channels": 4,
+        }.items()
+    },
 }
 
 
@@ -94,13 +103,13 @@ def memory_ratio(architecture: str, settings: Any) -> Values:
     return values, f"batch {BATCH}, {CROP[0]} x {CROP[1]} px, {on}"
 
 
-def make_street(root: Path, count: int = 8) -> None:
+def make_street(root: Path) -> None:
     """Random images and labels laid out like Cityscapes, 256 x 128 pixels."""
     import cv2
     import numpy as np
 
     random = np.random.default_rng(0)
-    for split in ("train", "val"):
+    for split, count in (("train", 8), ("val", 2)):
         images, labels = root / "leftImg8bit" / split / "ulm", root / "gtFine" / split / "ulm"
         images.mkdir(parents=True)
         labels.mkdir(parents=True)

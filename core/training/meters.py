@@ -63,7 +63,7 @@ class Window:
                 sums[name] = sums.get(name, 0.0) + value
                 counts[name] = counts.get(name, 0) + len(rows)
         if bad:
-            step, name, value = min(bad)
+            step, name, value = min(bad, key=lambda found: found[0])  # of the first step the first: a loss, if any
             what = name.replace("/", "'s ", 1)
             raise TrainingError(
                 f"the loss is not finite: {what} is {value} at step {step}: {self.advice}; "

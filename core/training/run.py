@@ -22,7 +22,7 @@ from core.training.checkpoint import leftover, write_atomically
 
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "onedl-mmengine", "onedl-mmcv",
-    "onedl-mmsegmentation", "mmengine", "mmcv", "mmsegmentation",
+    "onedl-mmsegmentation", "mmengine", "mmcv", "mmsegmentation", "diffusers", "torch-fidelity",
 )  # fmt: skip
 """Whose versions ``environment.json`` names, where they are installed."""
 

@@ -479,6 +479,8 @@ def test_warmup_then_cosine(tmp_path: Path) -> None:
 def test_cosine_ends_at_zero_and_constant_stays() -> None:
     cosine = make_schedule(ScheduleConfig("cosine"), 10)
     assert cosine(0) == 1 and cosine(5) == pytest.approx(0.5) and cosine(10) == pytest.approx(0) == cosine(11)
+    linear = make_schedule(ScheduleConfig("linear", warmup=2.0), 10)
+    assert linear(1) == 0.5 and linear(2) == 1 and linear(8) == pytest.approx(0.25) and linear(10) == 0 == linear(11)
     constant = make_schedule(ScheduleConfig("constant", warmup=2), 10)
     assert [constant(e) for e in (0, 1, 2, 10)] == [0, 0.5, 1, 1]
     # 391 steps an epoch: step / 391 * ... must not round below a milestone.

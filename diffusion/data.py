@@ -1,0 +1,166 @@
+"""Images for diffusion models: a whole set as uint8 on the device, in batches of [-1, 1], flipped there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from core.errors import InputError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, without labels.
+
+    Args:
+        name: cifar10 (the 50,000 training images), folder (every image below ``root``) or digits (scikit-learn's 1,797
+            handwritten digits, 8 x 8, one channel: no file, no download).
+        root: folder that holds the data set.
+        download: fetch CIFAR-10 into ``root`` if it is missing.
+        image_size: height and width in pixels, for a folder; images of another size are cropped to a square and
+            resized. Unless given, that of the first image, which all must then have.
+        flip: mirror half of the images; yes unless given, no for digits (a mirrored digit is another shape).
+        limit: only the first so many images.
+    """
+
+    name: Literal["cifar10", "folder", "digits"] = "cifar10"
+    root: str = "data"
+    download: bool = False
+    image_size: int | None = None
+    flip: bool | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"data.limit must be at least 1: {self.limit}")
+        if self.image_size is not None and (self.name != "folder" or self.image_size < 1):
+            raise InputError(f"data.image_size must be positive, and only a folder has a choice: {self.image_size}")
+
+    @property
+    def flips(self) -> bool:
+        return self.name != "digits" if self.flip is None else self.flip
+
+
+def load_images(config: DataConfig) -> Tensor:
+    """All images of a set, uint8 ``[N, C, H, W]``. Raises: InputError where there are none, naming file or folder."""
+    load = {"cifar10": _cifar10, "folder": _folder, "digits": _digits}[config.name]
+    return load(config)[: config.limit].contiguous()
+
+
+def _digits(config: DataConfig) -> Tensor:
+    from sklearn.datasets import load_digits
+
+    return torch.from_numpy(load_digits().images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+
+
+def _cifar10(config: DataConfig) -> Tensor:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        images = CIFAR10(config.root, train=True, download=config.download).data  # [N, H, W, C]
+    except (RuntimeError, OSError) as error:
+        hint = "" if config.download else "; --data.download true fetches it"
+        raise InputError(f"no CIFAR-10 in {config.root}: {str(error).splitlines()[0]}{hint}") from error
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def _folder(config: DataConfig) -> Tensor:
+    import numpy as np
+
+    root = Path(config.root)
+    if not root.is_dir():
+        raise InputError(f"data folder {root} does not exist: set --data.root")
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in EXTENSIONS)[: config.limit]
+    if not files:
+        raise InputError(f"no image ({', '.join(EXTENSIONS)}) in {root} or below it")
+    first = _decode(files[0], config.image_size)
+    images = np.empty((len(files), *first.shape), np.uint8)  # [N, H, W, 3]
+    for position, file in enumerate(files):
+        image = _decode(file, config.image_size)
+        if image.shape != first.shape:
+            raise InputError(
+                f"{file} is {image.shape[1]} x {image.shape[0]} pixels, {files[0]} is {first.shape[1]} x "
+                f"{first.shape[0]}: give --data.image_size to resize them"
+            )
+        images[position] = image
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def _decode(file: Path, size: int | None) -> Any:
+    """uint8 ``[H, W, 3]``."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as image:
+            decoded = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # unknown, truncated and damaged files
+        raise InputError(f"cannot decode {file}: broken or no image; replace or delete it") from error
+    if size is not None and decoded.size != (size, size):
+        decoded = ImageOps.fit(decoded, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(decoded)
+
+
+class ImageLoader:
+    """Shuffled batches ``{"image": float32 [B, C, H, W] in [-1, 1]}``; the short last one of an epoch is left out.
+
+    Order and flips come from (seed, epoch) alone: a batch does not depend on the number of processes, of which each
+    takes every ``world``-th image, and stopping loses nothing. Iterating yields the rest of the current epoch.
+
+    Args: images uint8 ``[N, C, H, W]``; images of a step over all processes; whether half of them are mirrored; the
+        seed; this process and how many there are; where the set lies and the batches end up.
+    Raises: InputError where the batch is larger than the set, or cannot be shared out.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        batch_size: int,
+        *,
+        flip: bool,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch_size < 1 or batch_size % world:
+            raise InputError(f"batch_size {batch_size} cannot be shared by {world} process(es)")
+        if len(images) < batch_size:
+            raise InputError(f"{len(images)} images are fewer than one batch of {batch_size}: lower --batch_size")
+        self.images, self.batch_size, self.flip, self.seed = images.to(device), batch_size, flip, seed
+        self.rank, self.world = rank, world
+        self.epoch = self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if self.position >= len(self):
+            self.epoch, self.position = self.epoch + 1, 0
+        # Numbers far apart, so that no two (seed, epoch) share a stream.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        order = torch.randperm(len(self.images), generator=generator)
+        mirrored = torch.rand(len(order), generator=generator) < (0.5 if self.flip else 0.0)
+        order, mirrored = order.to(self.images.device), mirrored.to(self.images.device)
+        for step in range(self.position, len(self)):
+            own = slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
+            images = self.images[order[own]]
+            if self.flip:
+                images = torch.where(mirrored[own].view(-1, 1, 1, 1), images.flip(3), images)
+            self.position = step + 1
+            yield {"image": images.float() / 127.5 - 1.0}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["position"] > len(self):
+            raise InputError("the saved run stood at a batch that the data no longer have: resume with the same data")
+        self.epoch, self.position = state["epoch"], state["position"]

@@ -1,0 +1,385 @@
+"""FID and IS (Tables 6 and 7), computed by torch-fidelity's own functions: on images in memory or in a folder.
+
+Heusel et al. 2017 (FID), Salimans et al. 2016 (IS). With Inception's features the scores equal those of the command
+``fidelity --fid --isc`` on the same images. With other features (``proxies``) they are no FID and IS and are named so.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import urllib.error
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from core.errors import InputError
+from diffusion import proxies
+
+INCEPTION = "inception-v3-compat"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+
+
+@dataclass(frozen=True)
+class Features:
+    """An extractor registered with torch-fidelity, and what its scores are called."""
+
+    extractor: str
+    """Its name there: the argument ``feature_extractor`` of ``torch_fidelity.calculate_metrics``."""
+    weights: str | None
+    """Its file: the argument ``feature_extractor_weights_path``."""
+    distance: str = "FID"
+    score: str = "IS"
+    note: str = ""
+
+
+def features_of(name: str, inception: str | Path | None = None) -> Features:
+    """What ``--features`` names: ``inception``, ``resnet56:FILE`` (any CIFAR ResNet of 6n+2 layers) or ``digits``.
+
+    ``inception``: the local file of Inception's weights; torch-fidelity downloads them unless given.
+    Registers an extractor of ours with torch-fidelity, so that its own functions can be called with it too.
+    Raises: InputError for an unknown name, and a missing file.
+    """
+    kind, _, file = name.partition(":")
+    if kind == "inception":
+        if file:
+            raise InputError("--features inception takes its weights from --inception FILE")
+        if inception is not None and not Path(inception).is_file():
+            raise InputError(f"no Inception weights {inception}: get {INCEPTION_FILE} from {INCEPTION_URL}")
+        return Features(INCEPTION, None if inception is None else str(inception))
+    if kind == "digits" and not file:
+        _register("adm-digits", lambda weights: proxies.train_digits()[0])
+        accuracy = proxies.train_digits()[1]
+        note = f"a small digits classifier, accuracy {accuracy:.1f} % on held-out digits"
+        return Features("adm-digits", None, "FD-digits", "CS-digits", note)
+    depth = int(kind.removeprefix("resnet")) if kind.removeprefix("resnet").isdigit() else 0
+    if kind.startswith("resnet") and depth > 2 and (depth - 2) % 6 == 0:
+        if not file:
+            raise InputError(f"--features {kind} needs its weight file: {kind}:FILE")
+        proxies.load_resnet(depth, file)  # says what is wrong with it
+        _register(f"adm-{kind}", lambda weights: proxies.load_resnet(depth, weights))
+        return Features(f"adm-{kind}", file, f"FD-R{depth}", f"CS-R{depth}", f"CIFAR ResNet-{depth} {file}")
+    raise InputError(f"unknown features {name!r}: known are inception, resnet56:FILE and digits")
+
+
+def _register(name: str, build: Any) -> None:
+    from torch_fidelity import FeatureExtractorBase, register_feature_extractor
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    class Proxy(FeatureExtractorBase):
+        """Gives the layers "features" and "logits" of a network uint8 ``[B, 3, H, W]`` -> (features, logits)."""
+
+        def __init__(self, name: str, features_list: list[str], **options: Any) -> None:
+            super().__init__(name, features_list)
+            self.network = build(options.get("feature_extractor_weights_path"))
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return "features", "logits"
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return "logits" if metric == "isc" else "features"
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+        @staticmethod
+        def get_dummy_input_for_compile() -> Tensor:
+            return torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            outputs = dict(zip(self.get_provided_features_list(), self.network(images), strict=True))
+            return tuple(outputs[layer] for layer in self.features_list)
+
+    if name not in FEATURE_EXTRACTORS_REGISTRY:  # a second registration is an error there
+        register_feature_extractor(name, Proxy)
+
+
+class Extractor:
+    """A feature extractor on a device, ready for any number of image sets.
+
+    Args: what ``features_of`` says; a device; images a batch (of torch-fidelity's command: 64).
+    Raises: InputError where Inception's weights are missing, cannot be had, or are of another network.
+    """
+
+    def __init__(self, features: Features, device: torch.device | str = "cpu", batch_size: int = 64) -> None:
+        from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+        from torch_fidelity.utils import create_feature_extractor
+
+        self.features, self.batch_size, self.cuda = features, batch_size, torch.device(device).type == "cuda"
+        layer = FEATURE_EXTRACTORS_REGISTRY[features.extractor].get_default_feature_layer_for_metric
+        self.distance_layer, self.score_layer = layer("fid"), layer("isc")
+        if features.extractor == INCEPTION:
+            _check_inception(features.weights)
+        try:
+            self.module = create_feature_extractor(
+                features.extractor,
+                [self.distance_layer, self.score_layer],
+                cuda=self.cuda,
+                feature_extractor_weights_path=features.weights,
+                verbose=False,
+            )
+        except RuntimeError as error:
+            raise InputError(f"{features.weights} does not fit {features.extractor}: {_first_line(error)}") from error
+        except (urllib.error.URLError, OSError) as error:
+            raise InputError(
+                f"cannot download Inception's weights ({_first_line(error)}): get {INCEPTION_FILE} from "
+                f"{INCEPTION_URL} and name it by --inception, or put it into {torch.hub.get_dir()}/checkpoints"
+            ) from error
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Name and hash of its weights: what decides its features."""
+        digest = hashlib.sha256(self.features.extractor.encode())
+        for key, tensor in sorted(self.module.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def __call__(self, images: Dataset) -> dict[str, Tensor]:
+        """Features ``[N, C]`` on the CPU by layer: ``distance_layer`` and ``score_layer``."""
+        from torch_fidelity.utils import get_featuresdict_from_dataset
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*pin.?memory.*")
+            # True: no worker processes, which take longer to start than they save
+            return get_featuresdict_from_dataset(images, self.module, self.batch_size, self.cuda, True, False)
+
+
+def _check_inception(file: str | None) -> None:
+    """torch-fidelity unpickles whatever the file holds: read it as data first, so that nothing in it can run."""
+    if file is None:
+        return
+    try:
+        torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        try:  # files older than the zip format cannot be mapped
+            torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle can raise anything
+            raise InputError(f"{file} is not {INCEPTION_FILE} of {INCEPTION_URL}: {_first_line(error)}") from error
+
+
+class InMemory(Dataset):
+    """uint8 ``[N, 1 or 3, H, W]`` as torch-fidelity takes it: one ``[3, H, W]`` an item, grey repeated."""
+
+    def __init__(self, images: Tensor) -> None:
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(f"images must be uint8 [N, 1 or 3, H, W]: {images.dtype} {tuple(images.shape)}")
+        self.images = images.cpu()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index].expand(3, -1, -1)
+
+    def content(self) -> Iterable[bytes]:
+        """What the statistics depend on."""
+        yield repr(tuple(self.images.shape)).encode()
+        for some in self.images.split(4096):
+            yield some.contiguous().numpy().tobytes()
+
+
+class InFolder(Dataset):
+    """The .png, .jpg and .jpeg files below a folder, in RGB, as torch-fidelity reads them with --samples-find-deep.
+
+    Raises: InputError for no such folder, one without images, and (as it is read) a file that is no image.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from torch_fidelity.utils import glob_samples_paths
+
+        if not Path(folder).is_dir():
+            raise InputError(f"no folder of images {folder}")
+        self.files = glob_samples_paths(str(folder), True, "png,jpg,jpeg", verbose=False)
+        if not self.files:
+            raise InputError(f"no .png, .jpg or .jpeg file in {folder}")
+        self.size: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        from torch_fidelity.datasets import ImagesPathDataset
+
+        try:
+            image = ImagesPathDataset([self.files[index]])[0]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"cannot decode {self.files[index]}: broken or no image") from error
+        self.size = self.size or tuple(image.shape)
+        if tuple(image.shape) != self.size:
+            width, height = self.size[2], self.size[1]
+            raise InputError(f"{self.files[index]} is not of {width} x {height} pixels like {self.files[0]}: resize it")
+        return image
+
+    def content(self) -> Iterable[bytes]:
+        """What the statistics depend on."""
+        for file in self.files:
+            yield Path(file).read_bytes()
+
+
+Images = InMemory | InFolder
+
+
+def as_images(source: Tensor | str | Path | Images) -> Images:
+    """uint8 ``[N, 1 or 3, H, W]``, or a folder. Raises: as ``InMemory`` and ``InFolder``."""
+    if isinstance(source, Tensor):
+        return InMemory(source)
+    return source if isinstance(source, (InMemory, InFolder)) else InFolder(source)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean ``[C]`` and covariance ``[C, C]`` (numpy arrays) of the features of an image set."""
+
+    mu: Any
+    sigma: Any
+    count: int | None
+    """Images; None where the file does not say."""
+    source: str
+    """Where they come from."""
+
+
+def statistics(features: Tensor, source: str) -> Statistics:
+    """Of features ``[N, C]``, by torch-fidelity. Raises: InputError for fewer than two images, and for NaN."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    if len(features) < 2:
+        raise InputError(f"{source}: a covariance needs at least two images, there are {len(features)}")
+    if not features.isfinite().all():
+        raise InputError(f"{source}: its features are not finite: is the extractor's weight file whole?")
+    found = fid_features_to_statistics(features)
+    return Statistics(found["mu"], found["sigma"], len(features), source)
+
+
+def read_statistics(file: str | Path) -> Statistics:
+    """``mu`` and ``sigma`` of an .npz file, as ours and those of the reference sets on the web.
+
+    Raises: InputError for a missing or unreadable file, or one without them.
+    """
+    import zipfile
+
+    import numpy as np
+
+    file = Path(file)
+    if not file.is_file():
+        raise InputError(f"no file of statistics {file}")
+    try:
+        with np.load(file) as held:
+            count = int(held["count"]) if "count" in held else None
+            return Statistics(held["mu"], held["sigma"], count, str(file))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{file} is no .npz file with mu and sigma: {_first_line(error)}") from error
+
+
+def default_cache() -> Path:
+    """Beside torch-fidelity's own caches."""
+    return Path(torch.hub.get_dir()).parent / "adm_statistics"
+
+
+def real_statistics(
+    source: Tensor | str | Path | Images, extractor: Extractor, cache: str | Path | None = None
+) -> Statistics:
+    """Statistics of the real images: an .npz file's, or those of images, kept in the folder ``cache`` for next time.
+
+    The name there is a hash of the images' content and of the extractor's weights: other images or weights never meet
+    statistics that are not theirs. Raises: InputError as ``InFolder``, ``read_statistics``, ``statistics``.
+    """
+    import numpy as np
+
+    if isinstance(source, (str, Path)) and str(source).endswith(".npz"):
+        return read_statistics(source)
+    images = as_images(source)
+    name = str(source) if isinstance(source, (str, Path)) else f"{len(images)} images in memory"
+    digest = hashlib.sha256(extractor.identity.encode())
+    for part in images.content():
+        digest.update(hashlib.sha256(part).digest())
+    cache = Path(cache) if cache is not None else default_cache()
+    file = cache / f"{extractor.features.extractor}-{digest.hexdigest()[:32]}.npz"
+    if file.is_file():
+        return read_statistics(file)
+    found = statistics(extractor(images)[extractor.distance_layer], name)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {cache} (--cache): {error.strerror}") from error
+
+    beside = file.with_suffix(f".{os.getpid()}.npz")  # several commands may find it missing at once
+    try:
+        np.savez(beside, mu=found.mu, sigma=found.sigma, count=np.array(found.count))
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
+    return found
+
+
+def frechet_distance(first: Statistics, second: Statistics) -> float:
+    """``|mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2)``, by torch-fidelity.
+
+    Raises: InputError where the features are of different numbers.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    if first.mu.shape != second.mu.shape:
+        raise InputError(
+            f"{first.source} has statistics of {first.mu.shape[0]} features, {second.source} of {second.mu.shape[0]}: "
+            "they come from other extractors"
+        )
+    same = first.mu.dtype == second.mu.dtype and first.sigma.dtype == second.sigma.dtype
+    pair = [{"mu": s.mu, "sigma": s.sigma} for s in (first, second)]
+    if not same:  # a file of the web in float64
+        pair = [{key: values.astype("float64") for key, values in one.items()} for one in pair]
+    return fid_statistics_to_metric(*pair, False)[KEY_METRIC_FID]
+
+
+def scores(
+    images: Tensor | str | Path | Images, real: Statistics, extractor: Extractor, splits: int = 10
+) -> dict[str, float]:
+    """Distance, score, and the score's standard deviation over the splits, by the extractor's names: FID, IS, IS std.
+
+    Warns where there are too few images for the extractor's features.
+    Raises: InputError for fewer images than splits, or than two, and for features that do not fit ``real``.
+    """
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    images = as_images(images)
+    if len(images) < splits:
+        raise InputError(f"{len(images)} images cannot be cut into the {splits} splits of {extractor.features.score}")
+    found = extractor(images)
+    features = found[extractor.distance_layer]
+    ours = statistics(features, "the samples")
+    for s, what in ((ours, "samples"), (real, "real images")):
+        if s.count is not None:
+            warn_if_few(s.count, features.shape[1], extractor.features.distance, what)
+    score = isc_features_to_metric(found[extractor.score_layer], splits)
+    names = extractor.features
+    return {
+        names.distance: frechet_distance(ours, real),
+        names.score: score[KEY_METRIC_ISC_MEAN],
+        f"{names.score} std": score[KEY_METRIC_ISC_STD],
+    }
+
+
+def warn_if_few(count: int, features: int, distance: str, what: str) -> None:
+    """A covariance of ``features`` dimensions from no more images than that is singular, and the distance too large."""
+    if count <= features:
+        usual = " (FID is given for 50,000)" if distance == "FID" else ""
+        warnings.warn(
+            f"{distance} of {count:,} {what} with {features:,} features: their covariance has rank {count - 1:,} "
+            f"at most and the distance is far too large; take at least {features + 1:,}{usual}",
+            stacklevel=3,
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,228 @@
+"""The two modules that ``core.training.fit`` trains: the base network from noise, and one halving of the steps."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import InputError
+from core.network import Split
+from core.training.distiller import Batch, Distiller, Losses, Progress
+from diffusion.consensus import (
+    ConsensusConfig,
+    attention,
+    classifier_loss,
+    feature_loss,
+    gate,
+    head_loss,
+    observations,
+    output_loss,
+    similarity,
+)
+from diffusion.progressive.network import Tap
+from diffusion.schedule import CosineSchedule, Prediction, Weighting, interpolate
+
+TeacherMap = Literal["target", "second", "first"]
+GateTime = Literal["end", "mid", "start", "none"]
+
+
+@dataclass(frozen=True)
+class ADMConfig(ConsensusConfig):
+    """ADM's consensus loss in progressive distillation, on the inputs of both networks' last convolutions.
+
+    Args:
+        teacher_map: of which of the teacher's two evaluations F_t is. "target" is the mix that makes y* (default): from
+            it the teacher's own last convolution yields y* exactly where x is predicted. "second" is the later one.
+            "first" sees the student's own input and time, but the student starts as a copy: S = 1 everywhere then.
+        gate_time: which time the gate looks at: "end", where the step lands (default: of the three the only one that
+            acts at 4, 2 and 1 steps, all rows of Table 6; for many steps they agree); "mid", the teacher's second
+            input; "start", the student's input (never below 0.4 T at 2 and 1 steps); "none": it always acts.
+        adm_rounds: the student step counts in whose rounds ADM acts; the rounds above are plain progressive
+            distillation, which its rivals share; or "all". Default: the rows of Table 6.
+    """
+
+    teacher_map: TeacherMap = "target"
+    gate_time: GateTime = "end"
+    adm_rounds: Literal["all"] | tuple[int, ...] = (4, 2, 1)
+
+    def acts(self, steps: int) -> bool:
+        """Whether ADM acts in the round of the student with so many steps."""
+        return self.alpha > 0 and (self.adm_rounds == "all" or steps in self.adm_rounds)
+
+
+class Denoiser(Distiller):
+    """What both modules share: the schedule, what a network predicts, the weight of an error, the optimiser groups.
+
+    Args: the schedule; prediction: what all networks put out; weighting: of a squared error in x; learning rate and
+        weight decay of the one network that is trained.
+    """
+
+    def __init__(
+        self, schedule: CosineSchedule, prediction: Prediction, weighting: Weighting, lr: float, weight_decay: float
+    ) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.prediction: Prediction = prediction
+        self.weighting: Weighting = weighting
+        self.lr, self.weight_decay = lr, weight_decay
+
+    def see(self, role: str, z: Tensor, t: Tensor) -> Tensor:
+        """What a network makes of z ``[B, C, H, W]`` at times t ``[B]`` (int64): x, float32 at least."""
+        return self.schedule.predict_x(self.networks[role](z, t, return_dict=False)[0], z, t, self.prediction)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        (network,) = self.trained().values()
+        return [{"params": list(network.parameters()), "lr": self.lr, "weight_decay": self.weight_decay}]
+
+    def metadata(self, role: str) -> dict[str, str]:
+        return {"role": role, "prediction": self.prediction, "schedule": "cosine"}
+
+
+class BaseDistiller(Denoiser):
+    """The base network learns from noise: ``1/B sum w_t mean (x_theta(z_t, t) - x)^2``, t uniform in 0..T.
+
+    Args: the network ("teacher"); ``ema``: decay of the moving average of its weights, constant from the first step,
+        which is what the chain starts from. It lives in ``average``, outside the networks.
+    """
+
+    def __init__(self, network: nn.Module, schedule: CosineSchedule, ema: float, **options: Any) -> None:
+        super().__init__(schedule, **options)
+        self.networks = nn.ModuleDict({"teacher": network})
+        self.average = copy.deepcopy(network).requires_grad_(False).eval()
+        self.ema = ema
+
+    def train(self, mode: bool = True) -> BaseDistiller:
+        super().train(mode)
+        self.average.eval()
+        return self
+
+    def before_step(self, batch: Batch, progress: Progress) -> Batch:
+        image = batch["image"]
+        t = torch.randint(self.schedule.timesteps + 1, (len(image),), device=image.device)
+        return {**batch, "t": t, "noise": torch.randn_like(image)}
+
+    def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
+        x, t = batch["image"], batch["t"]
+        o = self.see("teacher", self.schedule.noisy(x, batch["noise"], t), t)
+        one = x.new_ones((len(x), 1, 1, 1))
+        return {"teacher": {"mse": output_loss(o, x, one, self.schedule.weight(t, self.weighting))}}, {}
+
+    def export(self, role: str) -> nn.Module:
+        """The moving average: what samples, and what the chain starts from."""
+        return self.average
+
+    @torch.no_grad()
+    def after_step(self, batch: Batch, progress: Progress) -> None:
+        averages: list[Tensor] = list(self.average.parameters())
+        weights: list[Tensor] = list(self.networks["teacher"].parameters())
+        torch._foreach_lerp_(averages, weights, 1.0 - self.ema)
+
+
+class ProgressiveDistiller(Denoiser):
+    """One round: the student learns to do in one step of stride d = T / N what its teacher does in two of d / 2.
+
+    Salimans & Ho 2022, Algorithm 2, with ADM's consensus loss or without. The teacher is fixed and runs under no_grad;
+    nothing is clipped in training.
+
+    Args: teacher and student (not the same module) of one architecture; N; ADM's options or None; the frozen classifier
+        of the form that needs one, which takes images in [-1, 1].
+    Raises: InputError where T cannot be cut into 2N steps.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        schedule: CosineSchedule,
+        steps: int,
+        adm: ADMConfig | None = None,
+        classifier: Split | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(schedule, **options)
+        if steps < 1 or schedule.timesteps % (2 * steps):
+            raise InputError(f"{schedule.timesteps} times cannot be cut into two teacher steps for each of {steps}")
+        self.networks = nn.ModuleDict({"teacher": teacher.requires_grad_(False), "student": student})
+        self.steps, self.stride = steps, schedule.timesteps // steps
+        self.adm = adm
+        self.classifier = classifier.requires_grad_(False) if classifier is not None else None
+        taps = adm is not None and adm.form != "classifier"
+        self._taps = {role: Tap(network) for role, network in self.networks.items()} if taps else {}
+        self.train()
+
+    def train(self, mode: bool = True) -> ProgressiveDistiller:
+        super().train(mode)
+        self.networks["teacher"].eval()
+        if self.classifier is not None:
+            self.classifier.eval()
+        return self
+
+    def before_step(self, batch: Batch, progress: Progress) -> Batch:
+        image = batch["image"]
+        k = torch.randint(1, self.steps + 1, (len(image),), device=image.device)
+        return {**batch, "t": k * self.stride, "noise": torch.randn_like(image)}
+
+    @torch.no_grad()
+    def target(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """y* ``[B, C, H, W]``, with which one DDIM step from z at t lands where two of the teacher's do; and F_t."""
+        m, s = t - self.stride // 2, t - self.stride
+        x1 = self.see("teacher", z, t)
+        first = self._map("teacher")
+        x2 = self.see("teacher", self.schedule.ddim(x1, z, t, m), m)
+        second = self._map("teacher")
+        c = self.schedule.mix(t, m, s)
+        y = interpolate(c, x1, x2)
+        if self.adm is None or first is None or second is None:
+            return y, None
+        if self.adm.teacher_map == "target":
+            return y, interpolate(c, first, second)
+        return y, first if self.adm.teacher_map == "first" else second
+
+    def _map(self, role: str) -> Tensor | None:
+        return self._taps[role].take() if self._taps else None
+
+    def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
+        t = batch["t"]
+        z = self.schedule.noisy(batch["image"], batch["noise"], t)
+        y, map_teacher = self.target(z, t)
+        o = self.see("student", z, t)
+        w = self.schedule.weight(t, self.weighting)
+        losses = {"mse": output_loss(o, y, o.new_ones((len(o), 1, 1, 1)), w)}
+        if self.adm is None:
+            return {"student": losses}, {}
+        opened = self._gate(t)
+        map_student = self._map("student")
+        if self.classifier is not None:
+            loss, s = classifier_loss(o, y, self.classifier, opened, self.adm.attention)
+        else:
+            assert map_student is not None and map_teacher is not None
+            s = similarity(map_student, map_teacher, self.adm.centre)
+            a = attention(s, self.adm.attention)
+            loss = self._consensus(o, y, map_student, map_teacher, a, opened * w, t)
+        losses["consensus"] = self.adm.alpha * loss
+        return {"student": losses}, observations(s, opened)
+
+    def _gate(self, t: Tensor) -> Tensor:
+        assert self.adm is not None
+        if self.adm.gate_time == "none":
+            return torch.ones_like(t, dtype=torch.float32)
+        back = {"start": 0, "mid": self.stride // 2, "end": self.stride}[self.adm.gate_time]
+        return gate(t - back, self.adm.gate * self.schedule.timesteps)
+
+    def _consensus(
+        self, o: Tensor, y: Tensor, map_student: Tensor, map_teacher: Tensor, a: Tensor, factor: Tensor, t: Tensor
+    ) -> Tensor:
+        assert self.adm is not None
+        if self.adm.form == "output":
+            return output_loss(o, y, a, factor)
+        if self.adm.form == "feature":
+            return feature_loss(map_student, map_teacher, a, factor)
+        if self.prediction == "v":
+            factor = factor * self.schedule.sigma[t].square()  # an error in v, in units of x
+        # forward, not the module: its hook would keep the reweighted map for the next step
+        student, teacher = (cast(Any, self.networks[role]).conv_out.forward for role in ("student", "teacher"))
+        return head_loss(map_student, map_teacher, student, teacher, a, factor)

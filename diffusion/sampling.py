@@ -1,0 +1,189 @@
+"""DDIM sampling of progressively distilled networks, in any number of processes.
+
+Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", ICLR 2022, with the clipping of Sun
+et al. 2023 (CFD): x is clipped before the noise is computed from it, z at the very end.
+
+Each image starts from noise that its seed and index alone determine, so that neither the number of processes nor the
+batch size changes an image by more than the last bits of a convolution, at most one grey level.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.errors import InputError, TrainingError
+from diffusion.schedule import CosineSchedule, Prediction
+
+LastStep = Literal["noisy", "clean"]
+"""noisy: the last step lands on index 0, whose noise is 0.8 grey levels (CFD). clean: it returns x (Salimans & Ho)."""
+
+
+def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """N(0, 1) for each index, float32 ``[len(indices), *shape]`` on the CPU; depends on (seed, index) alone.
+
+    No two indices below 2^32 share their noise; nor do two seeds below 4,000 among their first million indices.
+    """
+    noise, generator = torch.empty(len(indices), *shape), torch.Generator()
+    for one, index in zip(noise, indices, strict=True):
+        # torch's generator keeps 32 bits of its seed: of hashes, two among 50,000 would often be the same.
+        one.normal_(generator=generator.manual_seed((seed * 1_000_003 + index) % 2**32))
+    return noise
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> 0..255, by cutting off ``clamp(127.5 x + 128, 0, 255)``."""
+    return (127.5 * images + 128.0).clamp(0.0, 255.0).to(torch.uint8)
+
+
+class Step(NamedTuple):
+    """One step of the sampler. All images ``[B, C, H, W]`` in about [-1, 1]."""
+
+    t: int
+    """Index from which it started."""
+    x: Tensor
+    """The clean image as the network saw it from there, clipped."""
+    z: Tensor
+    """Where the step landed, at index ``t - T / steps``."""
+
+
+@torch.no_grad()
+def denoise(
+    model: Any, schedule: CosineSchedule, prediction: Prediction, steps: int, z: Tensor, last_step: LastStep = "noisy"
+) -> Iterator[Step]:
+    """The sampler, step by step from ``z`` ``[B, C, H, W]`` at index T; the last step's ``z`` is the sample.
+
+    Args:
+        model: ``model(z, t)`` with t int64 ``[B]``, as diffusers' ``UNet2DModel``; in evaluation mode.
+        prediction: what it predicts, "x" or "v".
+        steps: a divisor of the schedule's T.
+    Raises: InputError where T is not a multiple of ``steps``.
+    """
+    if steps < 1 or schedule.timesteps % steps:
+        raise InputError(f"{steps} sampling steps do not divide the schedule's {schedule.timesteps} time steps")
+    stride = schedule.timesteps // steps
+    for start in range(schedule.timesteps, 0, -stride):
+        t = torch.full((len(z),), start, device=z.device)
+        output = model(z, t)
+        x = schedule.predict_x(getattr(output, "sample", output), z, t, prediction).clamp(-1.0, 1.0)
+        if start > stride:
+            z = schedule.ddim(x, z, t, t - stride)  # the noise of z follows from the clipped x
+        else:
+            z = x if last_step == "clean" else schedule.ddim(x, z, t, t - stride).clamp(-1.0, 1.0)
+        yield Step(start, x, z)
+
+
+def sample(
+    model: Any,
+    schedule: CosineSchedule,
+    prediction: Prediction,
+    steps: int,
+    indices: Sequence[int],
+    seed: int,
+    shape: Sequence[int],
+    *,
+    batch_size: int = 256,
+    last_step: LastStep = "noisy",
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Images of the given indices, uint8 ``[N, C, H, W]`` on the CPU.
+
+    Args: as ``denoise``; ``shape``: ``(C, H, W)`` of an image.
+    Raises: InputError as ``denoise``; TrainingError where an image is not finite (broken or diverged weights).
+    """
+    images = torch.empty(len(indices), *shape, dtype=torch.uint8)
+    noise = initial_noise(seed, indices[:batch_size], shape)
+    for first in range(0, len(indices), batch_size):
+        last = first + batch_size
+        z = noise.to(device, non_blocking=True)
+        for step in denoise(model, schedule, prediction, steps, z, last_step):
+            z = step.z
+        noise = initial_noise(seed, indices[last : last + batch_size], shape)  # while the device computes
+        if not z.isfinite().all():
+            said = f"{indices[first]}..{indices[first + len(z) - 1]}"
+            raise TrainingError(f"an image among {said} is not finite: NaN in the weights?")
+        images[first:last] = to_uint8(z).cpu()
+    return images
+
+
+def sample_shared(count: int, draw: Any) -> Tensor:
+    """Images 0..count-1, uint8 ``[count, C, H, W]`` on the CPU, each drawn by one of the processes; all get all.
+
+    Args: ``draw(indices) -> images`` uint8 ``[len(indices), C, H, W]``, as ``sample`` with the rest given.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather
+
+    state = PartialState()
+    world = state.num_processes
+    images = draw(range(count)[state.process_index :: world])
+    if world == 1:
+        return images
+    padded = torch.zeros(-(-count // world), *images.shape[1:], dtype=torch.uint8)
+    padded[: len(images)] = images
+    everyone = gather(padded.to(state.device)).cpu().unflatten(0, (world, -1))  # [processes, share, C, H, W]
+    return everyone.transpose(0, 1).flatten(0, 1)[:count]
+
+
+@dataclass(frozen=True)
+class Student:
+    """A distilled network as its folder holds it."""
+
+    folder: Path
+    model: Any
+    """diffusers' ``UNet2DModel``, in evaluation mode."""
+    schedule: CosineSchedule
+    prediction: Prediction
+    """"x" or "v"."""
+    steps: int
+    """With how many steps it was trained to sample."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of its images."""
+        size = self.model.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.model.config.in_channels, height, width
+
+    def sample(self, indices: Sequence[int], seed: int, **options: Any) -> Tensor:
+        """``sample`` with this network and its step count (another one by ``steps=``)."""
+        steps = options.pop("steps", self.steps)
+        device = next(self.model.parameters()).device
+        return sample(
+            self.model, self.schedule, self.prediction, steps, indices, seed, self.shape, device=device, **options
+        )
+
+
+def load_student(folder: str | Path, device: torch.device | str = "cpu") -> Student:
+    """Reads a folder with a diffusers U-Net and our ``adm.json``.
+
+    Raises: InputError where it is no such folder, or of a schedule or prediction that our sampler does not know.
+    """
+    from diffusers import UNet2DModel
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no network: name a round's folder, with config.json and adm.json in it")
+    try:
+        said = json.loads((folder / "adm.json").read_text())
+        prediction, timesteps = said["prediction"], said["timesteps"]
+        schedule, steps = said["schedule"], said["steps"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder} has no adm.json that says prediction, timesteps, schedule and steps: only networks that "
+            "diffusion/tools/train.py wrote can be sampled here"
+        ) from error
+    if schedule != "cosine" or prediction not in ("x", "v"):
+        raise InputError(f"{folder}: prediction {prediction!r} on a {schedule!r} schedule; known are x and v on cosine")
+    try:
+        model = UNet2DModel.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot read the network of {folder}: {str(error).strip().splitlines()[0]}") from error
+    model.to(device).eval().requires_grad_(False)
+    return Student(folder, model, CosineSchedule(timesteps).to(device), prediction, steps)

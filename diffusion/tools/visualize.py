@@ -1,0 +1,204 @@
+"""Figure 4: where a student's features agree with its teacher's, at each time and place.
+
+    python diffusion/tools/visualize.py runs/pd+adm --steps 4
+    python diffusion/tools/visualize.py --teacher runs/a/round-0008/student --student runs/a/round-0004/student
+
+Both networks see the same noisy image at the same time; S (Eq. 6) compares the inputs of their last convolutions.
+Writes ``similarity-<steps>.png``, the maps of a few images over time and the mean of many, and its numbers as JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from core.adm import consensus_attention
+from core.analysis.figures import save_figure, save_json
+from core.errors import InputError
+from core.training.command import DONE, missing_extra, parse, run_command
+from core.training.run import environment
+from diffusion.data import DataConfig, load_images
+from diffusion.tools.runs import data_of, find_students, home, read_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code. Raises: InputError, TrainingError."""
+    options = parse_options(argv)
+    student_folder, teacher_folder = find_pair(options)
+    options = parse_options(argv, data_of(Path(options.run or student_folder)))
+    try:
+        import diffusers  # noqa: F401
+    except ImportError as error:
+        raise missing_extra(error, "diffusion") from error
+    from diffusion.progressive.network import check_network, load_teacher
+    from diffusion.sampling import load_student
+
+    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    student, teacher = load_student(student_folder, device), load_teacher(teacher_folder)
+    teacher.model.to(device)
+    images = load_images(options.data)
+    for network in (student, teacher):
+        check_network(network.model, str(network.folder), images.shape[1], images.shape[-1])
+    if teacher.schedule.timesteps != student.schedule.timesteps:
+        raise InputError(
+            f"{teacher_folder} has times 0..{teacher.schedule.timesteps}, {student_folder} "
+            f"0..{student.schedule.timesteps}: they cannot see the same noisy image"
+        )
+    count = min(options.images, len(images))
+    chosen = images[[i * len(images) // count for i in range(count)]]
+    times = [round(i * student.schedule.timesteps / options.times) for i in range(options.times + 1)]
+    maps = similarities(student, teacher, chosen, times, options.seed, options.batch_size)
+
+    out = Path(options.out) if options.out is not None else home(options.run or student_folder) / "figures"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+    rows = [{"t": t, **numbers(s)} for t, s in zip(times, maps, strict=True)]
+    name = f"similarity-{student.steps:04d}"
+    about = {"teacher": str(teacher_folder), "student": str(student_folder), "images": count, "seed": options.seed}
+    save_json({**about, "rows": rows, "environment": environment(device)}, out / f"{name}.json")
+    draw(chosen[: options.rows], maps[:, : options.rows], rows, student.schedule.timesteps, out / f"{name}.png")
+    heads = ("mean", "minimum", "maximum", "within_image_std", "attention_std")
+    print(f"S of {student_folder} and {teacher_folder}, {count} images")
+    print("     t  " + "  ".join(head.rjust(16) for head in heads))
+    for row in rows:
+        print(f"{row['t']:6d}  " + "  ".join(f"{row[head]:16.4f}" for head in heads))
+    print(f"written to {out}")
+    return DONE
+
+
+def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) -> Any:
+    """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
+    from jsonargparse import ArgumentParser
+
+    description = "Draws the similarity of teacher and student over time and space (Figure 4)."
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("run", nargs="?", type=str, help="run folder of a chain; figures go into its figures/")
+    add("--steps", type=int, default=None, help="of a run, the student of so many steps; else that of the fewest")
+    add("--student", type=str, default=None, help="instead of a run, a network's folder (and --teacher)")
+    add("--teacher", type=str, default=None, help="folder of the teacher; of a run the one it had unless given")
+    add("--images", type=int, default=64, help="images of the mean, spread evenly over the set")
+    add("--rows", type=int, default=4, help="images whose maps are drawn")
+    add("--times", type=int, default=10, help="intervals into which 0..T is cut")
+    add("--batch_size", type=int, default=64, help="images at once")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
+    add("--out", type=str, default=None, help="folder of the figures; figures/ of the run or round unless given")
+    add("--data", type=DataConfig, default=data or DataConfig())
+    options = parse(parser, argv)
+    if (options.run is None) == (options.student is None):
+        raise InputError("give one of a run folder, and --student FOLDER --teacher FOLDER")
+    if options.student is not None and options.teacher is None:
+        raise InputError("--student needs --teacher FOLDER")
+    for name in ("images", "rows", "times", "batch_size"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} must be at least 1: {getattr(options, name)}")
+    if options.seed < 0:
+        raise InputError(f"--seed must not be negative: {options.seed}")
+    return options
+
+
+def find_pair(options: Any) -> tuple[Path, Path]:
+    """The folders of student and teacher. Raises: InputError where a run does not have them."""
+    if options.student is not None:
+        return Path(options.student), Path(options.teacher)
+    run = Path(options.run)
+    folders = find_students([run], [options.steps] if options.steps is not None else [])
+    student = folders[-1]
+    if options.teacher is not None:
+        return student, Path(options.teacher)
+    steps = int(student.parent.name.removeprefix("round-"))
+    before = run / f"round-{2 * steps:04d}" / "student"
+    given = read_config(run).get("teacher")
+    candidates = [before, Path(given) if given else run / "base" / "teacher"]
+    for folder in candidates:
+        if (folder / "config.json").is_file():
+            return student, folder
+    raise InputError(f"the teacher of {student} is in none of {', '.join(map(str, candidates))}: name it by --teacher")
+
+
+@torch.no_grad()
+def similarities(
+    student: Any, teacher: Any, images: Tensor, times: Sequence[int], seed: int, batch_size: int
+) -> Tensor:
+    """S (Eq. 6) of both networks on the same noisy images, ``[times, N, h, w]`` on the CPU.
+
+    Args: two ``Student``; images uint8 ``[N, C, H, W]``; an image keeps its noise over all times.
+    """
+    from diffusion.consensus import similarity
+    from diffusion.progressive.network import Tap
+    from diffusion.sampling import initial_noise
+
+    device = next(student.model.parameters()).device
+    taps = [Tap(network.model) for network in (student, teacher)]
+    batches = []
+    for first in range(0, len(images), batch_size):
+        x = images[first : first + batch_size].to(device) / 127.5 - 1.0
+        noise = initial_noise(seed, range(first, first + len(x)), x.shape[1:]).to(device)
+        maps = []
+        for time in times:
+            t = torch.full((len(x),), time, device=device)
+            z = student.schedule.noisy(x, noise, t)
+            for network in (student, teacher):
+                network.model(z, t)
+            maps.append(similarity(taps[0].take(), taps[1].take()).cpu())
+        batches.append(torch.stack(maps))
+    return torch.cat(batches, dim=1)
+
+
+def numbers(s: Tensor) -> dict[str, float]:
+    """S ``[N, h, w]`` of one time: its mean; means over images of each image's minimum, maximum and std, and of A's."""
+    flat = s.flatten(1)
+    return {
+        "mean": s.mean().item(),
+        "minimum": flat.amin(1).mean().item(),
+        "maximum": flat.amax(1).mean().item(),
+        "within_image_std": flat.std(1, unbiased=False).mean().item(),
+        "attention_std": consensus_attention(s).flatten(1).std(1, unbiased=False).mean().item(),
+    }
+
+
+def draw(images: Tensor, maps: Tensor, rows: Sequence[Mapping[str, Any]], timesteps: int, file: Path) -> None:
+    """Above, a row an image and a column a time; below, S over time with the images' mean extremes.
+
+    Args: images uint8 ``[N, C, H, W]``; maps ``[times, N, h, w]``, coloured between the smallest and the largest.
+    """
+    from matplotlib.figure import Figure
+
+    times, count = len(maps), len(images)
+    figure = Figure(figsize=(0.85 * (times + 1) + 1.0, 0.95 * count + 2.6), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[0.95 * count + 0.2, 2.4])
+    above, below = parts
+    axes = above.subplots(count, times + 1, squeeze=False)
+    low, high = maps.min().item(), maps.max().item()
+    for i in range(count):
+        axes[i, 0].imshow(images[i].expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        for k in range(times):
+            shown = axes[i, k + 1].imshow(maps[k, i].numpy(), vmin=low, vmax=high, interpolation="nearest")
+    for k, row in enumerate(rows):
+        axes[0, k + 1].set_title(f"t = {row['t']}", fontsize="x-small")
+    for axis in axes.flatten():
+        axis.axis("off")
+    above.colorbar(shown, ax=axes, label="S", shrink=0.8)
+    axis = below.subplots()
+    t = [row["t"] for row in rows]
+    axis.plot(t, [row["mean"] for row in rows], marker="o", markersize=3, label="mean")
+    axis.fill_between(
+        t, [row["minimum"] for row in rows], [row["maximum"] for row in rows], alpha=0.2, linewidth=0,
+        label="mean of the images' extremes",
+    )  # fmt: skip
+    axis.axvline(0.4 * timesteps, color="0.4", linestyle="--", linewidth=1, label="0.4 T")
+    axis.set(xlabel="t", ylabel="similarity S")
+    axis.grid(alpha=0.3, linewidth=0.6)
+    axis.legend(fontsize="x-small")
+    save_figure(figure, file)
+
+
+if __name__ == "__main__":
+    run_command(main)

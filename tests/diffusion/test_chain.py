@@ -1,0 +1,259 @@
+"""Whole chains by command: what they leave, how they resume, from what they start, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparing import assert_same, without_times
+
+pytest.importorskip("diffusers")
+
+from small_unet import diffusers_folder, unet
+
+from core.errors import InputError
+from core.training.checkpoint import read_checkpoint
+from core.training.distiller import Progress
+from diffusion.progressive.config import ProgressiveConfig, check_chain, parse_command
+from diffusion.progressive.distiller import ADMConfig, BaseDistiller, ProgressiveDistiller
+from diffusion.progressive.network import save_student
+from diffusion.tools.train import main
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+Command = Callable[[list[str]], tuple[int, str, str]]
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "diffusion/recipes"
+
+
+@pytest.fixture
+def command(shell: Any) -> Command:
+    return lambda argv: shell(main, argv)
+
+
+def arguments(out: Path, *more: str) -> list[str]:
+    """A chain of 42,000 parameters on 48 digits, a few steps a round; 3 steps an epoch."""
+    network = ["--network.width", "8", "--network.groups", "4", "--batch_size", "16", "--data.limit", "48"]
+    lengths = ["--base.steps", "5", "--base.warmup", "2", "--rounds.steps", "4", "--rounds.last_steps", "5"]
+    fit = ["--fit.log_every", "2", "--fit.evaluate_every", "4", "--fit.device", "cpu", "--fit.trackers", "[]"]
+    recipe = ["progressive", "--config", str(RECIPES / "digits_progressive.yaml"), "--out", str(out)]
+    return [*recipe, "--chain", "[8,4,2,1]", *network, *lengths, *fit, "--progress_bar", "false", *more]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return without_times([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, steps: int, last: int) -> None:
+    """Sends SIGTERM to this process in the round of the student with so many steps (0: the base network)."""
+    for kind in (BaseDistiller, ProgressiveDistiller):
+
+        def after_step(self: Any, batch: Any, progress: Progress, real: Any = kind.after_step) -> None:
+            real(self, batch, progress)
+            if getattr(self, "steps", 0) == steps and progress.step + 1 == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(kind, "after_step", after_step)
+
+
+ROUNDS = ("base", "round-0004", "round-0002", "round-0001")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted chain."""
+    from accelerate.state import AcceleratorState
+
+    from core.training.run import RunFolder
+
+    out = tmp_path_factory.mktemp("chain") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "draw", lambda self: None)
+        assert main(arguments(out)) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return out
+
+
+def test_a_chain_from_noise_to_one_step(whole: Path, command: Command) -> None:
+    from diffusers import UNet2DModel
+
+    for name, steps in zip(ROUNDS, (1024, 4, 2, 1), strict=True):
+        network, role = whole / name / ("teacher" if steps == 1024 else "student"), "student"
+        said = json.loads((network / "adm.json").read_text())
+        assert said == {"prediction": "x", "timesteps": 1024, "steps": steps, "schedule": "cosine"}
+        loaded = dict(UNet2DModel.from_pretrained(network).state_dict())
+        weights, state = read_checkpoint(whole / name / "checkpoints/last")
+        if steps == 1024:
+            role = "teacher"
+            averages = {k.removeprefix("average."): v for k, v in state["extra"].items()}
+            assert_same(loaded, averages)
+            assert any(not torch.equal(loaded[k], v) for k, v in weights[role].items())
+        else:
+            assert_same(loaded, weights[role])
+        assert weights.keys() == {role}
+        summary = json.loads((whole / name / "summary.json").read_text())
+        assert summary["status"] == "finished" and summary["step"] == (4 if steps == 4 else 5)
+    rows = {name: metrics(whole / name) for name in ROUNDS}
+    assert [row["lr"] for row in rows["base"]] == pytest.approx([5e-4, 1e-3, 1e-3])  # at steps 2, 4, 5
+    share = [(1 + math.cos(math.pi * done / 4)) / 2 for done in (1, 3)]
+    assert [row["lr"] for row in rows["round-0004"]] == pytest.approx([3e-4 * s for s in share])
+    assert all("student/consensus" in row and "adm/active" in row for row in rows["round-0001"])
+    assert all(row["adm/active"] == 1 for row in rows["round-0001"])
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["students"]["1"] == str(whole / "round-0001/student") and summary["method"] == "pd+adm"
+    code, _, said = command(arguments(whole))
+    assert code == 0 and "is finished" in said
+
+
+def test_interrupted_in_the_middle_of_rounds_and_resumed_equals_uninterrupted(
+    whole: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "cut"
+    for steps, last in ((0, 3), (2, 2)):  # in the base network's training, then in the 2-step student's
+        with monkeypatch.context() as patch:
+            stop_at(patch, steps, last)
+            assert command(arguments(out))[0] == 130
+    assert not (out / "round-0001").exists() and not (out / "summary.json").exists()
+    code, _, said = command(arguments(out))
+    assert code == 0 and f"resuming from step {last}" in said
+    for name in ROUNDS:
+        assert_same(*(read_checkpoint(run / name / "checkpoints/last") for run in (whole, out)))
+        assert metrics(whole / name) == metrics(out / name)
+        for file in (whole / name).glob("*/*.safetensors"):
+            assert file.read_bytes() == (out / file.relative_to(whole)).read_bytes()
+
+
+def test_killed_before_a_students_folder_was_written(whole: Path, tmp_path: Path, command: Command) -> None:
+    out = tmp_path / "killed"
+    shutil.copytree(whole, out, symlinks=True)
+    for path in (out / "round-0002/student", out / "round-0001"):
+        shutil.rmtree(path)
+    (out / "summary.json").unlink()
+    before = (out / "base/metrics.jsonl").stat().st_mtime_ns
+    assert command(arguments(out))[0] == 0
+    assert (out / "base/metrics.jsonl").stat().st_mtime_ns == before
+    for name in ROUNDS[2:]:
+        for file in (whole / name).glob("student/*.safetensors"):
+            assert file.read_bytes() == (out / file.relative_to(whole)).read_bytes()
+
+
+def test_a_teachers_folder_starts_a_chain_and_adm_acts_in_its_rounds_alone(
+    whole: Path, tmp_path: Path, command: Command
+) -> None:
+    teacher = ["--teacher", str(whole / "base/teacher"), "--adm.adm_rounds", "[1]", "--chain", "[4,2,1]"]
+    code, _, said = command(arguments(tmp_path / "run", *teacher))
+    assert code == 0, said
+    assert not (tmp_path / "run/base").exists()
+    assert all("student/consensus" not in row for row in metrics(tmp_path / "run/round-0002"))
+    assert all("student/consensus" in row for row in metrics(tmp_path / "run/round-0001"))
+
+
+def test_it_learns_the_target(tmp_path: Path, command: Command) -> None:
+    """A chain of one student on 400 digits: each network's error falls to a fraction."""
+    more = ["--data.limit", "400", "--base.steps", "60", "--base.ema", "0.8", "--base.lr", "3e-3", "--chain", "[2,1]"]
+    more += ["--rounds.last_steps", "20", "--rounds.lr", "1e-3", "--fit.log_every", "10", "--fit.evaluate_every", "999"]
+    code, _, said = command(arguments(tmp_path / "run", *more))
+    assert code == 0, said
+    base = [row["teacher/mse"] for row in metrics(tmp_path / "run/base")]
+    student = [row["student/mse"] for row in metrics(tmp_path / "run/round-0001")]
+    assert base[-1] < 0.5 * base[0] and student[-1] < 0.7 * student[0], (base, student)
+
+
+def test_a_diverging_run_names_network_term_and_step(tmp_path: Path, command: Command) -> None:
+    code, _, said = command(arguments(tmp_path / "run", "--rounds.lr", "1e30", "--fit.clip", "1e30"))
+    assert code == 1 and said.strip().splitlines()[-1].startswith("error: the loss is not finite: student's mse is")
+
+
+def test_dry_run_prints_networks_and_an_estimate(tmp_path: Path, command: Command) -> None:
+    code, printed, _ = command(arguments(tmp_path / "run", "--dry-run"))
+    assert code == 0 and not (tmp_path / "run").exists()
+    for line in ("base network:", "4-step student, ADM: 4 steps of", "1-step student, ADM: 5 steps of", "estimate:"):
+        assert line in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--chain", "[8,4,1]"], "1 is not half of 4"),
+        (["--chain", "[8,3]"], "3 is not half of 8"),
+        (["--chain", "[8]"], "at least one student's"),
+        (["--chain", "[12,6]", "--method", "pd"], "12 steps do not divide the schedule's 1024"),
+        (["--method", "pd", "--adm.alpha", "2"], "--adm.alpha counts only with --method pd+adm"),
+        (["--adm.adm_rounds", "[16]"], "ADM would never act"),
+        (["--fit.steps", "3"], "give --base.steps"),
+        (["--batch_size", "64"], "48 images are fewer than one batch of 64"),
+        (["--fit.accumulate", "32"], "cannot be cut into 32 parts"),
+        (["--base.stepss", "3"], "did you mean base.steps?"),
+        (["--data.name", "folder", "--data.root", "/nowhere"], "data folder /nowhere does not exist"),
+        (["--teacher", "/nowhere"], "--teacher /nowhere holds no network"),
+        (["--teacher", "x", "--init", "y"], "give one of them"),
+        (["--rounds.lr", "0"], "rounds.lr must be positive"),
+        (["--base.ema", "1"], "base.ema must be in"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(tmp_path: Path, command: Command, more: list[str], said: str) -> None:
+    code, _, error = command(arguments(tmp_path / "run", *more))
+    assert code == 2 and error.count("\n") == 1 and said in error, error
+    assert not list((tmp_path / "run").glob("**/metrics.jsonl"))
+
+
+def test_teachers_that_do_not_fit_are_refused(whole: Path, tmp_path: Path, command: Command) -> None:
+    student = str(whole / "round-0004/student")
+    broken = tmp_path / "nan"
+    network = unet()
+    with torch.no_grad():
+        network.conv_in.weight[0, 0, 0, 0] = math.nan
+    save_student(broken, network, "x", 1024, 1024)
+    eps = diffusers_folder(tmp_path / "eps")
+    for more, said in (
+        (["--teacher", student, "--predict", "v", "--chain", "[4,2]"], "predicts x, --predict says v"),
+        (["--teacher", student, "--chain", "[8,4]"], "samples in 4 steps, the chain begins at 8"),
+        (["--teacher", student, "--chain", "[4,2]", "--network.width", "16"], "block_out_channels (8, 16), --network"),
+        (["--teacher", student, "--chain", "[4,2]", "--timesteps", "512"], "has times 0..1024, --timesteps says 512"),
+        (["--teacher", student, "--chain", "[4,2]", "--data.name", "cifar10"], "no CIFAR-10"),
+        (["--teacher", str(broken)], "conv_in.weight is not finite"),
+        (["--teacher", str(eps)], "'epsilon' on the schedule 'linear' of 1000 times"),
+    ):
+        code, _, error = command(arguments(tmp_path / "run", *more))
+        assert code == 2 and error.count("\n") == 1 and said in error, error
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_of_a_run_is_read_back(whole: Path) -> None:
+    for run in (whole, whole / "round-0002"):
+        again, _ = parse_command(["--config", str(run / "config.yaml")])
+        assert again.resolved() == parse_command(arguments(whole)[1:])[0].resolved()
+
+
+def test_another_config_in_the_same_folder_is_refused(whole: Path, command: Command) -> None:
+    code, _, error = command(arguments(whole, "--rounds.lr", "1e-4"))
+    assert code == 2 and "rounds.lr" in error
+
+
+def test_recipes_parse_and_write_down_what_decides_the_results() -> None:
+    config, dry = parse_command(["--config", str(RECIPES / "cifar10_progressive.yaml"), "--dry-run"])
+    default = ProgressiveConfig()
+    assert dry and config.resolved() == default.resolved()  # the defaults are Sun et al.'s
+    assert sum(config.rounds.length(steps) for steps in config.students) == 120_000
+    assert [steps for steps in config.students if config.adm_of(steps)] == [4, 2, 1]
+    assert ProgressiveConfig(adm=ADMConfig(adm_rounds="all")).adm_of(512) is not None
+    assert ProgressiveConfig(method="pd").adm_of(1) is None and "adm" not in ProgressiveConfig(method="pd").resolved()
+    assert "out" not in default.resolved()
+    check_chain([8192, 4096], 8192)
+    with pytest.raises(InputError):
+        check_chain([2, 1, 0], 1024)
+
+
+def test_help_and_unknown_commands(command: Command) -> None:
+    code, printed, _ = command(["--help"])
+    assert code == 0 and "progressive" in printed
+    code, _, error = command(["progresive"])
+    assert code == 2 and "did you mean 'progressive'?" in error
