@@ -157,9 +157,7 @@ def test_how_often_it_is_evaluated_changes_nothing_in_the_training(
 
 
 @pytest.mark.parametrize("method", ["switokd"])
-def test_methods_train_and_start_from_the_same_weights(
-    street: Path, tmp_path: Path, train: Train, method: str
-) -> None:
+def test_methods_train_and_start_from_the_same_weights(street: Path, tmp_path: Path, train: Train, method: str) -> None:
     more = ("train_cfg.max_iters=2", "train_cfg.val_interval=2", "run.log_every=1", "optim_wrapper.optimizer.lr=0.0")
     states = []
     for label in ("dml+adm", method):
