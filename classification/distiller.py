@@ -87,7 +87,7 @@ class OptimizerConfig:
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
 
-class OnlineDistiller(Distiller):
+class ClassificationDistiller(Distiller):
     """Networks by role, a method, and ADM on top of it or not.
 
     Args: the networks (see ``build_networks``); their configs; mean and std of each role, in [0, 1]; the method; ADM's
@@ -158,7 +158,7 @@ class OnlineDistiller(Distiller):
             result[role] = made[key]
         return result
 
-    def train(self, mode: bool = True) -> OnlineDistiller:
+    def train(self, mode: bool = True) -> ClassificationDistiller:
         """A network that is not trained stays in evaluation mode: its BatchNorm statistics must not move."""
         super().train(mode)
         trained = self.trained()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classification.distiller import OnlineDistiller
+from classification.distiller import ClassificationDistiller
 from classification.methods import Outputs
 from core.adm import spatial_similarity
 from core.analysis.attention import AttentionStatistics
@@ -44,7 +44,7 @@ class Evaluation:
         self.values, self.calibrations = values, calibrations
 
 
-def similarities(distiller: OnlineDistiller, outputs: Outputs) -> dict[tuple[str, str], Tensor]:
+def similarities(distiller: ClassificationDistiller, outputs: Outputs) -> dict[tuple[str, str], Tensor]:
     """S ``[B, H, W]`` of each (student, teacher): with ADM through its phi, else of the pairs whose channels agree.
 
     Without ADM there is no phi, and maps of unequal channels have no common space: such a pair is left out.
@@ -59,7 +59,7 @@ def similarities(distiller: OnlineDistiller, outputs: Outputs) -> dict[tuple[str
 
 @torch.no_grad()
 def evaluate(
-    distiller: OnlineDistiller,
+    distiller: ClassificationDistiller,
     loader: Iterable[Batch],
     accelerator: Any = None,
     roles: Sequence[str] | None = None,

@@ -15,7 +15,7 @@ from classification.data import DataSets, Split, Streamed, load_datasets, make_l
 from classification.data.datasets import IN_MEMORY_NAMES
 from classification.data.noise import LabelNoise, draw_noise, with_noise
 from classification.data.sources import EXTENSIONS, folder_sources, timm_sources
-from classification.distiller import NetworkConfig, OnlineDistiller, build_networks, has_batchnorm
+from classification.distiller import NetworkConfig, ClassificationDistiller, build_networks, has_batchnorm
 from classification.networks.pretrained import (
     find_weights,
     metadata_of,
@@ -36,7 +36,7 @@ class Experiment:
 
     command: Command
     datasets: DataSets
-    distiller: OnlineDistiller
+    distiller: ClassificationDistiller
     noise: LabelNoise | None = None
 
     def train_loader(self, accelerator: Any) -> Any:
@@ -112,7 +112,7 @@ def build(command: Command, roles: Sequence[str] | None = None) -> Experiment:
     if with_adm:
         method.check_adm(config.adm)
     method.check_start([role for role, c in networks.items() if _starts_trained(c, datasets.num_classes)])
-    distiller = OnlineDistiller(
+    distiller = ClassificationDistiller(
         build_networks(networks, datasets.num_classes, config.seed, in_chans=datasets.channels),
         networks,
         {role: _normalisation(role, c, datasets) for role, c in networks.items()},
@@ -229,7 +229,7 @@ def restore(command: Command, checkpoint: Path) -> Experiment:
     return experiment
 
 
-def load_checkpoint(distiller: OnlineDistiller, checkpoint: Path) -> None:
+def load_checkpoint(distiller: ClassificationDistiller, checkpoint: Path) -> None:
     """Puts a checkpoint's weights into the trained networks, the adapters and whatever else is no network."""
     for role in distiller.trained():
         load_weights(distiller.networks[role], checkpoint / f"{role}.safetensors")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from classification.distiller import OnlineDistiller
+from classification.distiller import ClassificationDistiller
 from core.training.distiller import Batch, Progress
 
 aten = torch.ops.aten
@@ -68,7 +68,7 @@ def count(call: Callable[[], Any]) -> Flops:
     return Flops((sum(counts.values()) - others) // 2, others)
 
 
-def count_forward(distiller: OnlineDistiller, batch: Batch) -> tuple[dict[str, Flops], Flops | None]:
+def count_forward(distiller: ClassificationDistiller, batch: Batch) -> tuple[dict[str, Flops], Flops | None]:
     """({role: its network's forward}, what ADM adds, None without it) for the first image of a batch.
 
     Only ``macs`` of a network is complete: not all of its normalisations and activations are in the tables.

@@ -95,14 +95,14 @@ def make_distiller(
     made_by: type[Method] = METHODS["dml"],
 ) -> Any:
     """A method with ADM (its config) or without (None)."""
-    from classification.distiller import NetworkConfig, OnlineDistiller, OptimizerConfig, build_networks
+    from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig, build_networks
     from classification.methods import ADMConfig
 
     configs = {role: NetworkConfig(name) for role, name in (TINY if settings.quick else pair.networks).items()}
     networks, images = build_networks(configs, pair.classes, seed=0), settings.batch(pair)["image"][:2].cpu()
     method, config = made_by(with_adm=adm is not None), None if adm is None else ADMConfig(**adm)
     normalisation, optimizer, classes = dict.fromkeys(configs, MEAN_STD), OptimizerConfig(), pair.classes
-    made = OnlineDistiller(
+    made = ClassificationDistiller(
         networks,
         configs,
         normalisation,

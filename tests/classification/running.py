@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from comparing import assert_same, without_times
 
-from classification.distiller import OnlineDistiller
+from classification.distiller import ClassificationDistiller
 from core.training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,14 +27,14 @@ def arguments(out: Path, *more: str, method: str = "dml+adm") -> list[str]:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Sends SIGTERM to this process during the given steps."""
-    real = OnlineDistiller.after_step
+    real = ClassificationDistiller.after_step
 
-    def after_step(self: OnlineDistiller, batch: Any, progress: Any) -> None:
+    def after_step(self: ClassificationDistiller, batch: Any, progress: Any) -> None:
         real(self, batch, progress)
         if progress.step + 1 in steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(OnlineDistiller, "after_step", after_step)
+    monkeypatch.setattr(ClassificationDistiller, "after_step", after_step)
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from test_methods import START, TinyNet, batch_of, distiller_around, images
 from torch import Tensor, nn
 
-from classification.distiller import NetworkConfig, OnlineDistiller, OptimizerConfig, build_networks
+from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig, build_networks
 from classification.experiment import load_checkpoint
 from classification.methods import METHODS, ADMConfig, Method
 from classification.methods.afd import AFD, AFDOptions, discriminator, discriminator_loss, generator_loss
@@ -46,7 +46,7 @@ def distiller_of(
     adm: ADMConfig | None = None,
     members: Mapping[str, tuple[int, int]] = MEMBERS,
     dtype: torch.dtype = torch.float64,
-) -> OnlineDistiller:
+) -> ClassificationDistiller:
     networks = {role: Net(*member, seed, dtype) for seed, (role, member) in enumerate(members.items())}
     return distiller_around(networks, method, adm, SGD, None, dtype)
 
@@ -57,7 +57,7 @@ def parts_of(batch: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     return [{n: v[r] if isinstance(v, Tensor) else v for n, v in batch.items()} for r in rows]
 
 
-def go_back(distiller: OnlineDistiller, batch: Mapping[str, Any], share: float = 1.0) -> Losses:
+def go_back(distiller: ClassificationDistiller, batch: Mapping[str, Any], share: float = 1.0) -> Losses:
     losses = {
         role: {term: value * share for term, value in terms.items()}
         for role, terms in distiller(batch, START)[0].items()
@@ -68,7 +68,7 @@ def go_back(distiller: OnlineDistiller, batch: Mapping[str, Any], share: float =
 
 
 def step(
-    distiller: OnlineDistiller,
+    distiller: ClassificationDistiller,
     optim: torch.optim.Optimizer,
     batch: dict[str, Any],
     rate: float = 1.0,
@@ -87,11 +87,11 @@ def step(
     distiller.after_step(batch, progress)
 
 
-def ready(distiller: OnlineDistiller) -> tuple[OnlineDistiller, torch.optim.Optimizer]:
+def ready(distiller: ClassificationDistiller) -> tuple[ClassificationDistiller, torch.optim.Optimizer]:
     return distiller.train(), distiller.optimizer.make(distiller.parameter_groups())
 
 
-def weights(distiller: OnlineDistiller) -> dict[str, Tensor]:
+def weights(distiller: ClassificationDistiller) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in distiller.named_parameters()}
 
 
@@ -146,7 +146,7 @@ def squared(probabilities: Tensor, wanted: float) -> Tensor:
 
 
 def game(
-    distiller: OnlineDistiller, views: Mapping[str, Tensor], role: str, peer: str, side: int
+    distiller: ClassificationDistiller, views: Mapping[str, Tensor], role: str, peer: str, side: int
 ) -> tuple[Tensor, Tensor]:
     """(L_G, L_D) of one network, each from forwards of its own."""
     transfers: Any = distiller.method.transfers
@@ -255,7 +255,7 @@ def test_maps_of_one_shape_alone_need_no_transfer_layer(
 # --- who is trained by what -------------------------------------------------------------------------------------------
 
 
-def owners(distiller: OnlineDistiller, gradients: Mapping[nn.Parameter, Tensor | None]) -> set[str]:
+def owners(distiller: ClassificationDistiller, gradients: Mapping[nn.Parameter, Tensor | None]) -> set[str]:
     """The parts of the distiller in which a gradient is not zero, as "teacher.stages", "T.student", "D.teacher"."""
     names = {p: name for name, p in distiller.named_parameters()}
     found = set()
@@ -271,7 +271,7 @@ def owners(distiller: OnlineDistiller, gradients: Mapping[nn.Parameter, Tensor |
     return found
 
 
-def trained_by(distiller: OnlineDistiller, role: str, term: str) -> tuple[set[str], set[str]]:
+def trained_by(distiller: ClassificationDistiller, role: str, term: str) -> tuple[set[str], set[str]]:
     """Who gets a gradient for the SGD and who for Adam where all other losses are zero."""
     distiller.zero_grad()
     distiller.method._gradients = []  # type: ignore[assignment]
@@ -389,7 +389,7 @@ def test_a_step_runs_each_network_once_and_evaluation_no_discriminator() -> None
 class Reference:
     """AFD with a forward and a backward pass for each loss, SGD and Adam written out, on copies of all modules."""
 
-    def __init__(self, distiller: OnlineDistiller, options: AFDOptions) -> None:
+    def __init__(self, distiller: ClassificationDistiller, options: AFDOptions) -> None:
         self.distiller, self.options = copy.deepcopy(distiller), options
         self.steps = 0
         self.momentum: dict[str, Tensor] = {}
@@ -551,7 +551,7 @@ def test_the_game_is_played_in_float32_under_autocast() -> None:
 
 @pytest.mark.parametrize("stepped", [False, True], ids=["before_a_step", "after_a_step"])
 def test_a_restored_run_goes_on_bit_by_bit(stepped: bool) -> None:
-    def run(distiller: OnlineDistiller, optim: torch.optim.Optimizer, seeds: range) -> None:
+    def run(distiller: ClassificationDistiller, optim: torch.optim.Optimizer, seeds: range) -> None:
         for seed in seeds:
             step(distiller, optim, {**batch_of(), "image": images(6, seed)}, rate=0.1 if seed >= 3 else 1.0)
 

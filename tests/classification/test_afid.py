@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.distiller import NetworkConfig, OnlineDistiller, OptimizerConfig, build_networks
+from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig, build_networks
 from classification.experiment import read_metadata
 from classification.methods import ADMConfig
 from classification.methods.afid import (
@@ -57,9 +57,9 @@ def prepared(names: Mapping[str, str], size: int = 8, **options: Any) -> tuple[A
 
 def distiller_of(
     names: Mapping[str, str], adm: ADMConfig | None = None, optimizer: OptimizerConfig | None = None
-) -> OnlineDistiller:
+) -> ClassificationDistiller:
     configs = {role: NetworkConfig(name) for role, name in names.items()}
-    return OnlineDistiller(
+    return ClassificationDistiller(
         build_networks(configs, CLASSES, 0),
         configs,
         dict.fromkeys(names, ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))),

@@ -87,7 +87,7 @@ class Killed(Exception):
 
 def work(out: Path) -> None:
     """What each of the two processes does."""
-    from classification.distiller import OnlineDistiller
+    from classification.distiller import ClassificationDistiller
 
     rank = int(os.environ["RANK"])
     written: list[str] = []
@@ -101,10 +101,10 @@ def work(out: Path) -> None:
 
     sys.addaudithook(audit)
     report: dict[str, Any] = {name: frozen(out, name) for name in FROZEN}
-    distillers: list[OnlineDistiller] = []
-    real = OnlineDistiller.after_step
+    distillers: list[ClassificationDistiller] = []
+    real = ClassificationDistiller.after_step
 
-    def after_step(self: OnlineDistiller, batch: Any, progress: Any) -> None:
+    def after_step(self: ClassificationDistiller, batch: Any, progress: Any) -> None:
         real(self, batch, progress)
         distillers[:] = [self]
         if progress.step + 1 == hooks.get("kill"):
@@ -113,7 +113,7 @@ def work(out: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     hooks: dict[str, int] = {}
-    OnlineDistiller.after_step = after_step  # type: ignore[method-assign]
+    ClassificationDistiller.after_step = after_step  # type: ignore[method-assign]
     assert train(out / "whole", *LIVE) == 0
     hooks["kill"] = 4
     try:

@@ -16,7 +16,7 @@ from test_methods import START, HostReads, batch_of, distiller_of, images, make_
 from torch import Tensor
 
 from classification.config import parse_command
-from classification.distiller import OnlineDistiller
+from classification.distiller import ClassificationDistiller
 from classification.experiment import build
 from classification.methods import METHODS, ADMConfig
 from classification.methods.kdcl import (
@@ -363,7 +363,7 @@ def at(epoch: float) -> Progress:
     return Progress(int(10 * epoch), epoch, 40, 4.0)
 
 
-def held_out_weights(distiller: OnlineDistiller) -> Tensor:
+def held_out_weights(distiller: ClassificationDistiller) -> Tensor:
     """w from the definition, with all held-out images in one."""
     batches = list(HeldOut())
     said = [distiller.outputs(batch["image"]) for batch in batches]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from classification.distiller import NetworkConfig, OnlineDistiller, OptimizerConfig, build_networks
+from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig, build_networks
 from classification.methods import ADMConfig, Method, parse_method
 from classification.methods.base import pairs_of
 from classification.methods.dml import DML, DMLOptions
@@ -69,7 +69,7 @@ def distiller_of(
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
     norms: Mapping[str, Any] | None = None,
     channels: Mapping[str, int] = CHANNELS,
-) -> OnlineDistiller:
+) -> ClassificationDistiller:
     networks = {role: TinyNet(channels[role], seed, dtype) for seed, role in enumerate(roles)}
     return distiller_around(networks, method, adm, optimizer, norms, dtype)
 
@@ -81,9 +81,9 @@ def distiller_around(
     optimizer: OptimizerConfig,
     norms: Mapping[str, Any] | None,
     dtype: torch.dtype,
-) -> OnlineDistiller:
+) -> ClassificationDistiller:
     torch.manual_seed(11)
-    distiller = OnlineDistiller(
+    distiller = ClassificationDistiller(
         networks,
         {role: NetworkConfig("tiny") for role in networks},
         norms or dict.fromkeys(networks, (MEAN, STD)),
@@ -111,7 +111,7 @@ def batch_of(count: int = 6) -> dict[str, Any]:
     }
 
 
-def reached(distiller: OnlineDistiller, loss: Tensor) -> set[str]:
+def reached(distiller: ClassificationDistiller, loss: Tensor) -> set[str]:
     """The owners (roles, "last" adapters, "stage" adapters) of the parameters to which a loss has a gradient."""
     names, parameters = zip(*distiller.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
@@ -195,7 +195,9 @@ def test_vanilla_trains_each_network_as_if_alone() -> None:
 # --- Eq. 10 -----------------------------------------------------------------------------------------------------------
 
 
-def by_hand(distiller: OnlineDistiller, batch: dict[str, Any], config: ADMConfig, tau: float) -> dict[str, float]:
+def by_hand(
+    distiller: ClassificationDistiller, batch: dict[str, Any], config: ADMConfig, tau: float
+) -> dict[str, float]:
     """Eq. 1 to 11 written out image by image and location by location in float64, for one teacher and one student."""
     assert distiller.adm is not None
     teacher: Any
@@ -363,7 +365,7 @@ def test_each_network_runs_once_a_step(method: type[Method], adm: ADMConfig | No
         assert network.head_calls == 1 + (adm is not None)  # its logits, and those of its own attention
 
 
-def make_step(distiller: OnlineDistiller, optim: torch.optim.Optimizer, phase: Any = None) -> Losses:
+def make_step(distiller: ClassificationDistiller, optim: torch.optim.Optimizer, phase: Any = None) -> Losses:
     losses, _ = distiller(batch_of(), START, phase)
     total = sum(value for terms in losses.values() for value in terms.values())
 
@@ -374,11 +376,11 @@ def make_step(distiller: OnlineDistiller, optim: torch.optim.Optimizer, phase: A
     return losses
 
 
-def snapshot(distiller: OnlineDistiller, role: str) -> list[Tensor]:
+def snapshot(distiller: ClassificationDistiller, role: str) -> list[Tensor]:
     return [p.detach().clone() for p in distiller.parameters_of(role)]
 
 
-def moved(distiller: OnlineDistiller, role: str, before: list[Tensor]) -> bool:
+def moved(distiller: ClassificationDistiller, role: str, before: list[Tensor]) -> bool:
     return any(not torch.equal(a, b) for a, b in zip(before, snapshot(distiller, role), strict=True))
 
 
@@ -597,7 +599,7 @@ def test_adm_needs_a_pair_and_maps_with_locations() -> None:
     norms = dict.fromkeys(networks, (MEAN, STD))
     configs = {role: NetworkConfig("tiny") for role in networks}
     for adm in (ADMConfig(), None):
-        make = lambda adm=adm: OnlineDistiller(  # noqa: E731
+        make = lambda adm=adm: ClassificationDistiller(  # noqa: E731
             networks, configs, norms, DML(), adm, OptimizerConfig(), images(2), num_classes=CLASSES
         )
         if adm is None:

@@ -26,7 +26,7 @@ import classification.predictions
 from classification.config import parse_command
 from classification.data.datasets import Arrays
 from classification.data.loaders import InMemoryLoader
-from classification.distiller import OnlineDistiller
+from classification.distiller import ClassificationDistiller
 from classification.methods import ADMConfig
 from classification.methods.dml import DML, DMLOptions
 from classification.methods.vanilla import Vanilla
@@ -76,7 +76,9 @@ def data_of(count: int, seed: int = 1) -> Any:
     return SimpleNamespace(train=train, num_classes=CLASSES)
 
 
-def attach(distiller: OnlineDistiller, run: Path, datasets: Any, batch_size: int = 4, **options: Any) -> InMemoryLoader:
+def attach(
+    distiller: ClassificationDistiller, run: Path, datasets: Any, batch_size: int = 4, **options: Any
+) -> InMemoryLoader:
     loader = InMemoryLoader(datasets.train, batch_size, train=True, augmentation="crop", padding=1, seed=3, **options)
     assert distiller.previous is not None
     distiller.previous.attach(run, datasets, loader, FitConfig(), ALONE)
@@ -93,7 +95,7 @@ def steps_of(loader: InMemoryLoader, epochs: int, start: int = 0) -> Iterator[tu
 
 
 def train_step(
-    distiller: OnlineDistiller, optim: torch.optim.Optimizer, batch: Any, progress: Progress, parts: int = 1
+    distiller: ClassificationDistiller, optim: torch.optim.Optimizer, batch: Any, progress: Progress, parts: int = 1
 ) -> tuple[Any, list[Any]]:
     """What ``fit`` does in a step: (the batch that the forward saw, the losses of each forward)."""
     batch, seen = distiller.before_step(batch, progress), []
@@ -119,7 +121,7 @@ def softmax(z: Tensor) -> Tensor:
     return e / e.sum()
 
 
-def teachers_view(distiller: OnlineDistiller, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
+def teachers_view(distiller: ClassificationDistiller, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
     """(the plain logits, those of the map under the divergence attention) of each image, location by location."""
     teacher: Any
     student: Any
@@ -386,7 +388,7 @@ def test_imagenets_size_opens_at_once_and_is_never_whole_in_memory(tmp_path: Pat
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def stepped(run: Path, datasets: Any, steps: int) -> OnlineDistiller:
+def stepped(run: Path, datasets: Any, steps: int) -> ClassificationDistiller:
     distiller = distiller_of(Vanilla(), KD)
     loader = attach(distiller, run, datasets)
     optim = distiller.optimizer.make(distiller.parameter_groups())
@@ -453,14 +455,14 @@ STORE = ("teacher.json", "teacher.probabilities", "teacher.epochs")
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ends the run without a word right after this step."""
-    real = OnlineDistiller.after_step
+    real = ClassificationDistiller.after_step
 
-    def after_step(self: OnlineDistiller, batch: Any, progress: Any) -> None:
+    def after_step(self: ClassificationDistiller, batch: Any, progress: Any) -> None:
         real(self, batch, progress)
         if progress.step + 1 == step:
             raise Killed
 
-    monkeypatch.setattr(OnlineDistiller, "after_step", after_step)
+    monkeypatch.setattr(ClassificationDistiller, "after_step", after_step)
 
 
 class Killed(Exception):

@@ -16,7 +16,7 @@ from running import arguments
 from torch import Tensor, nn
 
 from classification.config import parse_command
-from classification.distiller import NetworkConfig, OnlineDistiller, OptimizerConfig
+from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig
 from classification.evaluation import evaluate
 from classification.experiment import build, command_of, find_checkpoint, restore
 from classification.methods import ADMConfig
@@ -43,11 +43,11 @@ def distiller_of(
     teacher: nn.Module | str = "cifar_wrn_10_2",
     student: nn.Module | str = "cifar_resnet8",
     **more: Any,
-) -> OnlineDistiller:
+) -> ClassificationDistiller:
     torch.manual_seed(3)
     given = {"teacher": teacher, "student": student}
     networks = {r: create_network(n, CLASSES) if isinstance(n, str) else n for r, n in given.items()}
-    return OnlineDistiller(
+    return ClassificationDistiller(
         networks,
         {role: NetworkConfig(role) for role in networks},
         dict.fromkeys(networks, ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))),
@@ -68,7 +68,7 @@ def batch_of(count: int = 6) -> dict[str, Any]:
     return {"image": images(count), "target": torch.arange(count) % CLASSES, "index": torch.arange(count)}
 
 
-def make_step(distiller: OnlineDistiller, optim: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+def make_step(distiller: ClassificationDistiller, optim: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     losses, _ = distiller(batch_of(), START)
     total = sum(value for terms in losses.values() for value in terms.values())
     distiller.backward(losses, total, SimpleNamespace(scaler=None))
@@ -78,7 +78,7 @@ def make_step(distiller: OnlineDistiller, optim: torch.optim.Optimizer) -> dict[
     return losses
 
 
-def reached(distiller: OnlineDistiller, loss: Tensor) -> set[str]:
+def reached(distiller: ClassificationDistiller, loss: Tensor) -> set[str]:
     """teacher, student, shadow, phi: whose parameters a loss has a gradient to."""
     owners = {"method.shadow": "shadow", "adm.": "phi", "networks.teacher": "teacher", "networks.student": "student"}
     found = {name: p for name, p in distiller.named_parameters() if p.requires_grad}

@@ -15,7 +15,7 @@ from test_methods import CLASSES, START, HostReads, batch_of, distiller_of, imag
 from torch import Tensor, nn
 
 from classification.config import parse_command
-from classification.distiller import NetworkConfig, OnlineDistiller, OptimizerConfig, build_networks
+from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig, build_networks
 from classification.methods import ADMConfig, Output
 from classification.methods.switokd import SwitOKD, SwitOKDOptions, distances, epsilon, learning, mean_over_all
 from classification.methods.vanilla import Vanilla
@@ -239,7 +239,7 @@ BELIEFS = {"teacher": (0.8, 0.2, 0, 0, 0), "student": (0.3, 0, 0.7, 0, 0)}
 EXPERT, LEARNING = torch.zeros(6, dtype=torch.long), torch.full((6,), 2)
 
 
-def believing(distiller: OnlineDistiller, beliefs: Mapping[str, Sequence[float]]) -> OnlineDistiller:
+def believing(distiller: ClassificationDistiller, beliefs: Mapping[str, Sequence[float]]) -> ClassificationDistiller:
     """Makes the networks predict about this, whatever they see."""
     with torch.no_grad():
         for role, probabilities in beliefs.items():
@@ -249,10 +249,10 @@ def believing(distiller: OnlineDistiller, beliefs: Mapping[str, Sequence[float]]
     return distiller
 
 
-def real(adm: ADMConfig | None) -> OnlineDistiller:
+def real(adm: ADMConfig | None) -> ClassificationDistiller:
     """Two networks with BatchNorm."""
     configs = {role: NetworkConfig("cifar_resnet8") for role in ONE}
-    distiller = OnlineDistiller(
+    distiller = ClassificationDistiller(
         build_networks(configs, CLASSES, 0),
         configs,
         dict.fromkeys(ONE, ((0.5,) * 3, (0.25,) * 3)),
@@ -266,7 +266,11 @@ def real(adm: ADMConfig | None) -> OnlineDistiller:
 
 
 def step(
-    module: nn.Module, distiller: OnlineDistiller, optim: torch.optim.Optimizer, *parts: Tensor, share: float = 1.0
+    module: nn.Module,
+    distiller: ClassificationDistiller,
+    optim: torch.optim.Optimizer,
+    *parts: Tensor,
+    share: float = 1.0,
 ) -> tuple[Losses, dict[str, Tensor]]:
     """One optimiser step on as many parts as there are labels; what the last one returned."""
     for target in parts:

@@ -21,7 +21,7 @@ from comparing import assert_same
 from running import ROOT, arguments, assert_same_runs, metrics, stop_at
 
 from classification.config import parse_command
-from classification.distiller import OnlineDistiller
+from classification.distiller import ClassificationDistiller
 from classification.experiment import build
 from classification.tools.train import main
 from core.training.checkpoint import numbered, read_checkpoint
@@ -115,13 +115,13 @@ def test_tensorboard_shows_every_step_once_after_a_kill(tmp_path: Path, monkeypa
     class Killed(Exception):
         pass
 
-    def kill(self: OnlineDistiller, batch: Any, progress: Any) -> None:
+    def kill(self: ClassificationDistiller, batch: Any, progress: Any) -> None:
         if progress.step == 5:
             raise Killed
 
     argv = arguments(tmp_path / "run", "--fit.trackers", "[tensorboard]", "--fit.log_every", "1", "--fit.epochs", "3")
     with monkeypatch.context() as patch:
-        patch.setattr(OnlineDistiller, "after_step", kill)
+        patch.setattr(ClassificationDistiller, "after_step", kill)
         with pytest.raises(Killed):
             main(argv)
     assert metrics(tmp_path / "run")[-1]["step"] == 5  # two steps after the checkpoint

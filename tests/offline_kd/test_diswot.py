@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.distiller import NetworkConfig, OnlineDistiller, OptimizerConfig
+from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig
 from classification.methods import ADMConfig
 from classification.methods.base import Output
 from classification.networks import create_network
@@ -30,9 +30,9 @@ def distiller_of(
     adm: ADMConfig | None = None,
     teacher: str = "cifar_wrn_10_2",  # 128 channels
     student: str = "cifar_resnet8",  # 64
-) -> OnlineDistiller:
+) -> ClassificationDistiller:
     networks = {"teacher": create_network(teacher, CLASSES), "student": create_network(student, CLASSES)}
-    return OnlineDistiller(
+    return ClassificationDistiller(
         networks,
         {role: NetworkConfig(role, lr=0.03 if role == "student" else 0.4) for role in networks},
         dict.fromkeys(networks, ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))),
@@ -50,7 +50,7 @@ def batch_of(count: int = 6) -> dict[str, Any]:
     return {"image": images, "target": torch.arange(count) % CLASSES, "index": torch.arange(count)}
 
 
-def reached(distiller: OnlineDistiller, loss: Tensor) -> set[str]:
+def reached(distiller: ClassificationDistiller, loss: Tensor) -> set[str]:
     """teacher, student, adapter, phi: whose parameters a loss has a gradient to."""
     owners = {"method.adapter": "adapter", "adm.": "phi", "networks.teacher": "teacher", "networks.student": "student"}
     found = {name: p for name, p in distiller.named_parameters() if p.requires_grad}

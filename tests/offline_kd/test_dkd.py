@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classification.distiller import NetworkConfig, OnlineDistiller, OptimizerConfig
+from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig
 from classification.methods import ADMConfig
 from classification.methods.base import Output
 from classification.networks import create_network
@@ -252,7 +252,7 @@ def test_only_the_student_learns(adm: ADMConfig | None) -> None:
         r: create_network(n, CLASSES) for r, n in {"teacher": "cifar_wrn_10_2", "student": "cifar_vgg8"}.items()
     }
     images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
-    distiller = OnlineDistiller(
+    distiller = ClassificationDistiller(
         networks,
         {role: NetworkConfig(role) for role in networks},
         dict.fromkeys(networks, ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))),

@@ -18,7 +18,7 @@ from comparing import assert_same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from classification.distiller import NetworkConfig, OnlineDistiller, OptimizerConfig
+from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig
 from classification.evaluation import evaluate
 from classification.experiment import load_checkpoint
 from classification.methods import ADMConfig
@@ -46,11 +46,11 @@ def distiller_of(
     adm: ADMConfig | None = None,
     teacher: nn.Module | str = "cifar_resnet14",
     student: nn.Module | str = "cifar_resnet8",
-) -> OnlineDistiller:
+) -> ClassificationDistiller:
     torch.manual_seed(3)
     given = {"teacher": teacher, "student": student}
     networks = {r: create_network(n, CLASSES) if isinstance(n, str) else n for r, n in given.items()}
-    return OnlineDistiller(
+    return ClassificationDistiller(
         networks,
         {role: NetworkConfig(role) for role in networks},
         dict.fromkeys(networks, ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))),
@@ -70,7 +70,7 @@ def batch_of(count: int = 6) -> dict[str, Any]:
     return {"image": images(count), "target": torch.arange(count) % CLASSES, "index": torch.arange(count)}
 
 
-def train(distiller: OnlineDistiller, steps: int = 2) -> None:
+def train(distiller: ClassificationDistiller, steps: int = 2) -> None:
     optim = distiller.optimizer.make(distiller.parameter_groups())
     for _ in range(steps):
         losses, _ = distiller(batch_of(), START)
@@ -81,7 +81,7 @@ def train(distiller: OnlineDistiller, steps: int = 2) -> None:
         optim.zero_grad()
 
 
-def reached(distiller: OnlineDistiller, loss: Tensor) -> set[str]:
+def reached(distiller: ClassificationDistiller, loss: Tensor) -> set[str]:
     """Whose parameters a loss has a gradient to: networks.student, method.transform.expand, adm, ..."""
     found = {name: p for name, p in distiller.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(found.values()), retain_graph=True, allow_unused=True)
@@ -505,7 +505,7 @@ class Data:
         self.epoch, self.position = state["epoch"], state["position"]
 
 
-def run(path: Path, distiller: OnlineDistiller) -> str:
+def run(path: Path, distiller: ClassificationDistiller) -> str:
     config = FitConfig(epochs=4, log_every=2, device="cpu", trackers=())
     folder = RunFolder(path, {"a": 1})
     accelerator = make_accelerator(config, folder)
@@ -522,16 +522,16 @@ def test_a_cut_run_goes_on_exactly_and_leaves_a_plain_student(
     adm: ADMConfig | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(tmp_path / "whole", distiller_of(adm=adm)) == "finished"
-    real = OnlineDistiller.after_step
+    real = ClassificationDistiller.after_step
     for stop in (3, 8):  # the end of an epoch, and the middle of one
         with monkeypatch.context() as patch:
 
-            def after_step(self: OnlineDistiller, batch: Any, progress: Any, stop: int = stop) -> None:
+            def after_step(self: ClassificationDistiller, batch: Any, progress: Any, stop: int = stop) -> None:
                 real(self, batch, progress)
                 if progress.step + 1 == stop:
                     os.kill(os.getpid(), signal.SIGTERM)
 
-            patch.setattr(OnlineDistiller, "after_step", after_step)
+            patch.setattr(ClassificationDistiller, "after_step", after_step)
             assert run(tmp_path / "cut", distiller_of(adm=adm)) == "interrupted"
     resumed = distiller_of(adm=adm)
     assert run(tmp_path / "cut", resumed) == "finished"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import classification.training
 from classification.config import parse_command
-from classification.distiller import OnlineDistiller
+from classification.distiller import ClassificationDistiller
 from classification.evaluation import evaluate
 from classification.experiment import Experiment, build, command_of, find_checkpoint, restore
 from classification.methods import ADMConfig
@@ -59,14 +59,14 @@ def batch_of(experiment: Experiment, count: int = 6) -> dict[str, Any]:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
     """Sends SIGTERM to this process during that step."""
-    real = OnlineDistiller.after_step
+    real = ClassificationDistiller.after_step
 
-    def after_step(self: OnlineDistiller, batch: Any, progress: Progress) -> None:
+    def after_step(self: ClassificationDistiller, batch: Any, progress: Progress) -> None:
         real(self, batch, progress)
         if progress.step + 1 == last:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(OnlineDistiller, "after_step", after_step)
+    monkeypatch.setattr(ClassificationDistiller, "after_step", after_step)
 
 
 def lines(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -88,14 +88,14 @@ class Watched:
         self.images: Counter[str] = Counter()
         self.groups: list[list[nn.Parameter]] = []
         monkeypatch.setattr(classification.training, "build", self._build)
-        real = OnlineDistiller.parameter_groups
+        real = ClassificationDistiller.parameter_groups
 
-        def parameter_groups(distiller: OnlineDistiller) -> list[dict[str, Any]]:
+        def parameter_groups(distiller: ClassificationDistiller) -> list[dict[str, Any]]:
             groups = real(distiller)
             self.groups.append([p for group in groups for p in group["params"]])
             return groups
 
-        monkeypatch.setattr(OnlineDistiller, "parameter_groups", parameter_groups)
+        monkeypatch.setattr(ClassificationDistiller, "parameter_groups", parameter_groups)
 
     def _build(self, command: Any) -> Experiment:
         self.experiment = build(command)
