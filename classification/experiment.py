@@ -15,7 +15,7 @@ from classification.data import DataSets, Split, Streamed, load_datasets, make_l
 from classification.data.datasets import IN_MEMORY_NAMES
 from classification.data.noise import LabelNoise, draw_noise, with_noise
 from classification.data.sources import EXTENSIONS, folder_sources, timm_sources
-from classification.distiller import NetworkConfig, ClassificationDistiller, build_networks, has_batchnorm
+from classification.distiller import ClassificationDistiller, NetworkConfig, build_networks, has_batchnorm
 from classification.networks.pretrained import (
     find_weights,
     metadata_of,

@@ -95,7 +95,7 @@ def make_distiller(
     made_by: type[Method] = METHODS["dml"],
 ) -> Any:
     """A method with ADM (its config) or without (None)."""
-    from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig, build_networks
+    from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
     from classification.methods import ADMConfig
 
     configs = {role: NetworkConfig(name) for role, name in (TINY if settings.quick else pair.networks).items()}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from test_methods import START, TinyNet, batch_of, distiller_around, images
 from torch import Tensor, nn
 
-from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig, build_networks
+from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
 from classification.experiment import load_checkpoint
 from classification.methods import METHODS, ADMConfig, Method
 from classification.methods.afd import AFD, AFDOptions, discriminator, discriminator_loss, generator_loss

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig, build_networks
+from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
 from classification.experiment import read_metadata
 from classification.methods import ADMConfig
 from classification.methods.afid import (

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig, build_networks
+from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
 from classification.methods import ADMConfig, Method, parse_method
 from classification.methods.base import pairs_of
 from classification.methods.dml import DML, DMLOptions

@@ -16,7 +16,7 @@ from running import arguments
 from torch import Tensor, nn
 
 from classification.config import parse_command
-from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig
+from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig
 from classification.evaluation import evaluate
 from classification.experiment import build, command_of, find_checkpoint, restore
 from classification.methods import ADMConfig

@@ -15,7 +15,7 @@ from test_methods import CLASSES, START, HostReads, batch_of, distiller_of, imag
 from torch import Tensor, nn
 
 from classification.config import parse_command
-from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig, build_networks
+from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
 from classification.methods import ADMConfig, Output
 from classification.methods.switokd import SwitOKD, SwitOKDOptions, distances, epsilon, learning, mean_over_all
 from classification.methods.vanilla import Vanilla

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig
+from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig
 from classification.methods import ADMConfig
 from classification.methods.base import Output
 from classification.networks import create_network

@@ -18,7 +18,7 @@ from comparing import assert_same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from classification.distiller import NetworkConfig, ClassificationDistiller, OptimizerConfig
+from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig
 from classification.evaluation import evaluate
 from classification.experiment import load_checkpoint
 from classification.methods import ADMConfig
