@@ -35,7 +35,7 @@ from core.errors import InputError, unknown
 from core.training.command import run_command
 from core.training.distiller import Batch, Distiller, Losses, Progress
 from offline_kd.methods import METHODS as OFFLINE_METHODS
-from tools import dense_rows
+from tools import dense_rows, diffusion_rows
 from tools.ratios import HEADER, Row, Values, cuda_seconds, draw, line, paired, peak_bytes, ratios, seconds, summary
 
 EPOCH = 391  # steps of a CIFAR epoch at batch 128, after which fit() saves a checkpoint and draws the curves
@@ -380,6 +380,11 @@ for _name in ("deeplabv3", "pspnet") if importlib.util.find_spec("mmseg") else (
     ROWS[f"memory_{_name}"] = Row(f"peak memory, {_what}", partial(dense_rows.memory_ratio, _name), 1.05)
     _loop = f"images/s, training command / bare loop, {_name}, R101 + R18"
     ROWS[f"loop_{_name}"] = Row(_loop, partial(dense_rows.loop_ratio, _name), 0.95, at_least=True)
+if importlib.util.find_spec("diffusers"):
+    _what = "/ two forwards of the teacher and the student's bare step"
+    ROWS["step_pd"] = Row(f"time of a step, PD {_what}", partial(diffusion_rows.step_ratio, False), 1.03)
+    ROWS["step_pd+adm"] = Row(f"time of a step, PD + ADM {_what}", partial(diffusion_rows.step_ratio, True), 1.05)
+    ROWS["sampling"] = Row("images/s, sampling / bare forwards", diffusion_rows.sampling_ratio, 0.97, at_least=True)
 GPU_ROWS = {}
 for (_name, _pair), _variant in itertools.product(PAIRS.items(), ("bf16", "channels_last", "compile")):
     _what = f"time of a step in {_variant}, DML + ADM"

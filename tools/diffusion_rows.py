@@ -1,0 +1,89 @@
+"""The benchmark's rows of diffusion: one update of progressive distillation, and sampling, over the bare networks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from core.training.distiller import Progress
+from tools.ratios import Values, paired, ratios
+
+STEPS = 4  # of the student: its round is one in which ADM acts
+
+
+def make_unet(settings: Any) -> Any:
+    """CIFAR-10's U-Net: whole on a GPU, a quarter as wide on the CPU."""
+    from diffusion.progressive.network import UNetConfig, build_unet
+
+    if settings.quick:
+        config = UNetConfig(width=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0, groups=4)
+    else:
+        config = UNetConfig(width=128 if settings.device.type == "cuda" else 32, dropout=0.0)
+    return build_unet(config, 3, 32).to(settings.device)
+
+
+def batch_size(settings: Any) -> int:
+    return 2 if settings.quick else 128 if settings.device.type == "cuda" else 8
+
+
+def step_ratio(with_adm: bool, settings: Any) -> Values:
+    """A step of a round over two forwards of the teacher and forward, MSE, backward and Adam of the student."""
+    from diffusion.progressive.distiller import ADMConfig, ProgressiveDistiller
+    from diffusion.schedule import CosineSchedule
+
+    teacher, count, repeat = make_unet(settings), batch_size(settings), 5 if settings.device.type == "cuda" else 1
+    options: dict[str, Any] = {"prediction": "x", "weighting": "snr_trunc", "lr": 5e-5, "weight_decay": 0.0}
+    adm = ADMConfig() if with_adm else None
+    distiller = ProgressiveDistiller(
+        teacher, copy.deepcopy(teacher), CosineSchedule(), STEPS, adm, None, **options
+    ).to(settings.device)  # fmt: skip
+    optimizer = torch.optim.Adam(distiller.parameter_groups())
+    image, progress = torch.randn(count, 3, 32, 32, device=settings.device), Progress(1, 0.5, 4, 2.0)
+
+    def step() -> None:
+        for _ in range(repeat):
+            losses, _ = distiller(distiller.before_step({"image": image}, progress), progress)
+            sum(losses["student"].values(), start=image.new_zeros(())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    fixed, student = copy.deepcopy(teacher).eval(), copy.deepcopy(teacher).requires_grad_(True).train()
+    other, t = torch.optim.Adam(student.parameters(), lr=5e-5), torch.full((count,), 512, device=settings.device)
+
+    def bare() -> None:
+        for _ in range(repeat):
+            with torch.no_grad():
+                fixed(image, t)
+                fixed(image, t)
+            F.mse_loss(student(image, t, return_dict=False)[0], image).backward()
+            other.step()
+            other.zero_grad()
+
+    values, on = ratios(paired(settings.timer(step), settings.timer(bare), settings.pairs), "ms a step", 1e3 / repeat)
+    return values, f"batch {count}, 32 px, {on}"
+
+
+def sampling_ratio(settings: Any) -> Values:
+    """Images per second of sampling in 4 steps, noise and uint8 included, over those of 4 bare forwards."""
+    from diffusion.sampling import sample
+    from diffusion.schedule import CosineSchedule
+
+    network, count = make_unet(settings).eval(), 2 * batch_size(settings)
+    schedule = CosineSchedule().to(settings.device)
+    z = torch.randn(count, 3, 32, 32, device=settings.device)
+    t = torch.full((count,), 512, device=settings.device)
+
+    @torch.no_grad()
+    def bare() -> None:
+        for _ in range(STEPS):
+            network(z, t)
+
+    def whole() -> None:
+        sample(network, schedule, "x", STEPS, range(count), 0, (3, 32, 32), batch_size=count, device=settings.device)
+
+    times = paired(settings.timer(bare), settings.timer(whole), settings.pairs)
+    values, on = ratios(times, "ms", 1e3)
+    return values, f"{count} images of 32 px in {STEPS} steps, bare : whole {on}"
