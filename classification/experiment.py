@@ -24,7 +24,7 @@ from classification.networks.pretrained import (
     timm_normalisation,
 )
 from classification.networks.published import load_weights
-from core.errors import InputError
+from core.errors import InputError, first_line
 from core.training.checkpoint import BEST, LAST, numbered
 
 EVALUATION_BATCH = 256
@@ -238,7 +238,7 @@ def load_checkpoint(distiller: ClassificationDistiller, checkpoint: Path) -> Non
         extra = torch.load(file, map_location="cpu", weights_only=True)["extra"]
         missing = distiller.load_state_dict(extra, strict=False).missing_keys
     except Exception as error:  # a damaged pickle can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"cannot read {file} (missing, incomplete or of another run): {reason}") from error
     if missing := [key for key in missing if not key.startswith("networks.")]:
         raise InputError(f"{file} lacks {missing[0]}: it is of another run")

@@ -28,6 +28,20 @@ def require_not_negative(section: str, **values: float) -> None:
             raise InputError(f"{section}.{name} must not be negative: {value}")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def parse_label(label: str, methods: Iterable[str]) -> tuple[str, bool]:
+    """A label of ``methods``: ``"dml+adm" -> ("dml", True)``. Raises: InputError offering the nearest one."""
+    known = list(methods)
+    name, plus, extra = label.partition("+")
+    if name in known and (not plus or extra == "adm"):
+        return name, bool(plus)
+    raise unknown("method", label, [f"{m}{suffix}" for m in known for suffix in ("", "+adm")])
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for an unknown name, offering the nearest known one, e.g. ``unknown("method", "dmll", METHODS)``."""
     names = sorted(known)

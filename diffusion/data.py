@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from core.errors import InputError
+from core.errors import InputError, first_line
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -67,7 +67,7 @@ def _cifar10(config: DataConfig) -> Tensor:
         images = CIFAR10(config.root, train=True, download=config.download).data  # [N, H, W, C]
     except (RuntimeError, OSError) as error:
         hint = "" if config.download else "; --data.download true fetches it"
-        raise InputError(f"no CIFAR-10 in {config.root}: {str(error).splitlines()[0]}{hint}") from error
+        raise InputError(f"no CIFAR-10 in {config.root}: {first_line(error)}{hint}") from error
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from core.errors import InputError
+from core.errors import InputError, first_line
 from diffusion import proxies
 
 INCEPTION = "inception-v3-compat"
@@ -130,10 +130,10 @@ class Extractor:
                 verbose=False,
             )
         except RuntimeError as error:
-            raise InputError(f"{features.weights} does not fit {features.extractor}: {_first_line(error)}") from error
+            raise InputError(f"{features.weights} does not fit {features.extractor}: {first_line(error)}") from error
         except (urllib.error.URLError, OSError) as error:
             raise InputError(
-                f"cannot download Inception's weights ({_first_line(error)}): get {INCEPTION_FILE} from "
+                f"cannot download Inception's weights ({first_line(error)}): get {INCEPTION_FILE} from "
                 f"{INCEPTION_URL} and name it by --inception, or put it into {torch.hub.get_dir()}/checkpoints"
             ) from error
 
@@ -166,7 +166,7 @@ def _check_inception(file: str | None) -> None:
         try:  # files older than the zip format cannot be mapped
             torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can raise anything
-            raise InputError(f"{file} is not {INCEPTION_FILE} of {INCEPTION_URL}: {_first_line(error)}") from error
+            raise InputError(f"{file} is not {INCEPTION_FILE} of {INCEPTION_URL}: {first_line(error)}") from error
 
 
 class InMemory(Dataset):
@@ -279,7 +279,7 @@ def read_statistics(file: str | Path) -> Statistics:
             count = int(held["count"]) if "count" in held else None
             return Statistics(held["mu"], held["sigma"], count, str(file))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{file} is no .npz file with mu and sigma: {_first_line(error)}") from error
+        raise InputError(f"{file} is no .npz file with mu and sigma: {first_line(error)}") from error
 
 
 def default_cache() -> Path:
@@ -379,7 +379,3 @@ def warn_if_few(count: int, features: int, distance: str, what: str) -> None:
             f"at most and the distance is far too large; take at least {features + 1:,}{usual}",
             stacklevel=3,
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

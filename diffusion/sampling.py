@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from core.errors import InputError, TrainingError
+from core.errors import InputError, TrainingError, first_line
 from diffusion.schedule import CosineSchedule, Prediction
 
 LastStep = Literal["noisy", "clean"]
@@ -184,6 +184,6 @@ def load_student(folder: str | Path, device: torch.device | str = "cpu") -> Stud
     try:
         model = UNet2DModel.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot read the network of {folder}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"cannot read the network of {folder}: {first_line(error)}") from error
     model.to(device).eval().requires_grad_(False)
     return Student(folder, model, CosineSchedule(timesteps).to(device), prediction, steps)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from core.errors import InputError
+from core.errors import InputError, first_line
 from core.training.checkpoint import leftover, link
 
 LAST, BEST = "last.pth", "best.pth"
@@ -46,14 +46,10 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"no checkpoint {file}") from error
     except Exception as error:  # a damaged file can raise anything
-        raise InputError(f"cannot read the checkpoint {file}: {_reason(error)}") from error
+        raise InputError(f"cannot read the checkpoint {file}: {first_line(error)}") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{file} is no checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def latest_checkpoint(run: Path, log: Callable[[str], None]) -> dict[str, Any] | None:

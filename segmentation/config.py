@@ -26,7 +26,7 @@ from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import get_external_models
 from mmseg.registry import DATASETS, MODELS
 
-from core.errors import InputError, unknown
+from core.errors import InputError, first_line, unknown
 from core.training.command import LineParser
 from segmentation.distiller import ROLES, load_weights
 from segmentation.losses import ADMOptions, parse_method
@@ -297,7 +297,7 @@ def check_pretrained(cfg: Config, networks: Mapping[str, Any]) -> None:
             except FileNotFoundError as error:
                 raise InputError(f"{what}, and there is no such file: {give} names one, {option}=None none") from error
             except Exception as error:  # no network, a cut off file, an unknown name
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
                 address = get_external_models().get(name.partition("://")[2], name)
                 cache = os.path.join(torch.hub.get_dir(), "checkpoints")
                 raise InputError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from core.adm import spatial_similarity
 from core.distillation import full_precision
-from core.errors import InputError, require_positive, unknown
+from core.errors import InputError, first_line, require_positive, unknown
 from core.training.seed import random_state, restore_random_state, seed_everything
 from segmentation.losses import (
     ADMOptions,
@@ -388,7 +388,7 @@ def load_weights(network: nn.Module, file: Path, role: str) -> None:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{role}: cannot read the weights {file}: {reason}") from error
     state = state.get("state_dict", state)
     prefix = f"{role}."

@@ -16,7 +16,7 @@ from core.adapter import Adapter, smaller_size
 from core.adm import consensus_kd_loss, consensus_loss, divergence_loss, phi_loss, spatial_similarity
 from core.baselines import distances, epsilon, learning, min_logit_target
 from core.distillation import feature_loss, full_precision, kd_loss
-from core.errors import InputError, require_not_negative, require_positive, unknown
+from core.errors import InputError, parse_label, require_not_negative, require_positive, unknown
 
 Terms = dict[str, Tensor]
 
@@ -26,10 +26,7 @@ METHODS = ("vanilla", "dml", "kdcl", "switokd", "kd")
 
 def parse_method(label: str) -> tuple[str, bool]:
     """``"dml+adm" -> ("dml", True)``. Raises: InputError offering the nearest label."""
-    name, plus, extra = label.partition("+")
-    if name in METHODS and (not plus or extra == "adm"):
-        return name, bool(plus)
-    raise unknown("method", label, [f"{m}{suffix}" for m in METHODS for suffix in ("", "+adm")])
+    return parse_label(label, METHODS)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from classification.methods.kdcl import KDCL
 from classification.methods.shake import SHAKE
 from classification.methods.switokd import SwitOKD
 from classification.methods.vanilla import Vanilla
-from core.errors import unknown
+from core.errors import parse_label
 
 METHODS: dict[str, type[Method]] = {
     "vanilla": Vanilla,
@@ -26,10 +26,7 @@ METHODS: dict[str, type[Method]] = {
 
 def parse_method(label: str, methods: Mapping[str, type[Method]] = METHODS) -> tuple[str, bool]:
     """``"dml+adm" -> ("dml", True)``. Raises: InputError offering the nearest label of ``methods``."""
-    name, plus, extra = label.partition("+")
-    if name in methods and (not plus or extra == "adm"):
-        return name, bool(plus)
-    raise unknown("method", label, [f"{m}{suffix}" for m in methods for suffix in ("", "+adm")])
+    return parse_label(label, methods)
 
 
 __all__ = ["ADM", "METHODS", "ADMConfig", "Method", "Output", "Outputs", "parse_method"]

@@ -16,7 +16,7 @@ from classification.networks.resnet import ResNet
 from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
 from classification.networks.vgg import VGG
 from classification.networks.wrn import WideResNet
-from core.errors import InputError
+from core.errors import InputError, first_line
 
 Rules = tuple[tuple[str, str], ...]
 
@@ -128,7 +128,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"cannot read {file} (incomplete, or not a safetensors file): {_first_line(error)}") from error
+        raise InputError(f"cannot read {file} (incomplete, or not a safetensors file): {first_line(error)}") from error
 
 
 def _read_torch(file: Path) -> dict[str, Tensor]:
@@ -141,7 +141,7 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
                 f"{file} holds more than tensors and numbers, and reading it could run code: "
                 "save its state dict alone, best as .safetensors"
             ) from error
-        raise InputError(f"cannot read {file} (incomplete, or not a torch file): {_first_line(error)}") from error
+        raise InputError(f"cannot read {file} (incomplete, or not a torch file): {first_line(error)}") from error
     if isinstance(content, Mapping):
         content = next((content[name] for name in ("model", "state_dict") if name in content), content)
     if not isinstance(content, Mapping) or not content or not all(map(torch.is_tensor, content.values())):
@@ -196,7 +196,3 @@ def _first_few(keys: Iterable[str], count: int = 3) -> str:
     keys = list(keys)
     more = f" and {len(keys) - count} more" if len(keys) > count else ""
     return ", ".join(keys[:count]) + more
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

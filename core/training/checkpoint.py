@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import InputError, TrainingError
+from core.errors import InputError, TrainingError, first_line
 
 LAST, BEST = "last", "best"
 _PENDING = ".writing"
@@ -41,7 +41,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         _remove(temporary)
         # torch.save reports a failed write as RuntimeError, safetensors as its own error: both end here too.
         if isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError":
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else _reason(error)
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
             raise TrainingError(f"cannot write {path}: {reason}; what stood there before is untouched") from error
         raise
 
@@ -49,10 +49,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def leftover(path: Path) -> bool:
     """Whether a killed ``write_atomically`` left this file or folder behind."""
     return path.name.endswith(_PENDING)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _remove(path: Path) -> None:
@@ -158,7 +154,7 @@ def latest_checkpoint(
         try:
             checkpoint = read_checkpoint(candidate)
         except Exception as error:
-            log(f"checkpoint {candidate} is damaged ({_reason(error)}): looking for the one before it")
+            log(f"checkpoint {candidate} is damaged ({first_line(error)}): looking for the one before it")
             damaged.append(candidate)
             continue
         for bad in damaged:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from core.errors import InputError
+from core.errors import InputError, first_line
 from core.training.checkpoint import write_atomically
 from diffusion.sampling import Student, load_student
 from diffusion.schedule import CosineSchedule, Prediction, cosine_betas
@@ -96,7 +96,7 @@ def load_start(folder: str, config: UNetConfig, channels: int, size: int) -> Any
     try:
         network = UNet2DModel.from_pretrained(folder, dropout=config.dropout)
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"--init {folder}: no diffusers U-Net there: {_first_line(error)}") from error
+        raise InputError(f"--init {folder}: no diffusers U-Net there: {first_line(error)}") from error
     check_network(network, f"--init {folder}", channels, size, config)
     return network
 
@@ -223,7 +223,3 @@ class Tap:
     def take(self) -> Tensor:
         """The map of the forward since the last call."""
         return self._seen.pop()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

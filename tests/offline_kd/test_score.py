@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from classification.data import DataConfig
 from classification.networks import create_network
 from core.network import Split
-from core.training.command import run_command
 from offline_kd.methods.diswot import relation_loss
 from offline_kd.tools import score as tool
 from offline_kd.tools.score import draw_weights, gradient_distance, main, read_batch, score, traits
@@ -31,17 +30,8 @@ Command = Callable[[Sequence[str]], tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs the command in this process as a shell would see it: (exit code, stdout, stderr)."""
-
-    def run(argv: Sequence[str]) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            run_command(lambda: main(argv))
-        said = capfd.readouterr()
-        return int(end.value.code or 0), said.out, said.err
-
-    return run
+def command(shell: Callable[..., tuple[int, str, str]]) -> Command:
+    return lambda argv: shell(main, list(argv))
 
 
 @pytest.fixture(scope="module")
