@@ -1,4 +1,4 @@
-"""The benchmark's rows of segmentation: mmsegmentation's stock ResNet-101 and ResNet-18; on a GPU on Cityscapes' crop."""
+"""The benchmark's rows of segmentation: mmsegmentation's stock ResNet-101 and ResNet-18, on small crops on the CPU."""
 
 from __future__ import annotations
 
