@@ -136,7 +136,7 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        if "Unsupported global" in str(error):
+        if "unsupported global" in str(error).lower():  # torch spells it in two ways
             raise InputError(
                 f"{file} holds more than tensors and numbers, and reading it could run code: "
                 "save its state dict alone, best as .safetensors"
