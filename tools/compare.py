@@ -3,7 +3,8 @@
     python tools/compare.py runs/dml-0 runs/dml-1 runs/dml+adm-0 runs/dml+adm-1 --baseline dml --out runs/compared
 
 Runs that differ in nothing but their seed make a group. Prints the tables; `--out` also writes them (`compare.md`), all
-numbers (`compare.json`) and the curves (`compare.png`). Reads run folders alone and needs no torch.
+numbers (`compare.json`) and the curves (`compare.png`). Reads run folders alone and needs no torch. Of a diffusion run
+it takes what evaluate.py wrote beside it, a column for each number of sampling steps.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Where and on what a run ran, and how much it said meanwhile: no different experiment.
 IGNORED = (
@@ -45,7 +49,11 @@ IGNORED = (
 )
 
 MEASURES = {"top1": "top-1", "mIoU": "mIoU"}
-"""What is compared, in percent: the first that the runs have, and how it is called."""
+"""What is compared, in percent, and how it is called: the first of these that a run has, else what its evaluation files
+hold first (a FID)."""
+
+KINDS = ("distance", "score")  # what an evaluation of images calls its FID and its IS
+PERCENT = (*MEASURES, "top5", "aAcc", "ece")
 
 
 class WrongInput(ValueError):
@@ -118,13 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not runs:
         names = ", ".join(str(run.path) for run in left_out)
         raise WrongInput(f"not one run is finished ({names}): --partial takes them as far as they are")
+    if options.measure is not None:
+        runs = [replace(run, measure=options.measure) for run in runs]
     roles = common_roles(runs)
     groups = make_groups(runs)
-    differences = []
-    if options.baseline is not None:
-        rivals = find_baselines(groups, options.baseline)
-        others = [group for group in groups if group not in rivals]
-        differences = [paired(g, match(g, rivals), role, options.baseline) for g in others for role in roles]
+    differences = [] if options.baseline is None else differences_from(options.baseline, groups, roles)
     text = render(groups, roles, differences, left_out)
     print(text)
     if options.out is not None:
@@ -152,6 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--baseline", help="a method, or a group's label: paired differences from it, at equal settings"
     )
+    parser.add_argument("--measure", help="what is compared, as top5 or IS; top1, mIoU or the FID unless given")
     parser.add_argument("--out", metavar="FOLDER", help="where to write compare.json, compare.md and compare.png")
     parser.add_argument("--partial", action="store_true", help="take unfinished runs too, as far as they are")
     return parser
@@ -164,24 +171,44 @@ def read_run(path: Path) -> Run:
     if not (path / "config.yaml").is_file():
         raise WrongInput(f"{path} is no run folder: it has no config.yaml")
     try:
-        config = flatten(yaml.safe_load((path / "config.yaml").read_text()) or {})
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # C's is ten times as fast
+        config = flatten(yaml.load((path / "config.yaml").read_text(), loader) or {})
         summary = read_json(path / "summary.json")
         starts = read_json(path / "environment.json").get("starts", [{}])
         metrics = path / "metrics.jsonl"
         # A line that is still being written has no end yet.
         lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.is_file() else []
         evaluations = [line for line in map(json.loads, lines) if line.get("kind") == "evaluation"]
-    except (ValueError, AttributeError, yaml.YAMLError) as error:
+        written = read_evaluations(path)
+    except (ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
         raise WrongInput(f"{path} is damaged: {str(error).splitlines()[0]}") from error
     finished = summary.get("status") == "finished"
     last = summary.get("last") if finished else (evaluations[-1] if evaluations else None)
-    if last is None and finished:
-        raise WrongInput(f"{path} holds no evaluation to compare")
+    if last is None and not written and finished:
+        raise WrongInput(f"{path} holds no evaluation to compare (of a diffusion run: evaluate.py writes it)")
+    last = {**(last or {}), **written}
     best = summary.get("best")
     chosen = f"{best.get('selected_by')} on {summary.get('selected_on', best.get('split'))}" if best else "-"
     seed = config.get("seed", summary.get("seed"))
-    measure = next((m for m in MEASURES if any(key.endswith(f"/{m}") for key in last or {})), "top1")
-    return Run(path, config, seed, finished, last or {}, best, chosen, evaluations, starts[-1].get("commit"), measure)
+    held = [key.rpartition("/")[2] for key in last]
+    measure = next((m for m in [*MEASURES, *(key.rpartition("/")[2] for key in written)] if m in held), "top1")
+    return Run(path, config, seed, finished, last, best, chosen, evaluations, starts[-1].get("commit"), measure)
+
+
+def read_evaluations(path: Path) -> dict[str, float]:
+    """{"4 steps/FID": 4.7, "4 steps/IS": 9.0, ...} from a diffusion run's ``evaluation*.json``, FID before proxies.
+
+    A run that is looked at several times, or with several weights of guidance, has those for roles.
+    """
+    found: dict[str, float] = {}
+    for file in sorted(path.glob("evaluation*.json"), key=lambda f: (f.stem != "evaluation-inception", f.name)):
+        report = read_json(file)
+        for row in report["rows"] if "features" in report else ():  # else it is another task's
+            role = f"{row['steps']} step{'s' if row['steps'] > 1 else ''}"
+            if row.get("guidance") is not None:
+                role = f"iteration {row['iteration']}, guidance {row['guidance']:g}"
+            found |= {f"{role}/{name}": row[name] for key, name in report["features"].items() if key in KINDS}
+    return found
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -205,13 +232,14 @@ def score(values: Mapping[str, Any] | None, role: str, measure: str) -> float | 
 def common_roles(runs: Sequence[Run]) -> list[str]:
     """The roles that all runs evaluate by one measure, teachers first. Raises: WrongInput where there is none."""
     if len({run.measure for run in runs}) > 1:
-        told = "; ".join(f"{run.path}: {MEASURES[run.measure]}" for run in runs)
+        told = "; ".join(f"{run.path}: {named(run.measure)}" for run in runs)
         raise WrongInput(f"the runs measure different things ({told})")
-    by_run = [{m[1] for key in run.last if (m := re.fullmatch(rf"([^/]+)/{run.measure}", key))} for run in runs]
+    pattern = re.compile(rf"([^/]+)/{re.escape(runs[0].measure)}")
+    by_run = [{m[1] for key in run.last if (m := pattern.fullmatch(key))} for run in runs]
     common = set.intersection(*by_run)
     if not common:
-        named = "; ".join(f"{run.path}: {', '.join(sorted(r)) or 'none'}" for run, r in zip(runs, by_run, strict=True))
-        raise WrongInput(f"the runs have no role in common ({named})")
+        told = "; ".join(f"{run.path}: {', '.join(sorted(r)) or 'none'}" for run, r in zip(runs, by_run, strict=True))
+        raise WrongInput(f"the runs have no role in common with a {named(runs[0].measure)} ({told})")
     order = {"teacher": 0, "student": 1}
     return sorted(common, key=lambda role: (order.get(role.partition("_")[0], 2), len(role), role))
 
@@ -241,9 +269,9 @@ def experiment(run: Run) -> dict[str, Any]:
     """
     kept = {}
     for key, value in run.config.items():
-        if value is None or key.startswith(IGNORED) or key.endswith(".sha256"):
+        if value is None or key.startswith(IGNORED) or key.endswith("sha256"):
             continue
-        if key.endswith((".weights", ".teacher_weights")) and isinstance(value, str):
+        if (key in ("teacher", "init") or key.endswith((".weights", ".teacher_weights"))) and isinstance(value, str):
             value = re.sub(rf"(?<!\d){re.escape(str(run.seed))}(?!\d)", "{seed}", value)
         kept[key] = value
     return kept
@@ -280,6 +308,13 @@ def match(group: Group, rivals: Sequence[Group]) -> Group | None:
     return None
 
 
+def differences_from(baseline: str, groups: Sequence[Group], roles: Sequence[str]) -> list[Difference]:
+    """Of each other group in each role. Raises: WrongInput where no group has that name."""
+    rivals = find_baselines(groups, baseline)
+    others = [group for group in groups if group not in rivals]
+    return [paired(group, match(group, rivals), role, baseline) for group in others for role in roles]
+
+
 def paired(group: Group, rival: Group | None, role: str, baseline: str) -> Difference:
     """The difference of the last score over the common seeds, with its 95 % t interval from two seeds on."""
     ours, theirs = group.scores(role, "last"), rival.scores(role, "last") if rival is not None else {}
@@ -287,8 +322,13 @@ def paired(group: Group, rival: Group | None, role: str, baseline: str) -> Diffe
     values, n = list(by_seed.values()), len(by_seed)
     if n < 2:
         return Difference(group.label, role, baseline, by_seed, values[0] if values else None)
-    mean, reach = fmean(values), t_quantile(n - 1) * stdev(values) / math.sqrt(n)
-    return Difference(group.label, role, baseline, by_seed, mean, (mean - reach, mean + reach))
+    return Difference(group.label, role, baseline, by_seed, fmean(values), interval(values))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % t interval of the mean of two values or more."""
+    mean, reach = fmean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return mean - reach, mean + reach
 
 
 def t_quantile(freedom: int, confidence: float = 0.95) -> float:
@@ -314,32 +354,23 @@ def render(
     groups: Sequence[Group], roles: Sequence[str], differences: Sequence[Difference], left_out: Sequence[Run]
 ) -> str:
     """Both tables and what must be known to read them, as Markdown that is legible as it is."""
-    measure = MEASURES[groups[0].measure]
+    measure, percent = named(groups[0].measure), groups[0].measure in PERCENT
+    better = ", lower is better" if lower_is_better(groups[0].measure) else ""
     parts = [
-        f"{measure.replace('top', 'Top')} in percent: mean ± sample standard deviation over seeds.",
+        f"{measure.replace('top', 'Top')}{' in percent' if percent else better}: mean ± sample standard deviation over "
+        "seeds.",
         table(score_rows(groups, roles)),
     ]
     chosen = {run.chosen for group in groups for run in group.runs.values()}
     if any(c.endswith(" on test") for c in chosen):
         parts.append("Best was chosen by test accuracy, which flatters it: read last.")
     if differences:
-        heads = ["group", "role", "n", "difference", "95 % interval", "verdict"]
-        rows = [
-            [
-                d.group,
-                d.role,
-                str(len(d.by_seed)),
-                f"{d.mean:+.2f}" if d.mean is not None else "-",
-                f"{d.interval[0]:+.2f} to {d.interval[1]:+.2f}" if d.interval is not None else "-",
-                d.verdict,
-            ]
-            for d in differences
-        ]
         parts.append(
-            f"Difference of the last {measure} from {differences[0].baseline}, in points, paired by seed; t interval"
-            + (f", not corrected for {len(rows)} comparisons." if len(rows) > 1 else ".")
+            f"Difference of the {'last ' if has_best(groups) else ''}{measure} from {differences[0].baseline}"
+            f"{', in points' if percent else better}, paired by seed; t interval"
+            + (f", not corrected for {len(differences)} comparisons." if len(differences) > 1 else ".")
         )
-        parts.append(table([heads, *rows]))
+        parts.append(table(difference_rows(differences)))
     unfinished = [run for group in groups for run in group.runs.values() if not run.finished]
     if unfinished:
         told = ", ".join(f"{run.path} ({when(run.last)})" for run in unfinished)
@@ -353,16 +384,48 @@ def render(
 
 def when(values: Mapping[str, Any]) -> str:
     """Where in its run an evaluation stands."""
-    return f"epoch {values['epoch']:g}" if "epoch" in values else f"iteration {values.get('step', 0)}"
+    if "epoch" in values:
+        return f"epoch {values['epoch']:g}"
+    return f"iteration {values['step']}" if "step" in values else "not at its end"
+
+
+def named(measure: str) -> str:
+    return MEASURES.get(measure, measure)
+
+
+def lower_is_better(measure: str) -> bool:
+    return measure.startswith(("FID", "FD-")) or measure in ("nll", "ece")
+
+
+def has_best(groups: Sequence[Group]) -> bool:
+    """Whether a best evaluation was chosen in any run: where images are evaluated there is but one."""
+    return any(run.best is not None for group in groups for run in group.runs.values())
 
 
 def score_rows(groups: Sequence[Group], roles: Sequence[str]) -> list[list[str]]:
+    """The table of scores, its head first: last and best apart, where there is a best."""
+    if not has_best(groups):
+        rows = [["group", "n", *(f"{role} {named(groups[0].measure)}" for role in roles)]]
+        for group in groups:
+            cells = [spread(list(group.scores(role, "last").values())) for role in roles]
+            rows.append([group.label, str(len(group.runs)), *cells])
+        return rows
     heads = [f"{role} {which}" for role in roles for which in ("last", "best")]
     rows = [["group", "n", *heads, "best chosen by"]]
     for group in groups:
         cells = [spread(list(group.scores(role, which).values())) for role in roles for which in ("last", "best")]
         chosen = ", ".join(sorted({run.chosen for run in group.runs.values()}))
         rows.append([group.label, str(len(group.runs)), *cells, chosen])
+    return rows
+
+
+def difference_rows(differences: Sequence[Difference]) -> list[list[str]]:
+    """The table of differences, its head first."""
+    rows = [["group", "role", "n", "difference", "95 % interval", "verdict"]]
+    for d in differences:
+        mean = f"{d.mean:+.2f}" if d.mean is not None else "-"
+        between = f"{d.interval[0]:+.2f} to {d.interval[1]:+.2f}" if d.interval is not None else "-"
+        rows.append([d.group, d.role, str(len(d.by_seed)), mean, between, d.verdict])
     return rows
 
 
@@ -445,11 +508,40 @@ def curve(group: Group, role: str) -> list[tuple[float, float, float]]:
 
 
 def draw(groups: Sequence[Group], roles: Sequence[str], path: Path) -> None:
-    """The score over epochs, a panel for each role: the mean over seeds in a band of one sample standard deviation."""
+    """The score over epochs, a panel for each role: the mean over seeds in a band of one sample standard deviation.
+
+    Of runs that are evaluated at their end alone (diffusion) one panel: the roles side by side, with error bars.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    curves = any(curve(group, role) for group in groups for role in roles)
+    (make_curves if curves else make_points)(groups, roles).savefig(beside, dpi=120, format="png")
+    beside.replace(path)
+
+
+def make_points(groups: Sequence[Group], roles: Sequence[str]) -> Figure:
+    """The last scores, the roles along the x axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.8 + 0.2 * len(groups)), layout="constrained")
+    axis = figure.subplots()
+    for number, group in enumerate(groups):
+        scores = [list(group.scores(role, "last").values()) or [math.nan] for role in roles]
+        x = [place + 0.08 * (number - (len(groups) - 1) / 2) for place in range(len(roles))]
+        y, s = [fmean(values) for values in scores], [stdev(v) if len(v) > 1 else 0.0 for v in scores]
+        label = textwrap.fill(f"{group.label} (n = {len(group.runs)})", 56)
+        axis.errorbar(x, y, s, fmt="o-", color=f"C{number % 10}", markersize=4, linewidth=1, capsize=3, label=label)
+    axis.set_xticks(range(len(roles)), roles)
+    axis.set_ylabel(named(groups[0].measure) + (" (lower is better)" if lower_is_better(groups[0].measure) else ""))
+    axis.grid(alpha=0.3, linewidth=0.6)
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), borderaxespad=0)
+    return figure
+
+
+def make_curves(groups: Sequence[Group], roles: Sequence[str]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    measure = MEASURES[groups[0].measure]
+    measure = named(groups[0].measure)
     epochs = any("epoch" in line for group in groups for run in group.runs.values() for line in run.evaluations)
     unit = "epoch" if epochs else "iteration"
     texts = {
@@ -472,14 +564,12 @@ def draw(groups: Sequence[Group], roles: Sequence[str], path: Path) -> None:
             axis.plot(x, y, **look, marker=marker, markersize=3, linewidth=1.4, label=texts[group.label, role])
             low, high = [m - d for m, d in zip(y, s, strict=True)], [m + d for m, d in zip(y, s, strict=True)]
             axis.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
-        axis.set(title=role, xlabel=unit, ylabel=f"{measure} (%)")
+        axis.set(title=role, xlabel=unit, ylabel=f"{measure} (%)" if groups[0].measure in PERCENT else measure)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3, linewidth=0.6)
         place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "borderaxespad": 0}
         axis.legend(fontsize="small", title=f"last {measure}, mean ± std over seeds", title_fontsize="small", **place)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(beside, dpi=120, format="png")
-    beside.replace(path)
+    return figure
 
 
 def write(path: Path, text: str) -> None:

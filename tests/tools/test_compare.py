@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -176,6 +177,64 @@ def test_segmentation_is_compared_by_miou_over_iterations(runs: list[Path], tmp_
         compare.main([str(runs[0]), str(other)])
 
 
+def write_chain(path: Path, seed: int, method: str, fids: Mapping[int, float]) -> Path:
+    """A diffusion run as training and evaluate.py leave it. ``fids``: by sampling steps."""
+    path.mkdir(parents=True)
+    teacher = {"teacher": f"runs/base-{seed}", "teacher_sha256": f"{seed}" * 64}
+    (path / "config.yaml").write_text(yaml.safe_dump({"method": method, "seed": seed, "chain": [8, 4, 2], **teacher}))
+    (path / "summary.json").write_text(json.dumps({"status": "finished", "method": method, "seed": seed}))
+    rows = [{"network": f"{path}/round-{n:04d}/student", "steps": n, "FID": v, "IS": 10 - v} for n, v in fids.items()]
+    features = {"name": "inception", "distance": "FID", "score": "IS", "sha256": "0"}
+    (path / "evaluation-inception.json").write_text(json.dumps({"features": features, "rows": rows}))
+    return path
+
+
+def test_diffusion_is_compared_by_fid_at_each_number_of_steps(tmp_path: Path, command: Any) -> None:
+    paths = [write_chain(tmp_path / f"pd-{s}", s, "pd", {4: 3.0 + s, 1: 8.0 + s}) for s in (0, 1, 2)]
+    paths += [
+        write_chain(tmp_path / f"adm-{s}", s, "pd+adm", {4: 3.0 + s, 1: 7.0 + s + 0.1 * (s - 1)}) for s in (0, 1, 2)
+    ]
+    out = command(*paths, "--baseline", "pd", "--out", tmp_path / "out")
+    said = report(tmp_path / "out")
+    assert [group["FID"]["1 step"]["last"]["mean"] for group in said["groups"]] == pytest.approx([9.0, 8.0])
+    assert [(d["role"], d["mean"]) for d in said["differences"]] == [("1 step", pytest.approx(-1.0)), ("4 steps", 0.0)]
+    assert said["differences"][0]["verdict"] == "lower than pd"
+    assert "FID, lower is better" in out and "percent" not in out and "points" not in out and "best" not in out
+    with Image.open(tmp_path / "out/compare.png") as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert all((pixels == color).all(axis=1).sum() > 100 for color in ((31, 119, 180), (255, 127, 14)))
+    command(*paths, "--measure", "IS", "--out", tmp_path / "is")
+    assert report(tmp_path / "is")["groups"][0]["IS"]["4 steps"]["last"]["by_seed"] == {"0": 7.0, "1": 6.0, "2": 5.0}
+    guided = [
+        {"network": "n", "steps": 50, "iteration": 9, "guidance": g, "FD-digits": 2 * g, "CS-digits": g}
+        for g in (4.0, 1.0)
+    ]
+    features = {"distance": "FD-digits", "score": "CS-digits"}
+    (paths[0] / "evaluation-inception.json").write_text(json.dumps({"features": features, "rows": guided}))
+    assert "FD-digits, lower is better" in command(paths[0], "--out", tmp_path / "guided")
+    roles = report(tmp_path / "guided")["groups"][0]["FD-digits"]
+    assert {role: values["last"]["mean"] for role, values in roles.items()} == {
+        "iteration 9, guidance 1": 2.0,
+        "iteration 9, guidance 4": 8.0,
+    }
+    unevaluated = write_chain(tmp_path / "bare", 0, "pd", {4: 1.0})
+    (unevaluated / "evaluation-inception.json").unlink()
+    with pytest.raises(compare.WrongInput, match=r"evaluate\.py writes it"):
+        compare.main([str(unevaluated)])
+
+
+def test_another_measure_is_compared_where_it_is_asked_for(runs: list[Path], tmp_path: Path, command: Any) -> None:
+    file = runs[0] / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["last"]["student/nll"] = 1.25
+    file.write_text(json.dumps(summary))
+    out = command(runs[0], "--measure", "nll", "--out", tmp_path / "out")
+    assert report(tmp_path / "out")["groups"][0]["nll"]["student"]["last"]["mean"] == 1.25
+    assert "nll, lower is better" in out and "percent" not in out
+    with pytest.raises(compare.WrongInput, match="no role in common with a nll"):
+        compare.main([*map(str, runs), "--measure", "nll"])
+
+
 def test_groups_differ_in_more_than_the_seed(tmp_path: Path, command: Any) -> None:
     def one(name: str, seed: int, alpha: float, root: str = "data", width: int = 8) -> Path:
         networks = {"student": {"name": f"cifar_resnet{width}"}}
@@ -301,6 +360,10 @@ def test_the_command_needs_no_torch_and_exits_with_2(runs: list[Path]) -> None:
     say = f"import sys; from tools.compare import main; main(sys.argv[1:]); {heavy}"
     done = subprocess.run([sys.executable, "-c", say, *map(str, runs)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
+    started = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    asked = subprocess.run([sys.executable, "tools/compare.py", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert asked.returncode == 0 and "--baseline" in asked.stdout
+    assert sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - started < 1  # seconds of the processor
     wrong = subprocess.run([sys.executable, "tools/compare.py", "nowhere"], capture_output=True, text=True, cwd=ROOT)
     assert (wrong.returncode, wrong.stdout, wrong.stderr) == (2, "", "error: no run folder nowhere\n")
 
