@@ -1,0 +1,356 @@
+"""DiT's files: published ``.pt``, diffusers' folders (which we also write, with ``adm.json``), and our checkpoints.
+
+diffusers computes another time embedding than DiT (its frequencies end at 1/127 of the exponent, DiT's at 1/128), even
+for DiT's own weights. ``load_dit_pipeline`` puts that right; a folder opened by diffusers alone samples worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import InputError, first_line
+from core.training.checkpoint import numbered, write_atomically
+from diffusion.dit.model import PATCHES, SIZES, DiT, DiTConfig, sincos_table
+
+# ours -> diffusers': whole network, each block, and what diffusers keeps once in every block, DiT once in all
+OUTER = {
+    "x_embedder.proj": ["pos_embed.proj"],
+    "final_layer.adaLN_modulation.1": ["proj_out_1"],
+    "final_layer.linear": ["proj_out_2"],
+}
+BLOCK = {
+    "adaLN_modulation.1": ["norm1.linear"],
+    "attn.qkv": ["attn1.to_q", "attn1.to_k", "attn1.to_v"],
+    "attn.proj": ["attn1.to_out.0"],
+    "mlp.fc1": ["ff.net.0.proj"],
+    "mlp.fc2": ["ff.net.2"],
+}
+SHARED = {
+    "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
+    "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
+    "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
+    "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
+    "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
+}
+
+
+def load_dit(path: str | Path) -> DiT:
+    """A DiT in evaluation mode, float32, on the CPU; its sizes are read off the weights.
+
+    Args:
+        path: DiT's ``.pt`` (a state dict, or a checkpoint, of which it takes "ema" or else "model"), a ``.safetensors``
+            of DiT's names, a diffusers folder (of the network or of a DiTPipeline), or the folder of a run of ours:
+            of that the last exported student.
+    Raises: InputError for what is none of these, unreadable, not finite, or a pickle that could run code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = find_transformer(path)
+        return _build(str(folder), *_read_folder(folder))
+    if not path.is_file():
+        raise InputError(f"no DiT at {path}: name a .pt or .safetensors file, a diffusers folder or a run folder")
+    return _build(str(path), *(_read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)))
+
+
+def find_transformer(folder: Path) -> Path:
+    """The folder with the ``config.json`` of diffusers' network in or under ``folder``. Raises: InputError."""
+    exports = [step / "student" for step in numbered(folder / "export")[-1:]]
+    for place in (folder, *exports):
+        for candidate in (place / "transformer", place):
+            if (candidate / "config.json").is_file():
+                return candidate
+    raise InputError(
+        f"{folder} holds no DiT: name a folder with config.json or transformer/config.json, or a run folder that has "
+        "exported a student"
+    )
+
+
+def check_dit(model: DiT, name: str, channels: int, size: int, classes: int, patch: int | None = None) -> None:
+    """Raises: InputError where the network is for other data, or cuts it into other patches; both values are named."""
+    for what, theirs, wanted, cure in (
+        ("channels", model.channels, channels, "name a network that was trained on such data"),
+        ("input size", model.input_size, size, "name a network that was trained on such data"),
+        ("classes", model.classes, classes, "name a network that was trained on such data"),
+        ("patch size", model.patch, patch, "teacher and student must cut an image into the same tokens"),
+    ):
+        if wanted is not None and theirs != wanted:
+            raise InputError(f"{name} has {what} {theirs}, wanted is {wanted}: {cure}")
+
+
+def metadata(model: DiT) -> dict[str, str]:
+    """What ``load_dit`` cannot read off the tensors of a ``.safetensors`` file, for its header."""
+    return {"kind": "dit", "heads": str(model.heads)}
+
+
+def save_dit(folder: Path, model: DiT, *, latent_scale: float | None = None, **about: Any) -> None:
+    """Writes a folder that ``load_dit``, ``load_dit_pipeline`` and diffusers read; whole or not at all.
+
+    Args:
+        latent_scale: by which the VAE's latents were multiplied, None for a network of pixels.
+        about: more for ``adm.json``, such as the step.
+    Raises: TrainingError where the disk is full.
+    """
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+    with torch.device("meta"):  # takes no numbers from torch's generator
+        network: Any = DiTTransformer2DModel(
+            num_attention_heads=model.heads,
+            attention_head_dim=model.width // model.heads,
+            in_channels=model.channels,
+            out_channels=model.out_channels,
+            num_layers=len(model.blocks),
+            sample_size=model.input_size,
+            patch_size=model.patch,
+            num_embeds_ada_norm=model.classes,
+            norm_eps=1e-6,
+        )
+    network.load_state_dict(_to_diffusers(model), assign=True)
+    scheduler: Any = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="leading",
+        steps_offset=0,
+    )
+    said = {
+        "kind": "dit",
+        "channels": model.channels,
+        "input_size": model.input_size,
+        "classes": model.classes,
+        "learn_sigma": model.learn_sigma,
+        "latent_scale": latent_scale,
+        **about,
+    }
+    index = {
+        "_class_name": "DiTPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": [None, None] if latent_scale is None else ["diffusers", "AutoencoderKL"],
+    }
+
+    def write(temporary: Path) -> None:
+        network.save_pretrained(temporary / "transformer")
+        scheduler.save_pretrained(temporary / "scheduler")
+        (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (temporary / "adm.json").write_text(json.dumps(said, indent=2) + "\n")
+
+    write_atomically(folder, write)
+
+
+def load_dit_pipeline(folder: str | Path, vae: Any = None) -> Any:
+    """diffusers' ``DiTPipeline`` with DDIM and DiT's own time embedding, of our exported folder or a published one.
+
+    As the pipeline is, it guides all channels of the noise and takes 1000 for the null label; here that stands for the
+    network's own. Where the network is one of pixels, no VAE decodes.
+
+    Args: ``vae``: an ``AutoencoderKL``, or its folder or hub name; unless the folder has its own.
+    Raises: InputError where the VAE is missing or of other latents, or the folder is none of a pipeline.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    folder = Path(folder)
+    about, index = _read_json(folder / "adm.json"), _read_json(folder / "model_index.json")
+    pixels = bool(about) and about.get("latent_scale") is None
+    if vae is None and not pixels and (folder / "vae" / "config.json").is_file():
+        vae = folder / "vae"
+    if vae is None and not pixels:
+        raise InputError(f"{folder} samples latents: name the VAE that decodes them, a folder or a hub name")
+    try:
+        network = DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer", norm_eps=1e-6)
+        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+        if isinstance(vae, str | Path):
+            vae = AutoencoderKL.from_pretrained(vae)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot open a DiTPipeline of {folder}: {first_line(error)}") from error
+    said: Any = network.config
+    if not pixels:
+        _check_vae(vae, folder, said.in_channels, about.get("latent_scale"))
+    if said.num_embeds_ada_norm > 1000:
+        raise InputError(f"{folder} has {said.num_embeds_ada_norm} classes; DiTPipeline takes 1000 for the null label")
+    for block in network.transformer_blocks:
+        embedding: Any = block.norm1.emb
+        embedding.time_proj.downscale_freq_shift = 0
+        embedding.class_embedder.register_forward_pre_hook(_NullLabel(said.num_embeds_ada_norm))
+    vae = _Pixels() if pixels else vae
+    return DiTPipeline(network.eval(), vae, scheduler, id2label=index.get("id2label"))
+
+
+def _check_vae(vae: Any, folder: Path, channels: int, scale: float | None) -> None:
+    if vae.config.latent_channels != channels:
+        raise InputError(f"{folder} has {channels} channels, the VAE {vae.config.latent_channels}: name its own VAE")
+    if scale is not None and not math.isclose(vae.config.scaling_factor, scale):
+        raise InputError(
+            f"{folder} was trained on latents times {scale}, the VAE's are times {vae.config.scaling_factor}: name the "
+            "VAE that encoded them"
+        )
+
+
+class _NullLabel:
+    """A hook: the pipeline's null label, 1000, is the network's own."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return inputs[0].clamp(max=self.classes), *inputs[1:]
+
+
+class _Pixels:
+    """In the place of a VAE where the network's samples are images."""
+
+    config = SimpleNamespace(scaling_factor=1.0)
+
+    def decode(self, z: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=z)
+
+
+def _build(name: str, state: dict[str, Tensor], heads: int | None = None) -> DiT:
+    """The network of a state dict with DiT's names. Raises: InputError."""
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    try:
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        out = len(state["final_layer.linear.bias"]) // patch**2
+        input_size = patch * math.isqrt(state["pos_embed"].shape[1])
+        classes = len(state["y_embedder.embedding_table.weight"]) - 1
+        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    except (KeyError, ValueError, IndexError) as error:
+        raise InputError(f"{name} holds no DiT: {first_line(error)} is missing or of another shape") from error
+    config = _config(name, width, depth, heads, patch)
+    with torch.device("meta"):
+        model = DiT(config, channels, input_size, classes, learn_sigma=out == 2 * channels)
+    try:
+        model.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+    except RuntimeError as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise InputError(f"{name} does not fit a DiT: {reason}") from error
+    for key, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise InputError(f"{name}: the weight {key} is not finite")
+    if not torch.allclose(model.pos_embed, sincos_table(width, model.side), atol=1e-2):
+        raise InputError(f"{name} has positions of its own: a DiT's are the fixed sines and cosines of row and column")
+    return model.eval()
+
+
+def _config(name: str, width: int, depth: int, heads: int | None, patch: int) -> DiTConfig:
+    published = {size: numbers for size, numbers in SIZES.items() if numbers[0] == width}
+    if heads is None and not published:
+        raise InputError(
+            f"{name} does not say how many heads its attention has, and width {width} is of no published DiT: name the "
+            "folder that was exported"
+        )
+    if heads is None:
+        heads = next(iter(published.values()))[2]
+    for size, numbers in published.items():
+        if numbers == (width, depth, heads) and patch in PATCHES:
+            return DiTConfig(f"{size}/{patch}")
+    return DiTConfig(None, width, depth, heads, patch)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Empty where there is no such file. Raises: InputError where it is damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"cannot read {file}: {first_line(error)}") from error
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], int | None]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            heads = (opened.metadata() or {}).get("heads")
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
+            return state, None if heads is None else int(heads)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"cannot read {file} (incomplete, or not a safetensors file): {first_line(error)}") from error
+
+
+def _read_torch(file: Path) -> tuple[dict[str, Tensor]]:
+    try:
+        # DiT's own checkpoints keep their command line beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{file} is no torch file, or holds more than tensors and numbers, which could run code: save its state "
+            "dict alone, best as .safetensors"
+        ) from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise InputError(f"cannot read {file} (incomplete, or not a torch file): {first_line(error)}") from error
+    if isinstance(content, Mapping):
+        content = next((content[name] for name in ("ema", "model") if name in content), content)
+    if not isinstance(content, Mapping) or not content or not all(map(torch.is_tensor, content.values())):
+        raise InputError(f'{file} holds no state dict: give names -> tensors, alone or as "ema" or "model"')
+    return (dict(content),)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], int]:
+    """A diffusers folder's weights by DiT's names, and the number of heads. Raises: InputError."""
+    from diffusers import DiTTransformer2DModel
+
+    said = _read_json(folder / "config.json")
+    kind, activation = said.get("_class_name"), said.get("activation_fn", "gelu-approximate")
+    if kind not in ("DiTTransformer2DModel", "Transformer2DModel") or activation != "gelu-approximate":
+        raise InputError(
+            f"{folder} holds a {kind} with {activation}, not a DiTTransformer2DModel with gelu-approximate"
+        )
+    try:
+        network: Any = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot read the network of {folder}: {first_line(error)}") from error
+    theirs = network.state_dict()
+    state = {}
+    for ours, names in _names(len(network.transformer_blocks)).items():
+        for kind in ("weight", "bias"):
+            state[f"{ours}.{kind}"] = torch.cat([theirs[f"{name}.{kind}"] for name in names])
+    for ours, name in SHARED.items():
+        first, *others = (
+            theirs[f"transformer_blocks.{i}.norm1.emb.{name}"] for i in range(len(network.transformer_blocks))
+        )
+        if not all(torch.equal(first, other) for other in others):
+            raise InputError(
+                f"{folder}: each block has a {name} of its own (trained by diffusers); a DiT has one for all"
+            )
+        state[ours] = first
+    state["pos_embed"] = sincos_table(network.inner_dim, network.config.sample_size // network.config.patch_size)
+    return state, network.config.num_attention_heads
+
+
+def _to_diffusers(model: DiT) -> dict[str, Tensor]:
+    state = {key: tensor.detach().float().cpu() for key, tensor in model.state_dict().items()}
+    result: dict[str, Tensor] = {}
+    for ours, names in _names(len(model.blocks)).items():
+        for kind in ("weight", "bias"):
+            parts = state[f"{ours}.{kind}"].chunk(len(names))
+            result |= {f"{name}.{kind}": part.clone() for name, part in zip(names, parts, strict=True)}
+    for i in range(len(model.blocks)):
+        result |= {f"transformer_blocks.{i}.norm1.emb.{name}": state[ours].clone() for ours, name in SHARED.items()}
+    return result
+
+
+def _names(depth: int) -> dict[str, list[str]]:
+    """Layers of ours -> of diffusers: several where ours is their concatenation."""
+    blocks = {
+        f"blocks.{i}.{ours}": [f"transformer_blocks.{i}.{name}" for name in names]
+        for i in range(depth)
+        for ours, names in BLOCK.items()
+    }
+    return {**OUTER, **blocks}
