@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from core.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -55,35 +58,59 @@ def load_images(config: DataConfig) -> Tensor:
 
 
 def _digits(config: DataConfig) -> Tensor:
-    from sklearn.datasets import load_digits
-
-    return torch.from_numpy(load_digits().images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+    return read_digits()[0]
 
 
 def _cifar10(config: DataConfig) -> Tensor:
-    from torchvision.datasets import CIFAR10
-
-    try:
-        images = CIFAR10(config.root, train=True, download=config.download).data  # [N, H, W, C]
-    except (RuntimeError, OSError) as error:
-        hint = "" if config.download else "; --data.download true fetches it"
-        raise InputError(f"no CIFAR-10 in {config.root}: {first_line(error)}{hint}") from error
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+    return read_cifar10(config.root, config.download)[0]
 
 
 def _folder(config: DataConfig) -> Tensor:
-    import numpy as np
-
     root = Path(config.root)
     if not root.is_dir():
         raise InputError(f"data folder {root} does not exist: set --data.root")
     files = sorted(file for file in root.rglob("*") if file.suffix.lower() in EXTENSIONS)[: config.limit]
     if not files:
         raise InputError(f"no image ({', '.join(EXTENSIONS)}) in {root} or below it")
-    first = _decode(files[0], config.image_size)
+    return read_files(files, config.image_size)
+
+
+def read_digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits: (images uint8 ``[1797, 1, 8, 8]``, labels int64 ``[1797]``)."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
+    return images, torch.from_numpy(digits.target).long()
+
+
+def read_cifar10(root: str, download: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """torchvision's CIFAR-10, training part: (images uint8 ``[50000, 3, 32, 32]``, labels int64, class names).
+
+    Raises: InputError where it is not in ``root``.
+    """
+    from torchvision.datasets import CIFAR10
+
+    try:
+        found = CIFAR10(root, train=True, download=download)
+    except (RuntimeError, OSError) as error:
+        hint = "" if download else "; --data.download true fetches it"
+        raise InputError(f"no CIFAR-10 in {root}: {first_line(error)}{hint}") from error
+    images = torch.from_numpy(found.data).permute(0, 3, 1, 2)  # of [N, H, W, C]
+    return images, torch.tensor(found.targets), tuple(found.classes)
+
+
+def read_files(files: Sequence[Path], size: int | None) -> Tensor:
+    """Image files as uint8 ``[N, 3, H, W]``, cropped to squares of ``size`` where that is given.
+
+    Raises: InputError naming the first that is broken or, without ``size``, has not the first one's shape.
+    """
+    import numpy as np
+
+    first = _decode(files[0], size)
     images = np.empty((len(files), *first.shape), np.uint8)  # [N, H, W, 3]
     for position, file in enumerate(files):
-        image = _decode(file, config.image_size)
+        image = _decode(file, size)
         if image.shape != first.shape:
             raise InputError(
                 f"{file} is {image.shape[1]} x {image.shape[0]} pixels, {files[0]} is {first.shape[1]} x "
@@ -98,25 +125,76 @@ def _decode(file: Path, size: int | None) -> Any:
     import numpy as np
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(file) as image:
-            decoded = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # unknown, truncated and damaged files
-        raise InputError(f"cannot decode {file}: broken or no image; replace or delete it") from error
+    decoded = open_image(file)
     if size is not None and decoded.size != (size, size):
         decoded = ImageOps.fit(decoded, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(decoded)
 
 
-class ImageLoader:
-    """Shuffled batches ``{"image": float32 [B, C, H, W] in [-1, 1]}``; the short last one of an epoch is left out.
+def open_image(file: Path) -> Image:
+    """The decoded image, RGB. Raises: InputError naming a file that is broken or no image."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # unknown, truncated and damaged files
+        raise InputError(f"cannot decode {file}: broken or no image; replace or delete it") from error
+
+
+class Shuffled:
+    """The order of a loader's batches, and where it stands in it. The short last batch of an epoch is left out.
 
     Order and flips come from (seed, epoch) alone: a batch does not depend on the number of processes, of which each
-    takes every ``world``-th image, and stopping loses nothing. Iterating yields the rest of the current epoch.
+    takes every ``world``-th image, and stopping loses nothing.
 
-    Args: images uint8 ``[N, C, H, W]``; images of a step over all processes; whether half of them are mirrored; the
-        seed; this process and how many there are; where the set lies and the batches end up.
+    Args: how many images there are; images of a step over all processes; whether half of them are mirrored; the seed;
+        this process and how many there are.
     Raises: InputError where the batch is larger than the set, or cannot be shared out.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, flip: bool, seed: int, rank: int = 0, world: int = 1) -> None:
+        if batch_size < 1 or batch_size % world:
+            raise InputError(f"batch_size {batch_size} cannot be shared by {world} process(es)")
+        if count < batch_size:
+            raise InputError(f"{count} images are fewer than one batch of {batch_size}: lower --batch_size")
+        self.count, self.batch_size, self.flip, self.seed = count, batch_size, flip, seed
+        self.rank, self.world = rank, world
+        self.epoch = self.position = 0
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size
+
+    def begin(self) -> tuple[Tensor, Tensor]:
+        """The current epoch's order int64 ``[N]`` and, for each place in it, whether it is mirrored, bool ``[N]``.
+
+        Where the current epoch is over, that of the next one, which is then the current one.
+        """
+        if self.position >= len(self):
+            self.epoch, self.position = self.epoch + 1, 0
+        # Numbers far apart, so that no two (seed, epoch) share a stream.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        order = torch.randperm(self.count, generator=generator)
+        return order, torch.rand(self.count, generator=generator) < (0.5 if self.flip else 0.0)
+
+    def share(self, step: int) -> slice:
+        """The places of this process's images of a step in the epoch's order."""
+        return slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["position"] > len(self):
+            raise InputError("the saved run stood at a batch that the data no longer have: resume with the same data")
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+class ImageLoader(Shuffled):
+    """Shuffled batches ``{"image": float32 [B, C, H, W] in [-1, 1]}``; iterating yields the rest of the current epoch.
+
+    Args: images uint8 ``[N, C, H, W]``; where the set lies and the batches end up; the rest as ``Shuffled``.
+    Raises: InputError as ``Shuffled``.
     """
 
     def __init__(
@@ -130,37 +208,25 @@ class ImageLoader:
         world: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        if batch_size < 1 or batch_size % world:
-            raise InputError(f"batch_size {batch_size} cannot be shared by {world} process(es)")
-        if len(images) < batch_size:
-            raise InputError(f"{len(images)} images are fewer than one batch of {batch_size}: lower --batch_size")
-        self.images, self.batch_size, self.flip, self.seed = images.to(device), batch_size, flip, seed
-        self.rank, self.world = rank, world
-        self.epoch = self.position = 0
-
-    def __len__(self) -> int:
-        return len(self.images) // self.batch_size
+        super().__init__(len(images), batch_size, flip=flip, seed=seed, rank=rank, world=world)
+        self.images = images.to(device)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if self.position >= len(self):
-            self.epoch, self.position = self.epoch + 1, 0
-        # Numbers far apart, so that no two (seed, epoch) share a stream.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order = torch.randperm(len(self.images), generator=generator)
-        mirrored = torch.rand(len(order), generator=generator) < (0.5 if self.flip else 0.0)
-        order, mirrored = order.to(self.images.device), mirrored.to(self.images.device)
+        order, mirrored = (values.to(self.images.device) for values in self.begin())
         for step in range(self.position, len(self)):
-            own = slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
+            own = self.share(step)
             images = self.images[order[own]]
             if self.flip:
-                images = torch.where(mirrored[own].view(-1, 1, 1, 1), images.flip(3), images)
+                images = mirror(images, mirrored[own])
             self.position = step + 1
-            yield {"image": images.float() / 127.5 - 1.0}
+            yield {"image": scaled(images)}
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        if state["position"] > len(self):
-            raise InputError("the saved run stood at a batch that the data no longer have: resume with the same data")
-        self.epoch, self.position = state["epoch"], state["position"]
+def mirror(images: Tensor, which: Tensor) -> Tensor:
+    """``[B, C, H, W]`` with the images of ``which``, bool ``[B]``, mirrored."""
+    return torch.where(which.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def scaled(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1.0

@@ -1,0 +1,417 @@
+"""Images with labels for DiT: a VAE's latents read from disk as they are needed, or pixels in memory.
+
+A folder of latents is what ``diffusion/tools/encode_latents.py`` writes: ``index.json`` (``LatentIndex``) and shards
+``latents-00000.safetensors``, ... of consecutive images. In a shard lie ``moments`` float16 ``[n, 2, 2, C, h, w]``
+(image and mirror image; mean and standard deviation, not yet scaled; one piece an image, so that a sample is one read)
+and ``labels`` int64 ``[n]``. A sample is ``(mean + std * noise) * scale``, as in Peebles and Xie, "Scalable Diffusion
+Models with Transformers", ICCV 2023.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.errors import InputError
+from core.training.checkpoint import write_atomically
+from diffusion.data import EXTENSIONS, Shuffled, mirror, read_cifar10, read_digits, read_files, scaled
+
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class LabelledConfig:
+    """Which images, with labels.
+
+    Args:
+        name: latents (a folder that encode_latents.py wrote), or pixels: folder (a sub-folder a class, in ``root`` or
+            in ``root``/train), cifar10 (torchvision's, training part) or digits (scikit-learn's, 8 x 8, one channel).
+        root: folder that holds the data set.
+        download: fetch CIFAR-10 into ``root`` if it is missing.
+        image_size: height and width in pixels. A folder's images of another size are cropped to a square and resized;
+            of latents, the size of the images that were encoded, which must be this one if it is given.
+        flip: mirror half of the images; yes unless given, no for digits (a mirrored digit is another shape).
+        limit: only so many images, spread evenly over the set, as files lie class by class.
+        classes: how many classes the set must have; whatever it has unless given.
+        latent_scale: the factor on latents that their folder must have; whatever it has unless given.
+    """
+
+    name: Literal["latents", "digits", "cifar10", "folder"] = "latents"
+    root: str = "data"
+    download: bool = False
+    image_size: int | None = None
+    flip: bool | None = None
+    limit: int | None = None
+    classes: int | None = None
+    latent_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("limit", "classes", "image_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise InputError(f"data.{key} must be at least 1: {value}")
+        if self.image_size is not None and self.name not in ("folder", "latents"):
+            raise InputError(f"data.image_size {self.image_size}: {self.name} has a size of its own, leave it out")
+        if self.latent_scale is not None and self.name != "latents":
+            raise InputError(f"data.latent_scale {self.latent_scale}: {self.name} has no latents, leave it out")
+
+    @property
+    def flips(self) -> bool:
+        return self.name != "digits" if self.flip is None else self.flip
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Square images in memory: ``pixels`` uint8 ``[N, C, H, H]``, ``labels`` int64 ``[N]``."""
+
+    pixels: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    latent_scale: None = None
+
+    @property
+    def channels(self) -> int:
+        return self.pixels.shape[1]
+
+    @property
+    def size(self) -> int:
+        return self.pixels.shape[2]
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    def images(self) -> Tensor:
+        """The real images for FID and IS, uint8 ``[N, C, H, H]``."""
+        return self.pixels
+
+
+@dataclass(frozen=True)
+class LatentIndex:
+    """What ``index.json`` says of a folder of latents."""
+
+    vae: str
+    """Folder or hub name of the VAE."""
+    vae_sha256: str
+    scale: float
+    """Factor on the latents, 0.18215 for Stable Diffusion's VAEs."""
+    image_size: int
+    """Height and width of the encoded images in pixels."""
+    shape: tuple[int, int, int]
+    """Of a latent: ``(C, h, w)``."""
+    classes: int
+    class_names: tuple[str, ...]
+    count: int
+    """Images in all shards."""
+    shard_size: int
+    """Images in each shard; the last one has the rest."""
+    files_sha256: str
+    """Of the images' paths below their folder, in the order of the latents."""
+
+    @property
+    def shards(self) -> int:
+        return -(-self.count // self.shard_size)
+
+    def rows(self, shard: int) -> range:
+        """The images of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
+
+    def write(self, folder: Path) -> None:
+        """Raises: TrainingError where the disk does not take it."""
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        write_atomically(folder / INDEX, lambda path: path.write_text(text))
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"latents-{shard:05d}.safetensors"
+
+
+def read_index(folder: Path) -> LatentIndex:
+    """Raises: InputError where there is none, or a broken one."""
+    file = folder / INDEX
+    if not file.is_file():
+        raise InputError(f"no {INDEX} in {folder}: give a folder that diffusion/tools/encode_latents.py wrote")
+    try:
+        said = json.loads(file.read_text())
+        index = LatentIndex(**{**said, "shape": tuple(said["shape"]), "class_names": tuple(said["class_names"])})
+        numbers = (*index.shape, index.image_size, index.classes, index.count, index.shard_size)
+        whole = len(index.shape) == 3 and all(isinstance(n, int) and n > 0 for n in numbers)
+        if not whole or index.classes != len(index.class_names) or not float(index.scale) > 0:
+            raise ValueError
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{file} is broken: bring it back, or encode the images into another folder") from error
+    return index
+
+
+def open_shard(folder: Path, index: LatentIndex, shard: int) -> tuple[Tensor, Tensor]:
+    """``(moments, labels)`` of a shard; moments are mapped: only what is read of them comes into memory.
+
+    Raises: InputError naming a shard that is missing, broken, or not what the index says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = shard_file(folder, shard)
+    mend = "delete it and run encode_latents.py again as before, which makes what is missing"
+    try:
+        with safe_open(file, framework="pt") as opened:
+            moments, labels = opened.get_tensor("moments"), opened.get_tensor("labels").clone()
+    except FileNotFoundError as error:
+        raise InputError(f"{file} is missing: run encode_latents.py again as before") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} is broken: {mend}") from error
+    count = len(index.rows(shard))
+    if len(moments) != count or labels.shape != (count,):
+        raise InputError(f"{file} holds {len(moments)} images, {INDEX} says {count}: {mend}")
+    if moments.shape[1:] != (2, 2, *index.shape) or moments.dtype != torch.float16:
+        found = f"{moments.dtype} {list(moments.shape[3:])}".removeprefix("torch.")
+        raise InputError(f"{file} holds latents {found}, {INDEX} says float16 {list(index.shape)}: {mend}")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < index.classes:
+        raise InputError(f"{file} has labels {labels.min()} to {labels.max()} of {index.classes} classes: {mend}")
+    return moments, labels
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents on disk. ``shards``: their mapped moments; ``labels`` int64 ``[N]``; ``rows`` int64 ``[N]``: where in
+    the folder the N images are that are to be used."""
+
+    index: LatentIndex
+    shards: tuple[Tensor, ...]
+    labels: Tensor
+    rows: Tensor
+
+    @property
+    def channels(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def size(self) -> int:
+        return self.index.shape[1]
+
+    @property
+    def classes(self) -> int:
+        return self.index.classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.index.class_names
+
+    @property
+    def latent_scale(self) -> float:
+        return self.index.scale
+
+    def images(self) -> None:
+        """None: there are no pixels here, the real side of FID must come from elsewhere."""
+
+    def read(self, positions: Tensor, mirrored: Tensor) -> Tensor:
+        """Mean and standard deviation, float16 ``[B, 2, C, h, w]``, of images int64 ``[B]`` or their mirror images."""
+        moments = torch.empty(len(positions), 2, *self.index.shape, dtype=torch.float16)
+        for place, row, flipped in zip(moments, self.rows[positions].tolist(), mirrored.tolist(), strict=True):
+            shard, within = divmod(row, self.index.shard_size)
+            place.copy_(self.shards[shard][within, int(flipped)])
+        return moments
+
+
+LabelledData = Pixels | Latents
+"""Both have ``channels``, ``size``, ``classes``, ``class_names``, ``labels``, ``latent_scale`` (None for pixels) and
+``images()`` (None for latents)."""
+
+
+def load_labelled(config: LabelledConfig) -> LabelledData:
+    """Reads pixels into memory, or opens latents.
+
+    Raises: InputError for missing or broken files, images that are not square, and latents or classes that are not
+        what the config says.
+    """
+    load: Any = {"latents": _latents, "folder": _folder, "cifar10": _cifar10, "digits": _digits}[config.name]
+    data: LabelledData = load(config)
+    if config.classes not in (None, data.classes):
+        where = config.name if config.name == "digits" else config.root
+        raise InputError(f"{where} has {data.classes} classes, --data.classes says {config.classes}")
+    return data
+
+
+def _latents(config: LabelledConfig) -> Latents:
+    folder = Path(config.root)
+    index = read_index(folder)
+    if config.latent_scale is not None and not math.isclose(config.latent_scale, index.scale):
+        raise InputError(
+            f"the latents in {folder} have scale {index.scale}, --data.latent_scale says {config.latent_scale}"
+        )
+    if config.image_size not in (None, index.image_size):
+        raise InputError(
+            f"the latents in {folder} are of images of {index.image_size} x {index.image_size} pixels, "
+            f"--data.image_size says {config.image_size}"
+        )
+    if index.shape[1] != index.shape[2]:
+        raise InputError(f"the latents in {folder} are {index.shape[1]} x {index.shape[2]}: DiT takes square ones")
+    missing = [n for n in range(index.shards) if not shard_file(folder, n).is_file()]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {index.shards} shards are missing in {folder}, the first is "
+            f"{shard_file(folder, missing[0]).name}: run encode_latents.py again as before, which makes them"
+        )
+    shards, labels = zip(*(open_shard(folder, index, n) for n in range(index.shards)), strict=True)
+    rows = spread(index.count, config.limit)
+    return Latents(index, shards, torch.cat(labels)[rows], rows)
+
+
+def _folder(config: LabelledConfig) -> Pixels:
+    folder, files, labels, names = class_files(config.root)
+    rows = spread(len(files), config.limit)
+    pixels = read_files([Path(folder, files[row]) for row in rows.tolist()], config.image_size)
+    if pixels.shape[2] != pixels.shape[3]:
+        raise InputError(
+            f"the images in {config.root} are {pixels.shape[3]} x {pixels.shape[2]} pixels, DiT takes square ones: "
+            "give --data.image_size"
+        )
+    return Pixels(pixels.contiguous(), labels[rows], names)
+
+
+def _cifar10(config: LabelledConfig) -> Pixels:
+    pixels, labels, names = read_cifar10(config.root, config.download)
+    rows = spread(len(pixels), config.limit)
+    return Pixels(pixels[rows].contiguous(), labels[rows], names)
+
+
+def _digits(config: LabelledConfig) -> Pixels:
+    pixels, labels = read_digits()
+    rows = spread(len(pixels), config.limit)
+    return Pixels(pixels[rows].contiguous(), labels[rows], tuple("0123456789"))
+
+
+def spread(count: int, limit: int | None) -> Tensor:
+    """At most ``limit`` of ``count`` positions, int64, evenly spaced, ascending."""
+    kept = count if limit is None else min(limit, count)
+    return torch.arange(kept) * count // kept
+
+
+class ClassFiles(NamedTuple):
+    """Labelled image files, sorted by class and, within one, by path."""
+
+    folder: str
+    files: list[str]
+    """Paths below ``folder``. Strings: a million of them take seconds and little memory."""
+    labels: Tensor
+    """int64 ``[N]``."""
+    names: tuple[str, ...]
+    """Of the classes."""
+
+
+def class_files(root: str | Path) -> ClassFiles:
+    """The images of a folder with a sub-folder a class, or of its sub-folder ``train``, as ImageNet lies.
+
+    Raises: InputError where there is no such folder, or no image in a class.
+    """
+    folder = str(Path(root))
+    if not os.path.isdir(folder):
+        raise InputError(f"image folder {folder} does not exist: give one with a sub-folder for each class")
+    train = os.path.join(folder, "train")
+    if os.path.isdir(train) and _subfolders(train):
+        folder = train
+    names = _subfolders(folder)
+    if not names:
+        raise InputError(f"no class folders in {folder}: expected {folder}/<class>/<image>{EXTENSIONS[0]}")
+    files: list[str] = []
+    counts = []
+    for name in names:
+        found = sorted(
+            os.path.join(place, file)[len(folder) + 1 :]
+            for place, _, members in os.walk(os.path.join(folder, name), followlinks=True)
+            for file in members
+            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
+        )
+        if not found:
+            raise InputError(f"no image ({', '.join(EXTENSIONS)}) in the class folder {folder}/{name}")
+        files += found
+        counts.append(len(found))
+    labels = torch.arange(len(names)).repeat_interleave(torch.tensor(counts))
+    return ClassFiles(folder, files, labels, tuple(names))
+
+
+def _subfolders(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+class LabelledLoader(Shuffled):
+    """Shuffled batches ``{"image": float32 [B, C, H, W], "label": int64 [B]}`` on the device.
+
+    Pixels are in [-1, 1]. A latent is drawn anew each time, ``(mean + std * noise) * scale`` with noise that (seed,
+    epoch, step) alone determine; the next batch is read while the device computes. Iterating yields the rest of the
+    current epoch; stopping and resuming, and the number of processes, change nothing (see ``Shuffled``).
+
+    Args: ``device``: where batches end up, and where pixels lie; the rest as ``Shuffled``.
+    Raises: InputError as ``Shuffled``.
+    """
+
+    def __init__(
+        self,
+        data: LabelledData,
+        batch_size: int,
+        *,
+        flip: bool,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(len(data.labels), batch_size, flip=flip, seed=seed, rank=rank, world=world)
+        self.device = torch.device(device)
+        self.data: LabelledData = replace(data, labels=data.labels.to(self.device))
+        if isinstance(self.data, Pixels):
+            self.data = replace(self.data, pixels=self.data.pixels.to(self.device))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        order, mirrored = self.begin()
+        if isinstance(self.data, Pixels):
+            yield from self._pixels(self.data, order, mirrored)
+        else:
+            yield from self._latents(self.data, order, mirrored)
+
+    def _pixels(self, data: Pixels, order: Tensor, mirrored: Tensor) -> Iterator[dict[str, Tensor]]:
+        order, mirrored = order.to(self.device), mirrored.to(self.device)
+        for step in range(self.position, len(self)):
+            own = self.share(step)
+            images = data.pixels[order[own]]
+            if self.flip:
+                images = mirror(images, mirrored[own])
+            self.position = step + 1
+            yield {"image": scaled(images), "label": data.labels[order[own]]}
+
+    def _latents(self, data: Latents, order: Tensor, mirrored: Tensor) -> Iterator[dict[str, Tensor]]:
+        labels = data.labels[order.to(self.device)]
+        with ThreadPoolExecutor(1) as reader:
+
+            def ahead(step: int) -> Future[Tensor]:
+                own = self.share(step)
+                return reader.submit(data.read, order[own], mirrored[own])
+
+            coming = ahead(self.position)
+            for step in range(self.position, len(self)):
+                moments = coming.result()
+                if step + 1 < len(self):
+                    coming = ahead(step + 1)
+                self.position = step + 1
+                image = self._draw(moments, data.index.scale, step)
+                yield {"image": image, "label": labels[self.share(step)]}
+
+    def _draw(self, moments: Tensor, scale: float, step: int) -> Tensor:
+        """float16 ``[B, 2, C, h, w]`` -> float32 ``[B, C, h, w]`` on the device."""
+        if self.device.type == "cuda":
+            moments = moments.pin_memory()
+        mean, std = moments.to(self.device, non_blocking=True).float().unbind(1)
+        number = ((self.seed * 1_000_003 + self.epoch) * 1_000_003 + step + 1) % 2**63
+        generator = torch.Generator(self.device).manual_seed(number)
+        # That of the whole batch, so that it does not depend on the number of processes.
+        noise = torch.randn(self.batch_size, *mean.shape[1:], generator=generator, device=self.device)
+        return (mean + std * noise[self.rank :: self.world]) * scale
