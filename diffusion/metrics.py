@@ -11,7 +11,7 @@ import hashlib
 import os
 import urllib.error
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,8 @@ def statistics(features: Tensor, source: str) -> Statistics:
 def read_statistics(file: str | Path) -> Statistics:
     """``mu`` and ``sigma`` of an .npz file, as ours and those of the reference sets on the web.
 
-    Raises: InputError for a missing or unreadable file, or one without them.
+    So also of guided-diffusion's evaluator (``arr_0``, ``mu``, ``sigma``, ``mu_s``, ``sigma_s``), of whose images
+    nothing is read. Raises: InputError for a missing or unreadable file, or one without them.
     """
     import zipfile
 
@@ -277,9 +278,12 @@ def read_statistics(file: str | Path) -> Statistics:
     try:
         with np.load(file) as held:
             count = int(held["count"]) if "count" in held else None
-            return Statistics(held["mu"], held["sigma"], count, str(file))
+            mu, sigma = held["mu"], held["sigma"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{file} is no .npz file with mu and sigma: {first_line(error)}") from error
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise InputError(f"{file}: mu {list(mu.shape)} and sigma {list(sigma.shape)} are no mean and covariance")
+    return Statistics(mu, sigma, count, str(file))
 
 
 def default_cache() -> Path:
@@ -345,18 +349,25 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
 def scores(
     images: Tensor | str | Path | Images, real: Statistics, extractor: Extractor, splits: int = 10
 ) -> dict[str, float]:
+    """``scores_of`` of images in memory or in a folder. Raises: InputError as ``scores_of``."""
+    images = as_images(images)
+    check_splits(len(images), extractor, splits)
+    return scores_of(extractor(images), real, extractor, splits)
+
+
+def scores_of(
+    found: Mapping[str, Tensor], real: Statistics, extractor: Extractor, splits: int = 10
+) -> dict[str, float]:
     """Distance, score, and the score's standard deviation over the splits, by the extractor's names: FID, IS, IS std.
 
     Warns where there are too few images for the extractor's features.
+    Args: ``found``: the features ``[N, C]`` of N images, as ``extractor`` gives them.
     Raises: InputError for fewer images than splits, or than two, and for features that do not fit ``real``.
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
-    images = as_images(images)
-    if len(images) < splits:
-        raise InputError(f"{len(images)} images cannot be cut into the {splits} splits of {extractor.features.score}")
-    found = extractor(images)
     features = found[extractor.distance_layer]
+    check_splits(len(features), extractor, splits)
     ours = statistics(features, "the samples")
     for s, what in ((ours, "samples"), (real, "real images")):
         if s.count is not None:
@@ -368,6 +379,12 @@ def scores(
         names.score: score[KEY_METRIC_ISC_MEAN],
         f"{names.score} std": score[KEY_METRIC_ISC_STD],
     }
+
+
+def check_splits(count: int, extractor: Extractor, splits: int) -> None:
+    """Raises: InputError for fewer images than splits."""
+    if count < splits:
+        raise InputError(f"{count} images cannot be cut into the {splits} splits of {extractor.features.score}")
 
 
 def warn_if_few(count: int, features: int, distance: str, what: str) -> None:

@@ -25,15 +25,18 @@ LastStep = Literal["noisy", "clean"]
 """noisy: the last step lands on index 0, whose noise is 0.8 grey levels (CFD). clean: it returns x (Salimans & Ho)."""
 
 
-def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """N(0, 1) for each index, float32 ``[len(indices), *shape]`` on the CPU; depends on (seed, index) alone.
+def image_seed(seed: int, index: int) -> int:
+    """Of an image's own generator. No two indices below 2^32 share it; nor do two seeds below 4,000 among their first
+    million indices."""
+    # torch's generator keeps 32 bits of its seed: of hashes, two among 50,000 would often be the same.
+    return (seed * 1_000_003 + index) % 2**32
 
-    No two indices below 2^32 share their noise; nor do two seeds below 4,000 among their first million indices.
-    """
+
+def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """N(0, 1) for each index, float32 ``[len(indices), *shape]`` on the CPU; depends on (seed, index) alone."""
     noise, generator = torch.empty(len(indices), *shape), torch.Generator()
     for one, index in zip(noise, indices, strict=True):
-        # torch's generator keeps 32 bits of its seed: of hashes, two among 50,000 would often be the same.
-        one.normal_(generator=generator.manual_seed((seed * 1_000_003 + index) % 2**32))
+        one.normal_(generator=generator.manual_seed(image_seed(seed, index)))
     return noise
 
 
@@ -112,22 +115,29 @@ def sample(
     return images
 
 
-def sample_shared(count: int, draw: Any) -> Tensor:
-    """Images 0..count-1, uint8 ``[count, C, H, W]`` on the CPU, each drawn by one of the processes; all get all.
+def own_share(count: int) -> range:
+    """The indices among 0..count-1 that this process draws: every ``world``-th."""
+    from accelerate import PartialState
 
-    Args: ``draw(indices) -> images`` uint8 ``[len(indices), C, H, W]``, as ``sample`` with the rest given.
+    state = PartialState()
+    return range(count)[state.process_index :: state.num_processes]
+
+
+def gather_shares(rows: Tensor, count: int) -> Tensor:
+    """What the processes made of their shares, in order of the indices: ``[count, ...]`` on the CPU, in all of them.
+
+    Args: ``rows [len(own_share(count)), ...]``: this process's.
     """
     from accelerate import PartialState
     from accelerate.utils import gather
 
     state = PartialState()
     world = state.num_processes
-    images = draw(range(count)[state.process_index :: world])
     if world == 1:
-        return images
-    padded = torch.zeros(-(-count // world), *images.shape[1:], dtype=torch.uint8)
-    padded[: len(images)] = images
-    everyone = gather(padded.to(state.device)).cpu().unflatten(0, (world, -1))  # [processes, share, C, H, W]
+        return rows
+    padded = rows.new_zeros(-(-count // world), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    everyone = gather(padded.to(state.device)).cpu().unflatten(0, (world, -1))  # [processes, share, ...]
     return everyone.transpose(0, 1).flatten(0, 1)[:count]
 
 

@@ -1,38 +1,63 @@
-"""FID and IS (Table 6) of the students of a run, of single networks, or of a folder of images.
+"""FID and IS (Tables 6 and 7) of the networks of a run, of single networks, or of a folder of images.
 
     python diffusion/tools/evaluate.py runs/pd+adm --steps 4 2 1 --inception weights-inception-2015-12-05-6726825d.pth
     python diffusion/tools/evaluate.py runs/digits --features digits --samples 2000
+    python diffusion/tools/evaluate.py runs/dit --vae stabilityai/sd-vae-ft-ema --real VIRTUAL_imagenet256_labeled.npz
     python diffusion/tools/evaluate.py --images generated/ --real data/cifar10-png/
 
-Several processes: `accelerate launch` or `torchrun` before it; the images are the same whatever their number.
+Of a DiT's run it scores every exported iteration, with guidance and without. Several processes: `accelerate launch` or
+`torchrun` before it; the images are the same whatever their number. The results are written after each network, and the
+same command again goes on with those that are missing.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from core.analysis.figures import save_json
 from core.errors import InputError
 from core.training.command import DONE, missing_extra, parse, run_command
 from core.training.run import environment
 from diffusion.data import DataConfig
-from diffusion.tools.runs import data_of, find_students, home
+from diffusion.dit.data import LabelledConfig
+from diffusion.tools.runs import (
+    DiTOptions,
+    add_dit_options,
+    content_hash,
+    data_of,
+    dit_options,
+    find_students,
+    home,
+    is_dit,
+)
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diffusion.metrics import Extractor, Statistics
+
+CHUNK = 1024
+"""About so many images in memory at once: 50,000 of 256 x 256 pixels would take 10 GB in each process."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
-    options = parse_options(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    options = parse_options(list(without_data(given)))  # which data options there are depends on the networks
     networks = find_students(options.networks, options.steps)
-    if networks:
-        options = parse_options(argv, data_of(Path(options.networks[0])))
+    options = parse_options(given, data_of(Path(options.networks[0])) if networks else None)
 
     try:  # after the command line is read: --help is quick
         import diffusers  # noqa: F401
@@ -41,37 +66,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise missing_extra(error, "diffusion") from error
     from accelerate import PartialState
 
-    state = PartialState(cpu=options.device == "cpu")
+    # Where the main process looks at a million real images, the others wait longer than by default.
+    state = PartialState(cpu=options.device == "cpu", timeout=timedelta(hours=6))
     try:
-        report = evaluate(options, networks, state)
+        results = evaluate(options, networks, state)
     finally:
         state.destroy_process_group()
-    if not state.is_main_process:
-        return DONE
-    print("\n".join(table(report)))
-    out = options.out
-    if out is None and len(options.networks) == 1:
-        out = home(options.networks[0]) / f"evaluation-{options.features.partition(':')[0]}.json"
-    if out is not None:
-        save_json(report, out)
-        print(f"written to {out}")
+    if results is not None:
+        print("\n".join(table(results.report)))
+        if results.file is not None:
+            print(f"written to {results.file}")
     return DONE
 
 
-def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) -> Any:
+def without_data(argv: Sequence[str]) -> Iterator[str]:
+    """A command line without ``--data`` and ``--data.<key>`` and their values."""
+    value = False
+    for word in argv:
+        option = re.match(r"--data(?:\.\w+)?(=|$)", word)
+        if option is None and not value:
+            yield word
+        value = option is not None and option[1] != "="
+
+
+def parse_options(argv: Sequence[str], data: DataConfig | LabelledConfig | None = None) -> Any:
     """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
     from jsonargparse import ArgumentParser
 
     description = "FID and IS of distilled diffusion models, by torch-fidelity."
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     add = parser.add_argument
-    add("networks", nargs="*", type=str, help="run folders of chains, or folders of single networks")
-    add("--steps", type=int, nargs="+", default=[], help="of a run, only the students of these step counts; else all")
-    add("--sampling_steps", type=int, default=None, help="sample in so many steps, not in those of training")
+    add("networks", nargs="*", type=str, help="run folders, or folders of single networks (of a DiT also its file)")
+    add("--steps", type=int, nargs="+", default=[], help="of a chain only these step counts, of a DiT's run iterations")
+    add("--sampling_steps", type=int, default=None, help="sample in so many steps; else as trained, a DiT in 250")
+    add_dit_options(parser)
     add("--images", type=str, default=None, help="instead of networks, a folder of .png or .jpg images")
     add("--samples", type=int, default=50_000, help="images drawn from each network")
     add("--seed", type=int, default=0, help="with an image's number it decides the noise that the image starts from")
-    add("--last_step", type=Literal["noisy", "clean"], default="noisy", help="CFD's end (index 0), or x itself")
+    add("--last_step", type=Literal["noisy", "clean"], default="noisy", help="of a chain: CFD's end (index 0), or x")
     add("--batch_size", type=int, default=256, help="images sampled at once by a process")
     add("--features", type=str, default="inception", help="inception, or a proxy: resnet56:FILE or digits")
     add("--inception", type=str, default=None, help="local file of Inception's weights; downloaded unless given")
@@ -82,7 +114,8 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     add("--save", type=str, default=None, help="folder for the samples as .png, in one folder a network")
     add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
     add("--out", type=str, default=None, help="JSON file; of one run or round evaluation-<features>.json in its folder")
-    add("--data", type=DataConfig, default=data or DataConfig())
+    data = data or DataConfig()
+    add("--data", type=type(data), default=data)
     options = parse(parser, argv)
     if bool(options.networks) == (options.images is not None):
         raise InputError("give run or network folders, or --images FOLDER")
@@ -95,63 +128,178 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     return options
 
 
-def evaluate(options: Any, networks: Sequence[Path], state: Any) -> dict[str, Any]:
-    """Samples and scores; returns what is written as JSON, in the main process; the others help to sample.
+def evaluate(options: Any, networks: Sequence[Path], state: Any) -> Results | None:
+    """Samples and scores. Returns the results in the main process, None in the others, which help.
 
-    Args: what ``parse_options`` gives; the networks' folders; accelerate's ``PartialState``.
+    Args: what ``parse_options`` gives; the networks; accelerate's ``PartialState``.
     """
-    from diffusion.metrics import InFolder, scores
-    from diffusion.sampling import load_student, sample_shared
+    from accelerate.utils import broadcast_object_list
 
-    extractor, real = prepare(options, state.device) if state.is_main_process else (None, None)
-    rows: list[dict[str, Any]] = []
-    for folder in networks:
-        student = load_student(folder, state.device)
-        steps = options.sampling_steps or student.steps
-        draw = partial(
-            student.sample, seed=options.seed, steps=steps, batch_size=options.batch_size, last_step=options.last_step
-        )
+    from diffusion.metrics import Extractor, InFolder, features_of, scores, scores_of
+
+    if options.samples < state.num_processes:
+        raise InputError(f"--samples {options.samples} are fewer than the {state.num_processes} processes")
+    dit = dit_options(options, networks, state.device)
+    with state.main_process_first():  # it downloads Inception, the others find it
+        features = features_of(options.features, options.inception)
+        extractor = Extractor(features, state.device, options.feature_batch_size)
+    results = None
+    if state.is_main_process:
+        print(f"{features.distance} and {features.score} by {features.note or features.extractor}", flush=True)
+        results = Results(options, dit, real_side(options, extractor), extractor, str(state.device))
+    plan = [
+        {"network": str(network), "guidance": guidance, "sha256": content_hash(network)}
+        for network in networks
+        for guidance in (dit.guidance if dit is not None and is_dit(network) else (None,))
+    ]
+    # As the main process sees the file: by now it may have written the first row.
+    missing: list[Any] = [None if results is None else results.missing(plan)]
+    for entry in broadcast_object_list(missing)[0]:
+        about, draw, folder = prepare(options, entry, dit, state.device)
         started = time.perf_counter()
-        images = sample_shared(options.samples, draw)
-        row = {"network": str(folder), "trained_steps": student.steps, "steps": steps, "images": len(images)}
-        row["sampling_seconds"] = time.perf_counter() - started
-        if extractor is not None and real is not None:
-            if options.save is not None:
-                save_images(images, Path(options.save) / f"{folder.parent.name}-steps-{steps:04d}")
-            rows.append({**row, **scores(images, real, extractor, options.splits)})
-    if extractor is None or real is None:
-        return {}
-    if options.images is not None:
-        folder_images = InFolder(options.images)
-        row = {"network": options.images, "images": len(folder_images)}
-        rows.append({**row, **scores(folder_images, real, extractor, options.splits)})
-    features = extractor.features
-    return {
-        "features": {"name": options.features, **asdict(features), "sha256": extractor.identity},
-        "real": {"source": options.real or asdict(options.data), "images": real.count},
-        "seed": options.seed,
-        "last_step": options.last_step,
-        "splits": options.splits,
-        "rows": rows,
-        "environment": environment(str(state.device)),
-    }
+        found = sampled_features(draw, options, extractor, folder)
+        if results is not None:
+            about |= {"images": options.samples, "sampling_seconds": time.perf_counter() - started}
+            results.add({**entry, **about, **scores_of(found, results.real, extractor, options.splits)})
+    if results is not None and options.images is not None:
+        images = InFolder(options.images)
+        about = {"network": options.images, "images": len(images)}
+        results.add({**about, **scores(images, results.real, extractor, options.splits)})
+    return results
 
 
-def prepare(options: Any, device: Any) -> tuple[Extractor, Statistics]:
-    """The extractor, and the statistics of the real images. Raises: InputError."""
+def prepare(
+    options: Any, entry: dict[str, Any], dit: DiTOptions | None, device: Any
+) -> tuple[dict[str, Any], Callable[[Sequence[int]], Tensor], str]:
+    """What a row says of its network, ``draw(indices) -> images``, and the name of the folder for them."""
+    from diffusion.dit.sampling import load_dit_student
+    from diffusion.sampling import load_student
+
+    path, guidance = Path(entry["network"]), entry["guidance"]
+    shared = {"seed": options.seed, "batch_size": options.batch_size}
+    if dit is not None and guidance is not None:
+        network = load_dit_student(path, device)
+        draw = partial(network.sample, guidance=guidance, vae=dit.vae, **dit.settings, **shared)
+        about = {"iteration": network.step, "steps": dit.settings["steps"]}
+        return about, draw, f"{path.parent.name}-{path.stem}-guidance-{guidance:g}"
+    student = load_student(path, device)
+    steps = options.sampling_steps or student.steps
+    draw = partial(student.sample, steps=steps, last_step=options.last_step, **shared)
+    return {"trained_steps": student.steps, "steps": steps}, draw, f"{path.parent.name}-steps-{steps:04d}"
+
+
+def sampled_features(
+    draw: Callable[[Sequence[int]], Tensor], options: Any, extractor: Extractor, folder: str
+) -> dict[str, Tensor]:
+    """Features ``[samples, C]`` by layer, in all processes, each of which samples its share of the images."""
+    from diffusion.metrics import InMemory
+    from diffusion.sampling import gather_shares, own_share
+
+    own = own_share(options.samples)
+    chunk = -(-CHUNK // options.batch_size) * options.batch_size
+    parts = []
+    for first in range(0, len(own), chunk):
+        indices = own[first : first + chunk]
+        images = draw(indices)
+        if options.save is not None:
+            save_images(images, indices, Path(options.save) / folder)
+        parts.append(extractor(InMemory(images)))
+    return {key: gather_shares(torch.cat([part[key] for part in parts]), options.samples) for key in parts[0]}
+
+
+def real_side(options: Any, extractor: Extractor) -> Statistics:
+    """The statistics of the real images. Raises: InputError."""
     from diffusion.data import load_images
-    from diffusion.metrics import Extractor, features_of, real_statistics
+    from diffusion.dit.data import load_labelled
+    from diffusion.metrics import real_statistics
 
-    features = features_of(options.features, options.inception)
-    extractor = Extractor(features, device, options.feature_batch_size)
-    print(f"{features.distance} and {features.score} by {features.note or features.extractor}", flush=True)
-    real = real_statistics(
-        load_images(options.data) if options.real is None else options.real, extractor, options.cache
-    )
-    return extractor, real
+    if options.real is not None:
+        return real_statistics(options.real, extractor, options.cache)
+    if not isinstance(options.data, LabelledConfig):
+        return real_statistics(load_images(options.data), extractor, options.cache)
+    images = None if options.data.name == "latents" else load_labelled(options.data).images()
+    if images is None:
+        raise InputError(
+            "latents hold no images to compare with: name the real side by --real, a folder of images or an .npz with "
+            "mu and sigma, such as guided-diffusion's VIRTUAL_imagenet256_labeled.npz"
+        )
+    return real_statistics(images, extractor, options.cache)
 
 
-def save_images(images: Any, folder: Path) -> None:
+class Results:
+    """The rows and the file that keeps them, which is written anew with each.
+
+    Rows that are there already stay if they were made with the same settings and their network is unchanged. A file of
+    other settings is renamed, to ``.json.before``, as soon as there is a row in its stead.
+    """
+
+    def __init__(
+        self, options: Any, dit: DiTOptions | None, real: Statistics, extractor: Extractor, device: str
+    ) -> None:
+        self.real = real
+        out = options.out
+        if out is None and len(options.networks) == 1:
+            out = home(options.networks[0]) / f"evaluation-{options.features.partition(':')[0]}.json"
+        self.file = None if out is None else Path(out)
+        settings = {
+            "features": {"name": options.features, **asdict(extractor.features), "sha256": extractor.identity},
+            "real": {"source": options.real or asdict(options.data), "images": real.count},
+            "samples": options.samples,
+            "seed": options.seed,
+            "sampling_steps": options.sampling_steps,
+            "last_step": options.last_step,
+            "dit": None if dit is None else {**dit.settings, "vae": options.vae},
+            "splits": options.splits,
+        }
+        self.report: dict[str, Any] = {**settings, "rows": [], "environment": environment(device)}
+        before, now = self._before(), json.loads(json.dumps(settings))
+        changed = [key for key in now if before and _setting(before, key) != _setting(now, key)]
+        self.rename = bool(changed)
+        if changed:
+            print(f"{self.file} is of other settings ({changed[0]}): it becomes {self.file}.before", flush=True)
+        elif before:
+            self.report["rows"] = before["rows"]
+
+    def _before(self) -> dict[str, Any]:
+        if self.file is None or not self.file.is_file():
+            return {}
+        try:
+            return dict(json.loads(self.file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{self.file} is no JSON of results: name another --out, or delete it") from error
+
+    def missing(self, plan: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of ``{"network", "guidance", "sha256"}`` that have no row. Rows of what they were before go."""
+        now = {_key(entry): entry["sha256"] for entry in plan}
+        self.report["rows"] = [r for r in self.report["rows"] if now.get(_key(r), r.get("sha256")) == r.get("sha256")]
+        held = {_key(row) for row in self.report["rows"]}
+        return [entry for entry in plan if _key(entry) not in held]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Raises: TrainingError where the disk is full."""
+        others = [held for held in self.report["rows"] if _key(held) != _key(row)]
+        self.report["rows"] = [*others, row]
+        distance = self.report["features"]["distance"]
+        print(f"{row['network']}: {distance} {row[distance]:.4f}", flush=True)
+        if self.file is None:
+            return
+        if self.rename:
+            os.replace(self.file, f"{self.file}.before")
+            self.rename = False
+        save_json(self.report, self.file)
+
+
+def _setting(report: dict[str, Any], key: str) -> Any:
+    """What must be the same in two reports; of the features it is the weights, wherever their file lies."""
+    value = report.get(key)
+    return value.get("sha256") if key == "features" and isinstance(value, dict) else value
+
+
+def _key(row: dict[str, Any]) -> tuple[str, float | None]:
+    return row["network"], row.get("guidance")
+
+
+def save_images(images: Tensor, indices: Sequence[int], folder: Path) -> None:
     """uint8 ``[N, 1 or 3, H, W]`` as ``00000.png``, ... Raises: InputError where there can be no such folder."""
     from PIL import Image
 
@@ -159,18 +307,32 @@ def save_images(images: Any, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
-    for number, image in enumerate(images):
+    for number, image in zip(indices, images, strict=True):
         pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
         Image.fromarray(pixels.numpy()).save(folder / f"{number:05d}.png")
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """The rows of a report as text."""
+    """The rows of a report as text: first those of chains and folders, then those of DiTs, a line a network."""
     distance, score = (report["features"][key] for key in ("distance", "score"))
     keys = (distance, score, f"{score} std")
-    lines = [["network", "steps", *keys]]
+    plain = [["network", "steps", *keys]]
     for row in report["rows"]:
-        lines.append([row["network"], str(row.get("steps", "-")), *(f"{row[key]:.4f}" for key in keys)])
+        if row.get("guidance") is None:
+            plain.append([row["network"], str(row.get("steps", "-")), *(f"{row[key]:.4f}" for key in keys)])
+    rows = {(row["network"], row["guidance"]): row for row in report["rows"] if row.get("guidance") is not None}
+    scales = sorted({guidance for _, guidance in rows}, reverse=True)
+    heads = [f"{key}, " + ("no guidance" if g == 1 else f"guidance {g:g}") for g in scales for key in keys[:2]]
+    guided = [["network", "iteration", *heads]]
+    for network in sorted({network for network, _ in rows}):
+        own = [rows.get((network, g), {}) for g in scales]
+        iteration = next(str(row["iteration"]) for row in own if row)
+        cells = [f"{row[key]:.4f}" if row else "-" for row in own for key in keys[:2]]
+        guided.append([network, "-" if iteration == "None" else iteration, *cells])
+    return [line for part in (plain, guided) if len(part) > 1 for line in _aligned(part)]
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 

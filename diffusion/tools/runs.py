@@ -1,52 +1,152 @@
-"""What the tools share: the networks of a run, the data it was trained on, and where to compute."""
+"""What the tools share: the networks of a run, the data it was trained on, where to compute, how DiTs sample."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from core.errors import InputError
 from diffusion.data import DataConfig
+from diffusion.dit.data import LabelledConfig
+from diffusion.dit.gaussian import Sampler
+from diffusion.dit.sampling import Precision
+
+EXPORT = "export"
+"""Where a DiT's run keeps its networks, in ``step-<iteration>/<role>``."""
 
 
 def find_students(folders: Sequence[str | Path], steps: Sequence[int] = ()) -> list[Path]:
-    """The network folders among ``folders``, and of each run of a chain its rounds' students, most steps first.
+    """The networks among ``folders``, and those of each run: of a chain its rounds' students, most steps first; of a
+    DiT's run all that it exported, the earliest first.
 
-    Args: ``steps``: of a run, only the students that sample in so many steps.
-    Raises: InputError for a folder that is neither, and where a run has no student of one of these step counts.
+    Args: ``steps``: of a chain, only the students that sample in so many steps; of a DiT's run, only those iterations.
+    Raises: InputError for what is neither, and where a run lacks one of these steps.
     """
     found: list[Path] = []
     for folder in map(Path, folders):
-        if (folder / "config.json").is_file():
+        if is_network(folder):
             found.append(folder)
             continue
-        rounds = {int(path.parent.name.removeprefix("round-")): path for path in folder.glob("round-*/student")}
-        if not rounds:
+        rounds = {int(path.parent.name.removeprefix("round-")): [path] for path in folder.glob("round-*/student")}
+        exports: dict[int, list[Path]] = {}
+        for path in sorted((folder / EXPORT).glob("step-*/*/adm.json")):
+            exports.setdefault(int(path.parent.parent.name.removeprefix("step-")), []).append(path.parent)
+        known = exports or rounds
+        if not known:
             raise InputError(f"{folder} is neither a network's folder (config.json) nor a run with a finished round")
-        if missing := sorted(set(steps) - set(rounds)):
-            raise InputError(f"{folder} has no student of {missing[0]} steps, only of {sorted(rounds, reverse=True)}")
-        found += [rounds[n] for n in sorted(steps or rounds, reverse=True)]
+        if missing := sorted(set(steps) - set(known)):
+            what = f"no network of iteration {missing[0]}" if exports else f"no student of {missing[0]} steps"
+            raise InputError(f"{folder} has {what}, only of {sorted(known, reverse=not exports)}")
+        found += [path for n in sorted(steps or known, reverse=not exports) for path in known[n]]
     return found
+
+
+def is_network(path: Path) -> bool:
+    """Whether this is one network, not a run: a folder of diffusers' or ours, or a file of weights."""
+    if path.is_file():
+        return path.suffix in (".pt", ".safetensors")
+    return any((path / name).is_file() for name in ("config.json", "adm.json", "model_index.json"))
+
+
+def is_dit(network: Path) -> bool:
+    """Whether a network is a DiT, and not a U-Net of a chain."""
+    if network.is_file() or (network / "transformer/config.json").is_file():
+        return True
+    try:
+        return "DiT" in json.loads((network / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def home(folder: str | Path) -> Path:
     """Where results go: a run's folder; for a network's folder, which stays as diffusers wrote it, the round's."""
     folder = Path(folder)
-    return folder.parent if (folder / "config.json").is_file() else folder
+    return folder.parent if is_network(folder) else folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.yaml`` of a run, or of the round or run around a network's folder; empty where there is none."""
     import yaml
 
-    for place in (folder, folder.parent, folder.parent.parent):
+    for place in (folder, *list(folder.absolute().parents)[:3]):
         file = place / "config.yaml"
         if file.is_file():
             return yaml.safe_load(file.read_text()) or {}
     return {}
 
 
-def data_of(folder: Path) -> DataConfig:
+def data_of(folder: Path) -> DataConfig | LabelledConfig:
     """The images that a run, or a network of it, was trained on; the defaults where that is not known."""
-    return DataConfig(**read_config(folder).get("data", {}))
+    dit = (folder / EXPORT).is_dir() or (is_network(folder) and is_dit(folder))
+    said = read_config(folder).get("data", {})
+    return LabelledConfig(**said) if dit else DataConfig(**said)
+
+
+def content_hash(network: Path) -> str:
+    """SHA-256 of all files of a network."""
+    files = [network] if network.is_file() else sorted(path for path in network.rglob("*") if path.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(network)}\n".encode())
+        with open(file, "rb") as opened:
+            while some := opened.read(1 << 20):
+                digest.update(some)
+    return digest.hexdigest()
+
+
+def add_dit_options(parser: Any) -> None:
+    """The options that only DiTs have; None where they are not given (see ``dit_options``)."""
+    add = parser.add_argument
+    add("--guidance", type=float, nargs="+", default=None, help="of DiTs: scales of guidance; 1 is none (default: 4 1)")
+    add("--sampler", type=Sampler, default=None, help="of DiTs: ddpm (default) or ddim")
+    add("--cfg_channels", type=Literal[3, 4], default=None, help="of DiTs: channels under guidance, 3 (default) or 4")
+    add("--precision", type=Precision, default=None, help="of DiTs: fp32, tf32 (default: fp32 but on a GPU) or bf16")
+    add("--vae", type=str, default=None, help="of DiTs of latents: AutoencoderKL, a folder or a name on the hub")
+
+
+@dataclass(frozen=True)
+class DiTOptions:
+    """How DiTs sample. ``settings``: what decides the images besides guidance, seed and index."""
+
+    guidance: tuple[float, ...]
+    vae: Any
+    settings: dict[str, Any]
+
+
+def dit_options(options: Any, networks: Sequence[Path], device: torch.device | str) -> DiTOptions | None:
+    """What the command line says of them, None where no network is a DiT. Switches TF32 as it says.
+
+    Raises: InputError where an option does not fit the networks, or the VAE is none.
+    """
+    dits = [network for network in networks if is_dit(network)]
+    for name in ("guidance", "sampler", "cfg_channels", "precision", "vae"):
+        if getattr(options, name) is not None and not dits:
+            raise InputError(f"--{name} counts only for DiTs, and there is none among the networks")
+    if not dits:
+        return None
+    guidance = tuple(dict.fromkeys(options.guidance or (4.0, 1.0)))
+    if min(guidance) < 0:
+        raise InputError(f"--guidance must not be negative: {min(guidance)}")
+    if options.last_step != "noisy":
+        raise InputError("--last_step counts only for the students of a chain, not for DiTs")
+    precision = options.precision or "tf32"
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    vae = None
+    if options.vae is not None:
+        from diffusion.dit.vae import load_vae
+
+        vae = load_vae(options.vae, device)
+    settings = {
+        "steps": options.sampling_steps or 250,
+        "sampler": options.sampler or "ddpm",
+        "cfg_channels": options.cfg_channels or 3,
+        "precision": precision,
+    }
+    return DiTOptions(guidance, vae, settings)

@@ -1,11 +1,13 @@
-"""Pictures of what the students of a run sample: a grid for each step count, and how the images come about.
+"""Pictures of what the networks of a run sample: a grid for each step count, and how the images come about.
 
     python diffusion/tools/sample.py runs/pd+adm --steps 8 4 2 1
     python diffusion/tools/sample.py runs/pd+adm/round-0004/student --gif true --out figures/
+    python diffusion/tools/sample.py runs/dit --classes 207 360 --guidance 4 --vae stabilityai/sd-vae-ft-ema
 
-All networks start from the same noise, so that an image keeps its place from grid to grid. Writes ``samples.png`` (a
-grid a step count), ``trajectory-<steps>.png`` (a row an image: z before each step, then the result) and, if wanted,
-the same as ``trajectory-<steps>.gif``.
+All networks start from the same noise, so that an image keeps its place from grid to grid. Writes ``samples.png`` with
+all grids. Of a chain there is one for each step count, and ``trajectory-<steps>.png`` (a row an image: z before each
+step, then the result) and, if wanted, the same as ``trajectory-<steps>.gif``. Of a DiT's run there is one for each
+exported iteration and guidance, a row a class, and beside it pixel for pixel ``samples-<iteration>-guidance-<g>.png``.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from core.analysis.figures import save_figure
 from core.errors import InputError
 from core.training.command import DONE, missing_extra, parse, run_command
-from diffusion.tools.runs import find_students, home
+from diffusion.tools.runs import DiTOptions, add_dit_options, dit_options, find_students, home, is_dit
 
 COLUMNS = 9
 """At most so many columns of a trajectory; of more steps some are left out."""
@@ -36,12 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise missing_extra(error, "diffusion") from error
     from diffusion.sampling import denoise, initial_noise, load_student, to_uint8
 
+    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    dit = dit_options(options, folders, device)
+    if dit is not None and not all(map(is_dit, folders)):
+        raise InputError("these are DiTs and students of a chain: draw them one after the other")
+    if dit is None and options.classes is not None:
+        raise InputError("--classes counts only for DiTs, and there is none among the networks")
+    if dit is not None and options.gif:
+        raise InputError("--gif counts only for the students of a chain, not for DiTs")
     out = Path(options.out) if options.out is not None else home(options.networks[0]) / "figures"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
-    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    if dit is not None:
+        draw_classes(options, folders, dit, device, out)
+        print(f"figures are in {out}")
+        return DONE
     grids: dict[str, Tensor] = {}
     for folder in folders:
         student = load_student(folder, device)
@@ -74,14 +87,16 @@ def parse_options(argv: Sequence[str] | None) -> Any:
     description = "Draws what distilled diffusion models sample."
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     add = parser.add_argument
-    add("networks", nargs="+", type=str, help="run folders of chains, or folders of single networks")
-    add("--steps", type=int, nargs="+", default=[], help="of a run, only the students of these step counts; else all")
-    add("--sampling_steps", type=int, default=None, help="sample in so many steps, not in those of training")
+    add("networks", nargs="+", type=str, help="run folders, or folders of single networks (of a DiT also its file)")
+    add("--steps", type=int, nargs="+", default=[], help="of a chain only these step counts, of a DiT's run iterations")
+    add("--sampling_steps", type=int, default=None, help="sample in so many steps; else as trained, a DiT in 250")
+    add_dit_options(parser)
+    add("--classes", type=int, nargs="+", default=None, help="of DiTs: those of the rows; --rows of them unless given")
     add("--rows", type=int, default=6, help="of a grid; also the images whose trajectory is drawn")
     add("--columns", type=int, default=8, help="of a grid")
     add("--seed", type=int, default=0, help="with an image's number it decides the noise that the image starts from")
-    add("--last_step", type=Literal["noisy", "clean"], default="noisy", help="CFD's end (index 0), or x itself")
-    add("--gif", type=bool, default=False, help="write each trajectory as a GIF too, a frame a step")
+    add("--last_step", type=Literal["noisy", "clean"], default="noisy", help="of a chain: CFD's end (index 0), or x")
+    add("--gif", type=bool, default=False, help="of a chain: write each trajectory as a GIF too, a frame a step")
     add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
     add("--out", type=str, default=None, help="folder of the figures; figures/ of the first run or round unless given")
     options = parse(parser, argv)
@@ -92,6 +107,36 @@ def parse_options(argv: Sequence[str] | None) -> Any:
     if options.seed < 0:
         raise InputError(f"--seed must not be negative: {options.seed}")
     return options
+
+
+def draw_classes(options: Any, folders: Sequence[Path], dit: DiTOptions, device: str, out: Path) -> None:
+    """A grid for each DiT and guidance: a row a class, and in it the images of ``columns`` indices."""
+    from PIL import Image
+
+    from diffusion.dit.sampling import load_dit_student
+
+    grids: dict[str, Tensor] = {}
+    names: list[str] = []
+    for folder in folders:
+        network = load_dit_student(folder, device)
+        count = network.model.classes
+        rows = min(options.rows, count)
+        classes = options.classes or [row * count // rows for row in range(rows)]
+        labels = [label for label in classes for _ in range(options.columns)]
+        names = [str(label) for label in classes]
+        for guidance in dit.guidance:
+            images = network.sample(
+                range(len(labels)), options.seed, classes=labels, guidance=guidance, vae=dit.vae, **dit.settings
+            )
+            name = folder.stem if network.step is None else f"{network.step:08d}"
+            said = name if network.step is None else f"iteration {network.step}"
+            said += ", no guidance" if guidance == 1 else f", guidance {guidance:g}"
+            if said in grids:  # of several runs, or of student and teacher
+                run = "-".join(folder.absolute().parts[-4:-3] + folder.parts[-1:])
+                name, said = f"{run}-{name}", f"{run}, {said}"
+            grids[said] = tile(images, options.columns)
+            Image.fromarray(grids[said].numpy()).save(out / f"samples-{name}-guidance-{guidance:g}.png")
+    draw_grids(grids, out / "samples.png", names)
 
 
 def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
@@ -105,8 +150,8 @@ def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     return grid[:-gap, :-gap]
 
 
-def draw_grids(grids: dict[str, Tensor], file: Path) -> None:
-    """The grids ``[h, w, 3]`` side by side, four a row, each under its name."""
+def draw_grids(grids: dict[str, Tensor], file: Path, rows_named: Sequence[str] = ()) -> None:
+    """The grids ``[h, w, 3]`` side by side, four a row, each under its name; beside them the names of their rows."""
     from matplotlib.figure import Figure
 
     columns = min(len(grids), 4)
@@ -118,6 +163,8 @@ def draw_grids(grids: dict[str, Tensor], file: Path) -> None:
         axis.axis("off")
     for axis, (name, grid) in zip(axes, grids.items(), strict=False):
         axis.imshow(grid.numpy(), interpolation="nearest")
+        for row, said in enumerate(rows_named):
+            axis.text(-0.01 * width, (row + 0.5) * height / len(rows_named), said, ha="right", va="center", fontsize=6)
         axis.set_title(name, fontsize="small")
     save_figure(figure, file)
 

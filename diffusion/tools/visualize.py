@@ -22,14 +22,19 @@ from core.errors import InputError
 from core.training.command import DONE, missing_extra, parse, run_command
 from core.training.run import environment
 from diffusion.data import DataConfig, load_images
-from diffusion.tools.runs import data_of, find_students, home, read_config
+from diffusion.tools.runs import data_of, find_students, home, is_dit, read_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
     options = parse_options(argv)
     student_folder, teacher_folder = find_pair(options)
-    options = parse_options(argv, data_of(Path(options.run or student_folder)))
+    for folder in (student_folder, teacher_folder):
+        if is_dit(folder):
+            raise InputError(f"{folder} is a DiT: these figures are of the U-Nets of a chain")
+    data = data_of(Path(options.run or student_folder))
+    assert isinstance(data, DataConfig)
+    options = parse_options(argv, data)
     try:
         import diffusers  # noqa: F401
     except ImportError as error:
@@ -111,8 +116,8 @@ def find_pair(options: Any) -> tuple[Path, Path]:
     run = Path(options.run)
     folders = find_students([run], [options.steps] if options.steps is not None else [])
     student = folders[-1]
-    if options.teacher is not None:
-        return student, Path(options.teacher)
+    if options.teacher is not None or is_dit(student):
+        return student, Path(options.teacher or student)
     steps = int(student.parent.name.removeprefix("round-"))
     before = run / f"round-{2 * steps:04d}" / "student"
     given = read_config(run).get("teacher")

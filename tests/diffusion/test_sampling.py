@@ -15,7 +15,15 @@ pytest.importorskip("diffusers")
 
 from core.errors import InputError, TrainingError
 from diffusion.progressive.network import save_student, scheduler_config
-from diffusion.sampling import denoise, initial_noise, load_student, sample, sample_shared, to_uint8
+from diffusion.sampling import (
+    denoise,
+    gather_shares,
+    initial_noise,
+    load_student,
+    own_share,
+    sample,
+    to_uint8,
+)
 from diffusion.schedule import CosineSchedule
 
 SHAPE = (1, 8, 8)
@@ -157,7 +165,7 @@ def test_processes_share_the_work(monkeypatch: pytest.MonkeyPatch, count: int, w
         state = type("State", (), {"num_processes": world, "process_index": rank, "device": torch.device("cpu")})
         monkeypatch.setattr(accelerate, "PartialState", state)
         monkeypatch.setattr(accelerate.utils, "gather", gather)
-        return sample_shared(count, draw)
+        return gather_shares(draw(own_share(count)), count)
 
     def first(images: Tensor) -> Tensor:
         sent.append(images)

@@ -1,0 +1,187 @@
+"""Gaussian diffusion as DiT uses it: 1000 linear betas, a network that predicts the noise and the variance.
+
+``z_t = a_t x + s_t eps`` with ``a_t^2 + s_t^2 = 1`` at times 0..T-1 (Ho et al. 2020); the variance lies between the
+posterior's and beta and is learned by the variational bound (Nichol & Dhariwal 2021); guidance is Ho & Salimans 2022's
+on the channels of Peebles & Xie 2023. The samplers are DDPM with respaced times, and DDIM (Song et al. 2021).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from core.distillation import full_precision
+from core.errors import InputError
+
+Sampler = Literal["ddpm", "ddim"]
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""``(z [B, C, H, W], t int64 [B]) -> output [B, 2C, H, W]``, or ``[B, C, H, W]``: the noise alone."""
+
+GREY = 1.0 / 255.0
+"""Half a grey level where -1..1 are 255 of them."""
+
+
+class LinearSchedule(nn.Module):
+    """``alpha``, ``sigma``, ``log_beta``, ``log_posterior``, ``gain`` ``[T]`` float64; never saved.
+
+    The betas rise from 1e-4 to 0.02, times 1000 / T. ``log_posterior`` is ``log btilde``, the variance of
+    ``q(z_{t-1} | z_t, x)``, which is 0 at time 0 and therefore takes the value of time 1 there. All methods take times
+    ``[B]`` (int64) and images ``[B, C, H, W]``, and work in float32 at least, also under autocast.
+    Raises: ValueError for 20 times or fewer, which would need a beta of 1.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    log_beta: Tensor
+    log_posterior: Tensor
+    gain: Tensor
+
+    def __init__(self, timesteps: int = 1000) -> None:
+        super().__init__()
+        if timesteps <= 20:
+            raise ValueError(f"linear betas need more than 20 times: {timesteps}")
+        self.timesteps = timesteps
+        beta = torch.linspace(0.1 / timesteps, 20.0 / timesteps, timesteps, dtype=torch.float64)
+        cumulative = (1 - beta).cumprod(0)
+        before = torch.cat([cumulative.new_ones(1), cumulative[:-1]])
+        posterior = beta * (1 - before) / (1 - cumulative)
+        posterior[0] = posterior[1]
+        for name, values in (
+            ("alpha", cumulative.sqrt()),
+            ("sigma", (1 - cumulative).sqrt()),
+            ("log_beta", beta.log()),
+            ("log_posterior", posterior.log()),
+            ("gain", beta / ((1 - cumulative) * (1 - beta).sqrt())),
+        ):
+            self.register_buffer(name, values, persistent=False)
+
+    def noisy(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``z_t = a_t x + s_t eps``."""
+        x, noise = full_precision(x), full_precision(noise)
+        return _at(self.alpha, t, x) * x + _at(self.sigma, t, x) * noise
+
+    def variational_bound(self, eps: Tensor, v: Tensor, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """``L_vlb`` of each image ``[B]``, in bits, the mean over C, H, W (Nichol & Dhariwal 2021, section 3.1).
+
+        ``KL(q(z_{t-1} | z_t, x) || N(mu, Sigma))`` with ``log Sigma = f log beta_t + (1 - f) log btilde_t``,
+        ``f = (v + 1) / 2``; at time 0 the code length of x, of 256 grey levels in [-1, 1], under ``N(mu, Sigma)``.
+
+        Args: the predicted noise (detached here: the bound trains the variance alone); the network's other half; the
+            clean image; ``z = noisy(x, noise, t)``.
+        """
+        eps, v, x, z = full_precision(eps.detach()), full_precision(v), full_precision(x), full_precision(z)
+        low, high = _at(self.log_posterior, t, x), _at(self.log_beta, t, x)
+        above = (v + 1.0) / 2.0 * (high - low)  # log Sigma - log btilde
+        # mu_q - mu, by the noise instead of two images that are nearly the same
+        gap = _at(self.gain, t, x) * (_at(self.alpha, t, x) * x + _at(self.sigma, t, x) * eps - z)
+        precision = (-low - above).exp()
+        divergence = 0.5 * (above + (-above).expm1() + gap.square() * precision)
+        nats = torch.where((t == 0).view(-1, 1, 1, 1), _code_length(x, gap, precision.sqrt()), divergence)
+        return nats.mean(dim=(1, 2, 3)) / math.log(2.0)
+
+
+def _code_length(x: Tensor, gap: Tensor, inverse_sd: Tensor) -> Tensor:
+    """``-log`` of what ``N(x - gap, 1 / inverse_sd^2)`` gives to the grey level of x, ``[B, C, H, W]``, in nats.
+
+    The darkest level holds all below it, the brightest all above (Ho et al. 2020, Eq. 13). At most -log 1e-12.
+    """
+    # By symmetry both are lower tails, in which float32 has small differences.
+    near = torch.special.ndtr((GREY - gap.abs()) * inverse_sd)
+    far = torch.special.ndtr((-GREY - gap.abs()) * inverse_sd)
+    below = torch.special.ndtr((gap + GREY) * inverse_sd)
+    above = torch.special.ndtr((GREY - gap) * inverse_sd)
+    mass = torch.where(x < -0.999, below, torch.where(x > 0.999, above, near - far))
+    return -mass.clamp(min=1e-12).log()
+
+
+def split(output: Tensor) -> tuple[Tensor, Tensor]:
+    """``(eps, v)`` ``[B, C, H, W]`` of a network's output ``[B, 2C, H, W]``. Raises: ValueError for odd channels."""
+    if output.shape[1] % 2:
+        raise ValueError(f"noise and variance cannot share {output.shape[1]} channels")
+    eps, v = output.chunk(2, dim=1)
+    return eps, v
+
+
+def guided(model: Any, z: Tensor, t: Tensor, y: Tensor, scale: float, channels: int = 3) -> Tensor:
+    """A DiT's output under classifier-free guidance: ``u + scale (c - u)`` in the noise's first ``channels``.
+
+    c is the output for the labels, u that for the null label at the same z. The noise's other channels and the
+    variance stay c's: with DiT's ``channels=3`` the fourth of a latent is not guided. Images of one or three channels
+    are guided in all of them. ``scale=1`` is no guidance, and one forward of half the size.
+
+    Args: ``model(z, t, y) -> [B, 2C or C, H, W]`` with ``model.classes`` its null label; ``z [B, C, H, W]``; ``t [B]``;
+        labels y int64 ``[B]``.
+    """
+    if scale == 1.0:
+        return model(z, t, y)
+    outputs = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, model.classes)]))
+    c, u = outputs.chunk(2)
+    n = min(channels, z.shape[1])
+    return torch.cat([u[:, :n] + scale * (c[:, :n] - u[:, :n]), c[:, n:]], dim=1)
+
+
+def spaced_times(steps: int, timesteps: int = 1000, sampler: Sampler = "ddpm") -> list[int]:
+    """The times of ``steps`` sampling steps, noisiest first, as DiT's code spaces them.
+
+    ddpm: from T - 1 to 0 in steps as equal as rounding allows (250 of 1000: 999, 995, ..., 4, 0); diffusers'
+    "linspace". ddim: multiples of ``T // steps``, down to 0; diffusers' "leading". A single step starts at T - 1.
+    Raises: InputError where there are not so many times.
+    """
+    if not 1 <= steps <= timesteps:
+        raise InputError(f"{steps} sampling steps: there are 1 to {timesteps} on this schedule")
+    if steps == 1:
+        return [timesteps - 1]
+    if sampler == "ddim":
+        return [k * (timesteps // steps) for k in reversed(range(steps))]
+    return [round(k * (timesteps - 1) / (steps - 1)) for k in reversed(range(steps))]
+
+
+@torch.no_grad()
+def ddpm(
+    predict: Predict, schedule: LinearSchedule, times: Sequence[int], z: Tensor, noise: Callable[[], Tensor]
+) -> Iterator[Tensor]:
+    """Ancestral sampling from ``z [B, C, H, W]`` at ``times[0]``: z after each step, the last one is the sample.
+
+    The betas are those of the spaced times, the variance is learned between them and their posterior's (Nichol &
+    Dhariwal 2021, section 4); of a network without one it is beta. Nothing is clipped.
+
+    Args: ``noise() -> [B, C, H, W]``, on any device, once for each step but the last; it is drawn while the device
+        computes.
+    """
+    for t, now, then in _levels(schedule, times):
+        beta = 1.0 - now / then
+        output = full_precision(predict(z, torch.full((len(z),), t, device=z.device)))
+        eps, v = output[:, : z.shape[1]], output[:, z.shape[1] :]
+        z = (z - beta / math.sqrt(1.0 - now) * eps) / math.sqrt(now / then)
+        if then < 1.0:
+            high, low = math.log(beta), math.log(beta * (1.0 - then) / (1.0 - now))
+            f = (v + 1.0) / 2.0 if v.shape[1] else torch.ones_like(eps)
+            z = z + (0.5 * (f * high + (1.0 - f) * low)).exp() * noise().to(z.device, non_blocking=True)
+        yield z
+
+
+@torch.no_grad()
+def ddim(predict: Predict, schedule: LinearSchedule, times: Sequence[int], z: Tensor) -> Iterator[Tensor]:
+    """Deterministic sampling (eta = 0) from ``z [B, C, H, W]`` at ``times[0]``: z after each step; nothing is clipped.
+
+    The last step lands on the clean image as the network sees it.
+    """
+    for t, now, then in _levels(schedule, times):
+        eps = full_precision(predict(z, torch.full((len(z),), t, device=z.device)))[:, : z.shape[1]]
+        x = (z - math.sqrt(1.0 - now) * eps) / math.sqrt(now)
+        z = math.sqrt(then) * x + math.sqrt(1.0 - then) * eps
+        yield z
+
+
+def _levels(schedule: LinearSchedule, times: Sequence[int]) -> Iterator[tuple[int, float, float]]:
+    """(t, a_t^2, a_s^2) of each step t -> s; 1 after the last."""
+    levels = schedule.alpha.square().cpu()[list(times)].tolist()  # read once: no wait for the device in a step
+    return zip(times, levels, [*levels[1:], 1.0], strict=True)
+
+
+def _at(table: Tensor, t: Tensor, images: Tensor) -> Tensor:
+    return table[t].to(images.dtype).view(-1, 1, 1, 1)

@@ -1,0 +1,182 @@
+"""Images of a DiT, in any number of processes: noise and class of each come from (seed, index) alone.
+
+So neither the number of processes nor the batch size changes an image by more than the last bits of the network, of
+which the sampler makes more the longer it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from core.errors import InputError, TrainingError, first_line
+from diffusion.dit.gaussian import LinearSchedule, Sampler, ddim, ddpm, guided, spaced_times
+from diffusion.dit.model import DiT
+from diffusion.sampling import image_seed, to_uint8
+
+Precision = Literal["fp32", "tf32", "bf16"]
+LATENT_SCALE = 0.18215
+"""Of Stable Diffusion's first VAEs, and so of the published DiTs."""
+DECODED = 32
+"""Images through a VAE at once."""
+
+
+class ImageNoise:
+    """N(0, 1) for images of given indices, each from a generator of its own that (seed, index) alone determine.
+
+    Every call is the next draw, float32 ``[len(indices), *shape]`` on the CPU: the first equals ``initial_noise``, the
+    k-th after it is that of the k-th sampling step.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(image_seed(seed, index)) for index in indices]
+        self.shape = tuple(shape)
+
+    def __call__(self) -> Tensor:
+        noise = torch.empty(len(self.generators), *self.shape)
+        for one, generator in zip(noise, self.generators, strict=True):
+            one.normal_(generator=generator)
+        return noise
+
+
+@dataclass(frozen=True)
+class DiTStudent:
+    """A DiT as its folder holds it, whatever its role."""
+
+    folder: Path
+    model: DiT
+    """In evaluation mode."""
+    schedule: LinearSchedule
+    latent_scale: float | None
+    """By which its latents are multiplied; None where it is one of pixels."""
+    step: int | None
+    """After how many optimiser steps it was exported; None where the folder does not say."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of what it samples: latents or images."""
+        return self.model.channels, self.model.input_size, self.model.input_size
+
+    def sample(
+        self,
+        indices: Sequence[int],
+        seed: int,
+        *,
+        classes: Sequence[int] | None = None,
+        guidance: float = 1.0,
+        steps: int = 250,
+        sampler: Sampler = "ddpm",
+        cfg_channels: int = 3,
+        batch_size: int = 64,
+        vae: Any = None,
+        precision: Precision = "fp32",
+    ) -> Tensor:
+        """Images of the given indices (one at least), uint8 ``[N, C, H, W]`` on the CPU.
+
+        Args:
+            classes: a label for each index; unless given, index modulo the number of classes, which are then equally
+                frequent.
+            guidance, cfg_channels: as ``guided``.
+            vae: what ``load_vae`` gives, for a network of latents.
+            precision: bf16 computes the network, but not the sampler, under autocast. tf32 is torch's own switch.
+        Raises: InputError for classes or steps that there are not, and where the VAE is missing or of other latents;
+            TrainingError where an image is not finite (broken or diverged weights).
+        """
+        count = self.model.classes
+        labels = [index % count for index in indices] if classes is None else list(classes)
+        if wrong := [label for label in labels if not 0 <= label < count]:
+            raise InputError(f"{self.folder} has the classes 0 to {count - 1}, not {wrong[0]}")
+        self.check_vae(vae)
+        device = self.model.pos_embed.device
+        times = spaced_times(steps, self.schedule.timesteps, sampler)
+        images = []
+        for first in range(0, len(indices), batch_size):
+            some = slice(first, first + batch_size)
+            y = torch.tensor(labels[some], device=device)
+            noise = ImageNoise(seed, indices[some], self.shape)
+            z = self._denoise(noise, y, times, sampler, guidance, cfg_channels, precision == "bf16")
+            if not z.isfinite().all():
+                said = f"{indices[some][0]}..{indices[some][-1]}"
+                raise TrainingError(f"an image among {said} of {self.folder} is not finite: NaN in the weights?")
+            images.append(to_uint8(self.decode(z, vae)).cpu())
+        return torch.cat(images)
+
+    def _denoise(
+        self,
+        noise: ImageNoise,
+        y: Tensor,
+        times: list[int],
+        sampler: Sampler,
+        guidance: float,
+        channels: int,
+        bf16: bool,
+    ) -> Tensor:
+        def predict(z: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16):
+                return guided(self.model, z, t, y, guidance, channels)
+
+        z = noise().to(y.device)
+        if sampler == "ddpm":
+            states = ddpm(predict, self.schedule, times, z, noise)
+        else:
+            states = ddim(predict, self.schedule, times, z)
+        for state in states:
+            z = state
+        return z
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, vae: Any = None) -> Tensor:
+        """Latents ``[B, C, H, W]`` -> images ``[B, 3, ...]`` in about [-1, 1]; a network of pixels has them already."""
+        if self.latent_scale is None:
+            return z
+        return torch.cat([vae.decode(some / self.latent_scale).sample for some in z.split(DECODED)])
+
+    def check_vae(self, vae: Any) -> None:
+        """Raises: InputError where a VAE is missing, too many or of other latents. Warns where its scale is another."""
+        if self.latent_scale is None:
+            if vae is not None:
+                raise InputError(f"{self.folder} samples pixels: leave --vae out")
+            return
+        if vae is None:
+            raise InputError(
+                f"{self.folder} samples latents: name the VAE that decodes them by --vae, a folder or hub name"
+            )
+        if vae.config.latent_channels != self.model.channels:
+            raise InputError(
+                f"{self.folder} has latents of {self.model.channels} channels, --vae of {vae.config.latent_channels}"
+            )
+        if not math.isclose(vae.config.scaling_factor, self.latent_scale):
+            warnings.warn(
+                f"{self.folder} has latents times {self.latent_scale}, by which they are divided; --vae says "
+                f"{vae.config.scaling_factor}: is it the VAE that encoded them?",
+                stacklevel=3,
+            )
+
+
+def load_dit_student(folder: str | Path, device: torch.device | str = "cpu") -> DiTStudent:
+    """Reads what ``load_dit`` reads: an exported folder, or a published file or folder.
+
+    Without our ``adm.json``, a network of four channels is taken for one of Stable Diffusion's latents, as those that
+    DiT published are. Raises: InputError as ``load_dit``, and for a broken ``adm.json``.
+    """
+    from diffusion.dit.convert import load_dit
+
+    folder = Path(folder)
+    model = load_dit(folder)
+    file = folder / "adm.json"
+    try:
+        said = json.loads(file.read_text()) if file.is_file() else {}
+        scale = said.get("latent_scale", LATENT_SCALE if not said and model.channels == 4 else None)
+        step = said.get("step")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"cannot read {file}: {first_line(error)}") from error
+    model.to(device).eval().requires_grad_(False)
+    return DiTStudent(folder, model, LinearSchedule().to(device), scale, step)
