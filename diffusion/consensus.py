@@ -84,8 +84,13 @@ def similarity(map_student: Tensor, map_teacher: Tensor, centre: bool = False) -
     return spatial_similarity(map_student, map_teacher)
 
 
-def attention(s: Tensor, kind: Attention = "consensus") -> Tensor:
-    """A ``[B, 1, h, w]`` from S ``[B, h, w]``: ADM's, all ones, or ADM's at permuted places. Raises: ValueError."""
+def attention(
+    s: Tensor, kind: Attention = "consensus", weigh: Callable[[Tensor], Tensor] = consensus_attention
+) -> Tensor:
+    """A ``[B, 1, h, w]`` from S ``[B, h, w]``: ADM's, all ones, or ADM's at permuted places.
+
+    ``weigh``: Eq. 7's attention, or Eq. 8's where it is the divergence loss that is weighed. Raises: ValueError.
+    """
     if kind == "uniform":
         return torch.ones_like(s).unsqueeze(1)
     if kind == "shuffled":
@@ -93,7 +98,7 @@ def attention(s: Tensor, kind: Attention = "consensus") -> Tensor:
         s = s.flatten(1).gather(1, places).view_as(s)
     elif kind != "consensus":
         raise ValueError(f"unknown attention {kind!r}: 'consensus', 'uniform' or 'shuffled'")
-    return consensus_attention(s)
+    return weigh(s)
 
 
 def output_loss(output: Tensor, target: Tensor, a: Tensor, factor: Tensor) -> Tensor:

@@ -384,6 +384,9 @@ if importlib.util.find_spec("diffusers"):
     _what = "/ two forwards of the teacher and the student's bare step"
     ROWS["step_pd"] = Row(f"time of a step, PD {_what}", partial(diffusion_rows.step_ratio, False), 1.03)
     ROWS["step_pd+adm"] = Row(f"time of a step, PD + ADM {_what}", partial(diffusion_rows.step_ratio, True), 1.05)
+    _what = "time of a step, DiT {} / the teacher's forward and the student's bare step"
+    ROWS["step_dit_mse"] = Row(_what.format("MSE"), partial(diffusion_rows.dit_step_ratio, False), 1.03)
+    ROWS["step_dit_adm"] = Row(_what.format("MSE + ADM"), partial(diffusion_rows.dit_step_ratio, True), 1.05)
     ROWS["sampling"] = Row("images/s, sampling / bare forwards", diffusion_rows.sampling_ratio, 0.97, at_least=True)
 GPU_ROWS = {}
 for (_name, _pair), _variant in itertools.product(PAIRS.items(), ("bf16", "channels_last", "compile")):

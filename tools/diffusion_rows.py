@@ -1,4 +1,4 @@
-"""The benchmark's rows of diffusion: one update of progressive distillation, and sampling, over the bare networks."""
+"""The benchmark's rows of diffusion: steps of progressive and of DiT distillation, and sampling, over bare networks."""
 
 from __future__ import annotations
 
@@ -87,3 +87,57 @@ def sampling_ratio(settings: Any) -> Values:
     times = paired(settings.timer(bare), settings.timer(whole), settings.pairs)
     values, on = ratios(times, "ms", 1e3)
     return values, f"{count} images of 32 px in {STEPS} steps, bare : whole {on}"
+
+
+def dit_pair(settings: Any) -> tuple[Any, Any, int]:
+    """DiT-B/2 and DiT-S/2 for ImageNet's latents, and images a step; on the CPU half as wide and a third as deep."""
+    from diffusion.dit.model import DiT, DiTConfig
+
+    if settings.quick:
+        teacher, student, size, count = DiTConfig(None, 24, 2, 3, 2), DiTConfig(None, 16, 2, 2, 2), 8, 2
+    elif settings.device.type == "cuda":
+        teacher, student, size, count = DiTConfig("B/2"), DiTConfig("S/2"), 32, 128
+    else:
+        teacher, student, size, count = DiTConfig(None, 384, 4, 6, 2), DiTConfig(None, 192, 4, 3, 2), 32, 8
+    networks = [DiT(config, 4, size, 1000).to(settings.device) for config in (teacher, student)]
+    return networks[0], networks[1], count
+
+
+def dit_step_ratio(with_adm: bool, settings: Any) -> Values:
+    """A distillation step over the teacher's forward and the student's forward, MSE, backward and AdamW.
+
+    The step's own part: noise and times, task and distillation losses, the moving average; ADM's with phi.
+    """
+    from diffusion.dit.distiller import ADMConfig, DiTDistiller
+
+    teacher, student, count = dit_pair(settings)
+    repeat, size = 5 if settings.device.type == "cuda" else 1, student.input_size
+    bare_student = copy.deepcopy(student)
+    distiller = DiTDistiller(student, teacher, adm=ADMConfig() if with_adm else None).to(settings.device)
+    optimizer = torch.optim.AdamW(distiller.parameter_groups())
+    image = torch.randn(count, 4, size, size, device=settings.device)
+    t, label = torch.full((count,), 500, device=settings.device), torch.arange(count, device=settings.device)
+    batch, progress = {"image": image, "label": label}, Progress(1, 0.5, 4, 2.0)
+
+    def step() -> None:
+        for _ in range(repeat):
+            drawn = distiller.before_step(batch, progress)
+            losses, _ = distiller(drawn, progress)
+            sum(losses["student"].values(), start=image.new_zeros(())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            distiller.after_step(drawn, progress)
+
+    learning = [p for p in bare_student.parameters() if p.requires_grad]
+    other = torch.optim.AdamW(learning, lr=1e-4, weight_decay=0.0)
+
+    def bare() -> None:
+        for _ in range(repeat):
+            with torch.no_grad():
+                target = teacher(image, t, label)
+            F.mse_loss(bare_student(image, t, label), target).backward()
+            other.step()
+            other.zero_grad()
+
+    values, on = ratios(paired(settings.timer(step), settings.timer(bare), settings.pairs), "ms a step", 1e3 / repeat)
+    return values, f"batch {count}, {size} x {size} latents, {on}"

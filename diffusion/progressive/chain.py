@@ -17,7 +17,6 @@ from torch import Tensor
 from core.errors import InputError
 from core.training.checkpoint import LAST, read_checkpoint
 from core.training.command import DONE, INTERRUPTED
-from core.training.distiller import Batch, Progress
 from core.training.fit import durations, fit, make_accelerator
 from core.training.run import RunFolder, is_main_process
 from core.training.schedule import Schedule, ScheduleConfig, make_schedule
@@ -36,6 +35,7 @@ from diffusion.progressive.network import (
 )
 from diffusion.sampling import Student
 from diffusion.schedule import CosineSchedule
+from diffusion.timing import seconds_a_step
 
 BASE = "base"
 
@@ -249,20 +249,4 @@ def _seconds_a_step(config: ProgressiveConfig, distiller: Denoiser, images: Tens
         accelerator = make_accelerator(config.fit, folder)
     loader = make_loader(config, images, accelerator, BASE)
     durations(replace(config.fit, steps=1), len(loader))
-    module = accelerator.prepare(distiller)
-    distiller.train()
-    optimizer = torch.optim.Adam(distiller.parameter_groups())
-    batch: Batch = {k: v.to(accelerator.device) for k, v in next(iter(loader)).items()}
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        drawn = distiller.before_step(batch, Progress(1, 1.0, 2, 2.0))
-        losses, _ = module(drawn, Progress(1, 1.0, 2, 2.0))
-        total = sum(value for terms in losses.values() for value in terms.values())
-        distiller.backward(losses, total, accelerator)
-        optimizer.step()
-        optimizer.zero_grad()
-        distiller.after_step(drawn, Progress(1, 1.0, 2, 2.0))
-        total.item()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+    return seconds_a_step(distiller, loader, torch.optim.Adam, accelerator)

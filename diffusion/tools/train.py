@@ -1,8 +1,11 @@
-"""Trains diffusion models and distils them: `progressive` halves the sampling steps of one (Table 6).
+"""Trains diffusion models and distils them.
 
-    python diffusion/tools/train.py progressive --config diffusion/recipes/cifar10_progressive.yaml --out runs/x
+    python diffusion/tools/train.py progressive --config diffusion/recipes/cifar10_progressive.yaml --out runs/pd+adm
+    python diffusion/tools/train.py dit --config diffusion/recipes/dit_imagenet.yaml --teacher runs/b2 --out runs/dit
 
-The same command again resumes where the run stopped. Several processes: `accelerate launch` or `torchrun` before it.
+`progressive` halves the sampling steps of one (Table 6), `dit` distils a diffusion transformer into a smaller one
+(Table 7). The same command again resumes where the run stopped. Several processes: `accelerate launch` or `torchrun`
+before it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Sequence
 from core.errors import unknown
 from core.training.command import missing_extra, run_command
 
-COMMANDS = ("progressive",)
+COMMANDS = ("progressive", "dit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,18 +27,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
+    return (_dit if name == "dit" else _progressive)(rest, f"train.py {name}")
 
+
+def _progressive(argv: Sequence[str], prog: str) -> int:
     from diffusion.progressive.config import parse_command
 
-    config, dry = parse_command(rest, prog=f"train.py {name}")
+    config, dry = parse_command(argv, prog)
+    _need_diffusers()
+    from diffusion.progressive.chain import dry_run, train
 
+    return dry_run(config) if dry else train(config)
+
+
+def _dit(argv: Sequence[str], prog: str) -> int:
+    from diffusion.dit.config import parse_command
+
+    config, dry = parse_command(argv, prog)
+    _need_diffusers()
+    from diffusion.dit.training import dry_run, train
+
+    return dry_run(config) if dry else train(config)
+
+
+def _need_diffusers() -> None:
     try:  # after the command line is read: --help is quick
         import diffusers  # noqa: F401
     except ImportError as error:
         raise missing_extra(error, "diffusion") from error
-    from diffusion.progressive.chain import dry_run, train
-
-    return dry_run(config) if dry else train(config)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,179 @@
+"""The distillation of diffusion transformers as a typed config, and the command-line parser made from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from core.errors import InputError
+from core.training.command import parse
+from core.training.fit import FitConfig
+from diffusion.dit.convert import find_transformer
+from diffusion.dit.data import LabelledConfig
+from diffusion.dit.distiller import ADMConfig, DistillConfig
+from diffusion.dit.model import DiTConfig
+
+Method = Literal["vanilla", "mse", "mse+adm"]
+ONLINE = "online"
+WEIGHTS = ("*.safetensors", "*.bin")
+
+# What a resumed run may change: where and on what it runs, not what it computes.
+FREE_KEYS = (
+    "data.root", "data.download", "teacher", "gradient_checkpointing", "fit.device", "fit.keep", "fit.trackers",
+    "progress_bar",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DiTTrainingConfig:
+    """Trains a diffusion transformer alone, or distils a teacher into it: Table 7.
+
+    Args:
+        data: latents or images, with labels.
+        student: the network that is trained.
+        method: vanilla (no teacher), mse (the student imitates the teacher's output), or mse+adm with ADM's losses.
+        teacher: fixed weights: a run of this command (its last export), a file or a folder (DiT's published .pt,
+            diffusers'); or "online": a fresh network of ``teacher_network`` that trains along.
+        teacher_network: the size of a teacher that trains along; that of a file is read off its weights.
+        distill: what the student learns from its own task and from the teacher's output.
+        adm: ADM's losses; they count only with mse+adm.
+        label_dropout: share of labels replaced by the null label, for guidance; both networks get the same ones.
+        lr: AdamW's learning rate, constant.
+        weight_decay: of AdamW.
+        ema: decay of the moving average of the weights, constant from the first step; the average is what is exported.
+        gradient_checkpointing: recompute each block in the backward pass, which takes a third more time and a fraction
+            of the memory.
+        tf32: matrix products in TF32 on a GPU that has it.
+        fit: length (``steps``), precision, logging; every ``evaluate_every`` steps a checkpoint and an export.
+        batch_size: images per optimiser step, over all processes and accumulated parts together.
+        seed: of the networks' start, the order of the data, times and noise.
+        teacher_sha256: of the teacher's weights; filled in when a run is written down, checked when it is read back.
+        out: the run folder; the same command again resumes.
+        progress_bar: show one (only on a terminal).
+    """
+
+    data: LabelledConfig = field(default_factory=LabelledConfig)
+    student: DiTConfig = field(default_factory=DiTConfig)
+    method: Method = "mse+adm"
+    teacher: str | None = None
+    teacher_network: DiTConfig = field(default_factory=lambda: DiTConfig("B/2"))
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    adm: ADMConfig = field(default_factory=ADMConfig)
+    label_dropout: float = 0.1
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    ema: float = 0.9999
+    gradient_checkpointing: bool = False
+    tf32: bool = True
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=400_000, log_every=100, evaluate_every=50_000))
+    batch_size: int = 256
+    seed: int = 0
+    teacher_sha256: str | None = None
+    out: Path = Path("runs/dit")
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method == "vanilla" and self.teacher is not None:
+            raise InputError(f"--method vanilla trains the student alone: leave --teacher {self.teacher} out")
+        if self.method != "vanilla" and self.teacher is None:
+            raise InputError(
+                f"--method {self.method} needs --teacher: a file or folder of weights, or online; without one it is "
+                "--method vanilla"
+            )
+        if self.online and self.student.resolved()[3] != self.teacher_network.resolved()[3]:
+            ours, theirs = (config.resolved()[3] for config in (self.student, self.teacher_network))
+            raise InputError(
+                f"the student has patches of {ours} pixels, teacher_network of {theirs}: give both the same"
+            )
+        for name in ("lr", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"--{name} must be positive: {getattr(self, name)}")
+        if self.weight_decay < 0:
+            raise InputError(f"--weight_decay must not be negative: {self.weight_decay}")
+        for name in ("label_dropout", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name} must be in [0, 1): {getattr(self, name)}")
+        if self.fit.epochs is not None:
+            raise InputError("fit.epochs does not count here: give --fit.steps")
+
+    @property
+    def online(self) -> bool:
+        """Whether the teacher trains along."""
+        return self.teacher == ONLINE
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything that decides the results, as ``config.yaml`` keeps it; ``--config`` reads it back.
+
+        Raises: InputError where there is no teacher, or its weights are not those that the run began with.
+        """
+        values = asdict(self)
+        del values["out"]
+        for name, counts in (
+            ("distill", self.method != "vanilla"),
+            ("adm", self.method == "mse+adm"),
+            ("teacher_network", self.online),
+        ):
+            if not counts:
+                del values[name]
+        values["teacher_sha256"] = self._teacher_hash()
+        return values
+
+    def _teacher_hash(self) -> str | None:
+        if self.teacher is None or self.online:
+            return None
+        digest = hashlib.sha256()
+        for file in weight_files(teacher_path(self.teacher)):
+            with open(file, "rb") as opened:
+                while chunk := opened.read(1 << 20):
+                    digest.update(chunk)
+        found = digest.hexdigest()
+        if self.teacher_sha256 not in (None, found):
+            raise InputError(f"the weights in {self.teacher} are not those that the run began with")
+        return found
+
+
+def teacher_path(given: str) -> Path:
+    """The file, or the folder of diffusers' network, that ``--teacher`` names. Raises: InputError where it is none."""
+    path = Path(given)
+    if not path.exists():
+        raise InputError(f"--teacher {given} does not exist: name a run, a file or folder of weights, or online")
+    return find_transformer(path) if path.is_dir() else path
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files whose content is a teacher's weights."""
+    return [path] if path.is_file() else sorted(file for kind in WEIGHTS for file in path.glob(kind))
+
+
+def make_parser(prog: str | None = None) -> Any:
+    """The parser of ``diffusion/tools/train.py dit``."""
+    from jsonargparse import ArgumentParser
+
+    doc = (DiTTrainingConfig.__doc__ or "").partition("\n")[0]
+    parser = ArgumentParser(prog=prog, description=doc, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a recipe or a run's config.yaml; later flags override it")
+    parser.add_class_arguments(DiTTrainingConfig)
+    parser.add_argument(
+        "--dry-run", "--dry_run", dest="dry_run", action="store_true",
+        help="print the resolved config, the networks and a time estimate from a few real steps; train nothing",
+    )  # fmt: skip
+    return parser
+
+
+def parse_command(argv: Sequence[str], prog: str | None = None) -> tuple[DiTTrainingConfig, bool]:
+    """(the config, whether it is a dry run). Raises: InputError for anything wrong with the command line."""
+    cfg = parse(make_parser(prog), argv).as_dict()
+    dry_run = cfg.pop("dry_run")
+    cfg.pop("config", None)
+    config = DiTTrainingConfig(**cfg)
+    for flag in (word.partition("=")[0] for word in argv):
+        if flag.startswith("--adm.") and config.method != "mse+adm":
+            raise InputError(f"{flag} counts only with --method mse+adm")
+        if flag.startswith("--distill.") and config.method == "vanilla":
+            raise InputError(f"{flag} counts only with a teacher: --method mse or mse+adm")
+        if (flag.startswith("--teacher_network") or flag == "--adm.beta") and not config.online:
+            raise InputError(f"{flag} counts only with --teacher online")
+    return config, dry_run

@@ -1,0 +1,251 @@
+"""The module that ``core.training.fit`` trains: a DiT alone, or a student beside a teacher, with ADM or without."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.adapter import Adapter
+from core.adm import divergence_attention
+from core.distillation import feature_loss as map_loss
+from core.distillation import full_precision
+from core.errors import InputError, require_not_negative
+from core.training.distiller import Batch, Distiller, Losses, Progress
+from diffusion.consensus import (
+    ConsensusConfig,
+    attention,
+    feature_loss,
+    gate,
+    head_loss,
+    observations,
+    output_loss,
+    similarity,
+)
+from diffusion.dit.convert import metadata
+from diffusion.dit.gaussian import LinearSchedule, split
+from diffusion.dit.model import DiT
+
+Map = Literal["tokens", "final_norm"]
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What the student learns besides ADM; the defaults are what this project decided, for the paper is silent.
+
+    Args:
+        task_weight: of its own task, the noise's error and the variational bound; 0 is pure imitation, which leaves the
+            variance where it starts, halfway between its bounds, unless ``sigma`` is on.
+        weight: lambda, of the squared difference from the teacher's output.
+        sigma: that difference, and ADM's, over all channels; else over those of the noise alone.
+    """
+
+    task_weight: float = 1.0
+    weight: float = 1.0
+    sigma: bool = False
+
+    def __post_init__(self) -> None:
+        require_not_negative("distill", task_weight=self.task_weight, weight=self.weight)
+        if self.task_weight == self.weight == 0:
+            raise InputError(
+                "distill.task_weight and distill.weight are both 0: the student would have nothing to learn"
+            )
+
+
+@dataclass(frozen=True)
+class ADMConfig(ConsensusConfig):
+    """ADM of a DiT student: consensus on the maps of both networks' last tokens, a token's weight for all its pixels.
+
+    Args:
+        map: "tokens" are those after the last block (default), "final_norm" the same after the last norm with its
+            modulation, which is what the last linear map reads.
+        beta: weight of the divergence loss, which trains the teacher where that learns too (``--teacher online``).
+        gamma: weight of the feature loss between the maps (Eq. 5); the paper uses none here.
+    """
+
+    map: Map = "tokens"
+    beta: float = 1.0
+    gamma: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_not_negative("adm", beta=self.beta, gamma=self.gamma)
+        if self.form == "classifier":
+            raise InputError("adm.form classifier compares images, of which a DiT sees none: output, head or feature")
+        if self.form == "head" and self.map == "tokens":
+            raise InputError(
+                "adm.form head needs --adm.map final_norm: the norm behind the last block takes off every weight that "
+                "a token gets there"
+            )
+
+
+class Seen(NamedTuple):
+    """What a network makes of a batch."""
+
+    output: Tensor
+    """``[B, 2C, H, W]``, float32 at least."""
+    map: Tensor | None
+    """``[B, D, h, w]``, where ADM compares it."""
+
+
+class DiTDistiller(Distiller):
+    """One run: with a teacher the student imitates it, with ADM it does so by Eq. 7; without, a network learns alone.
+
+    The student minimises, with o and y* the noise that it and the teacher predict, and the gate ``g_i = [t_i < 400]``,
+
+        task_weight (mean (o - eps)^2 + L_vlb) + weight mean (o - y*)^2 + alpha/B sum_i g_i mean (A_i (o_i - y*_i)^2)
+
+    A teacher that learns too minimises ``mean (y* - eps)^2 + L_vlb + beta/B sum_i g_i mean (A'_i (y*_i - eps_i)^2)``
+    with Eq. 8's attention A'. Otherwise it is fixed and runs under no_grad. phi, where the widths differ, learns by the
+    mean squared difference of the two maps, both detached, at every step. None of them sends another a gradient.
+
+    Args: the networks, whose inputs and classes are alike; whether the teacher learns; ADM's options or None;
+        label_dropout: share of labels that are replaced by the null label, for both networks alike; ema: constant decay
+        of the moving average of each learning network, which lives in ``averages``; learning rate and weight decay of
+        AdamW.
+    """
+
+    def __init__(
+        self,
+        student: DiT,
+        teacher: DiT | None = None,
+        *,
+        online: bool = False,
+        distill: DistillConfig | None = None,
+        adm: ADMConfig | None = None,
+        label_dropout: float = 0.1,
+        ema: float = 0.9999,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.schedule = LinearSchedule()
+        self.distill, self.adm, self.online = distill or DistillConfig(), adm, online
+        self.label_dropout, self.ema, self.lr, self.weight_decay = label_dropout, ema, lr, weight_decay
+        networks = {"student": student}
+        if teacher is not None:
+            networks = {"teacher": teacher if online else teacher.requires_grad_(False), **networks}
+        self.networks = nn.ModuleDict(networks)
+        self.adapter = Adapter(student.width, teacher.width) if adm is not None and teacher is not None else None
+        averages = {role: copy.deepcopy(network).requires_grad_(False) for role, network in self.trained().items()}
+        self.averages = nn.ModuleDict(averages)
+        self.step = 0  # optimiser steps done, for the name of what is exported
+        self.train()
+
+    def train(self, mode: bool = True) -> DiTDistiller:
+        super().train(mode)
+        self.averages.eval()
+        if "teacher" in self.networks and not self.online:
+            self.networks["teacher"].eval()
+        return self
+
+    def before_step(self, batch: Batch, progress: Progress) -> Batch:
+        image, label = batch["image"], batch["label"]
+        dropped = torch.rand(len(label), device=label.device) < self.label_dropout
+        label = label.masked_fill(dropped, self._network("student").classes)
+        t = torch.randint(self.schedule.timesteps, (len(image),), device=image.device)
+        return {**batch, "label": label, "t": t, "noise": torch.randn_like(image)}
+
+    def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
+        x, noise, t, label = batch["image"], batch["noise"], batch["t"], batch["label"]
+        z = self.schedule.noisy(x, noise, t)
+
+        def task(output: Tensor) -> dict[str, Tensor]:
+            eps, v = split(output)
+            bound = self.schedule.variational_bound(eps, v, x, z, t)
+            return {"mse": F.mse_loss(eps, full_precision(noise)), "vlb": bound.mean()}
+
+        if "teacher" not in self.networks:
+            return {"student": task(self._see("student", z, t, label).output)}, {}
+        losses: Losses = {}
+        with torch.set_grad_enabled(self.online and torch.is_grad_enabled()):
+            teacher = self._see("teacher", z, t, label)
+            if self.online:
+                losses["teacher"] = task(teacher.output)
+        student = self._see("student", z, t, label)
+        own: dict[str, Tensor] = {}
+        if self.distill.task_weight > 0:
+            own = {name: self.distill.task_weight * value for name, value in task(student.output).items()}
+        if self.distill.weight > 0:
+            o, y = self._imitated(student.output), self._imitated(teacher.output)
+            own["distill"] = self.distill.weight * F.mse_loss(o, y.detach())
+        losses["student"] = own
+        return losses, {} if self.adm is None else self._add_adm(losses, student, teacher, noise, t)
+
+    def _see(self, role: str, z: Tensor, t: Tensor, label: Tensor) -> Seen:
+        network = self._network(role)
+        if self.adm is None:
+            return Seen(full_precision(network(z, t, label)), None)
+        tokens, c = network.forward_map(z, t, label)
+        normed = network.final_norm(tokens, c)
+        compared = tokens if self.adm.map == "tokens" else normed
+        return Seen(full_precision(network.forward_linear(normed)), compared)
+
+    def _imitated(self, output: Tensor) -> Tensor:
+        return output if self.distill.sigma else split(output)[0]
+
+    def _add_adm(self, losses: Losses, student: Seen, teacher: Seen, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """Adds ADM's losses to each network's; returns what to log."""
+        assert self.adm is not None and self.adapter is not None
+        assert student.map is not None and teacher.map is not None
+        opened = gate(t, self.adm.gate * self.schedule.timesteps)
+        projected = self.adapter(student.map.detach())
+        s = similarity(projected, teacher.map, self.adm.centre)
+        if self.adm.alpha > 0:
+            a = attention(s, self.adm.attention)
+            losses["student"]["consensus"] = self.adm.alpha * self._consensus(student, teacher, a, opened)
+        if self.adm.gamma > 0:
+            losses["student"]["feature"] = self.adm.gamma * map_loss(student.map, teacher.map, self.adapter)
+        if self.adapter.conv is not None:
+            target = full_precision(teacher.map.detach())
+            losses["student"]["phi"] = F.mse_loss(full_precision(projected), target)
+        if self.online and self.adm.beta > 0:
+            a = attention(s, self.adm.attention, divergence_attention)
+            divergence = output_loss(split(teacher.output)[0], noise, a, opened)
+            losses["teacher"]["divergence"] = self.adm.beta * divergence
+        return observations(s, opened)
+
+    def _consensus(self, student: Seen, teacher: Seen, a: Tensor, opened: Tensor) -> Tensor:
+        assert self.adm is not None and self.adapter is not None
+        assert student.map is not None and teacher.map is not None
+        if self.adm.form == "output":
+            return output_loss(self._imitated(student.output), self._imitated(teacher.output), a, opened)
+        if self.adm.form == "feature":
+            return feature_loss(self.adapter(student.map, frozen=True), teacher.map, a, opened)
+
+        def head(role: str) -> Any:
+            return lambda normed: self._imitated(self._network(role).forward_linear(normed))
+
+        return head_loss(student.map, teacher.map, head("student"), head("teacher"), a, opened)
+
+    def _network(self, role: str) -> DiT:
+        return cast(DiT, self.networks[role])
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        extra = {"student": [] if self.adapter is None else list(self.adapter.parameters())}
+        return [
+            {
+                "params": [p for p in network.parameters() if p.requires_grad] + extra.get(role, []),
+                "lr": self.lr,
+                "weight_decay": self.weight_decay,
+            }
+            for role, network in self.trained().items()
+        ]
+
+    @torch.no_grad()
+    def after_step(self, batch: Batch, progress: Progress) -> None:
+        averages: list[Tensor] = list(self.averages.parameters())
+        weights: list[Tensor] = [p for role in self.averages for p in self.networks[role].parameters()]
+        torch._foreach_lerp_(averages, weights, 1.0 - self.ema)
+        self.step = progress.step + 1
+
+    def export(self, role: str) -> DiT:
+        """The moving average: what is evaluated, and what serves as a teacher."""
+        return cast(DiT, self.averages[role])
+
+    def metadata(self, role: str) -> dict[str, str]:
+        return {"role": role, **metadata(self._network(role))}

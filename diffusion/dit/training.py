@@ -1,0 +1,169 @@
+"""What ``diffusion/tools/train.py dit`` does once the command line is read."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import InputError
+from core.training.command import DONE, INTERRUPTED
+from core.training.fit import durations, fit, make_accelerator
+from core.training.run import RunFolder, is_main_process
+from core.training.schedule import ScheduleConfig, make_schedule
+from core.training.seed import seed_everything
+from diffusion.dit.config import FREE_KEYS, DiTTrainingConfig, teacher_path
+from diffusion.dit.convert import check_dit, load_dit, save_dit
+from diffusion.dit.data import LabelledData, LabelledLoader, load_labelled
+from diffusion.dit.distiller import DiTDistiller
+from diffusion.dit.model import DiT
+from diffusion.timing import seconds_a_step
+
+
+def train(config: DiTTrainingConfig) -> int:
+    """Trains, or resumes a run that was cut off; returns the exit code.
+
+    Every ``fit.evaluate_every`` steps and at the end, the moving average of each network that learns is exported to
+    ``<out>/export/step-<steps>/<role>``.
+    Raises: InputError, TrainingError.
+    """
+    run = RunFolder(config.out, config.resolved(), main=is_main_process(), free=FREE_KEYS)
+    if run.finished:
+        run.log(f"{run.path} is finished; its results are in {run.path / 'summary.json'}")
+        return DONE
+    data = load_labelled(config.data)
+    distiller = make_distiller(config, data)
+    accelerator = make_accelerator(config.fit, run)
+    allow_tf32(config, accelerator)
+    loader = make_loader(config, data, accelerator)
+    steps, _ = durations(config.fit, len(loader))
+    seed_everything(config.seed, "training", accelerator.process_index)
+    result = fit(
+        distiller,
+        loader,
+        optimizer=torch.optim.AdamW,
+        schedule=make_schedule(ScheduleConfig("constant"), steps / len(loader)),
+        config=config.fit,
+        run=run,
+        accelerator=accelerator,
+        evaluate=lambda: export(distiller, data, run),
+        summary={
+            "method": config.method,
+            "seed": config.seed,
+            "networks": {role: {"parameters": count(network)} for role, network in distiller.networks.items()},
+        },
+        progress_bar=config.progress_bar,
+    )
+    accelerator.end_training()
+    return DONE if result["status"] == "finished" else INTERRUPTED
+
+
+def make_distiller(config: DiTTrainingConfig, data: LabelledData) -> DiTDistiller:
+    """All networks before the first step. Raises: InputError where the teacher does not fit student or data."""
+    seed_everything(config.seed, "student")
+    student = DiT(config.student, data.channels, data.size, data.classes)
+    teacher = None
+    if config.online:
+        seed_everything(config.seed, "teacher")
+        teacher = DiT(config.teacher_network, data.channels, data.size, data.classes)
+    elif config.teacher is not None:
+        teacher = load_teacher(config.teacher, data, student.patch)
+    for network in (student, teacher) if config.online else (student,):
+        assert network is not None
+        network.gradient_checkpointing = config.gradient_checkpointing
+    return DiTDistiller(
+        student,
+        teacher,
+        online=config.online,
+        distill=config.distill,
+        adm=config.adm if config.method == "mse+adm" else None,
+        label_dropout=config.label_dropout,
+        ema=config.ema,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+    )
+
+
+def load_teacher(given: str, data: LabelledData, patch: int) -> DiT:
+    """The fixed teacher. Raises: InputError where it is for other latents, classes, or patches than the student's."""
+    path, name = teacher_path(given), f"--teacher {given}"
+    teacher = load_dit(path)
+    check_dit(teacher, name, data.channels, data.size, data.classes, patch)
+    if not teacher.learn_sigma:
+        raise InputError(f"{name} predicts no variance (learn_sigma), which the student's loss compares")
+    about = path.parent / "adm.json"  # beside diffusers' own folder, in what this command exports
+    if about.is_file() and (scale := json.loads(about.read_text()).get("latent_scale")) != data.latent_scale:
+        raise InputError(f"{name} was trained on latents of scale {scale}, the data have {data.latent_scale}")
+    return teacher
+
+
+def make_loader(config: DiTTrainingConfig, data: LabelledData, accelerator: Any) -> LabelledLoader:
+    """This process's batches. Raises: InputError for an unfitting batch size."""
+    parts = config.batch_size // max(accelerator.num_processes, 1)
+    if parts < config.fit.accumulate:
+        raise InputError(f"batch_size {config.batch_size} cannot be cut into {config.fit.accumulate} parts a process")
+    return LabelledLoader(
+        data,
+        config.batch_size,
+        flip=config.data.flips,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        device=accelerator.device,
+    )
+
+
+def export(distiller: DiTDistiller, data: LabelledData, run: RunFolder) -> dict[str, float]:
+    """Writes the moving averages as folders of this step; nothing to log."""
+    averages = {role: distiller.export(role) for role in distiller.trained()}
+    # Diverged: fit stops at the checkpoint that follows, and names the loss.
+    finite = all(bool(p.isfinite().all()) for network in averages.values() for p in network.parameters())
+    if run.main and finite:
+        for role, network in averages.items():
+            folder = export_folder(run.path, distiller.step) / role
+            save_dit(folder, network, step=distiller.step, latent_scale=data.latent_scale)
+    return {}
+
+
+def export_folder(run: Path, step: int) -> Path:
+    """Where a run leaves the networks of a step, by role."""
+    return run / "export" / f"step-{step:08d}"
+
+
+def count(network: torch.nn.Module) -> int:
+    """Its parameters, fixed ones too."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def allow_tf32(config: DiTTrainingConfig, accelerator: Any) -> None:
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+
+
+def dry_run(config: DiTTrainingConfig) -> int:
+    """Prints the resolved config, the networks and a time estimate from a few real steps. Raises: InputError."""
+    import yaml
+
+    print(yaml.safe_dump(json.loads(json.dumps(config.resolved(), default=str)), sort_keys=False))
+    data = load_labelled(config.data)
+    distiller = make_distiller(config, data)
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = make_accelerator(config.fit, folder)
+    allow_tf32(config, accelerator)
+    loader = make_loader(config, data, accelerator)
+    steps, _ = durations(config.fit, len(loader))
+    for role, network in distiller.networks.items():
+        width, depth, heads, patch = network.config.resolved()  # type: ignore[operator, union-attr]
+        print(
+            f"{role}: {count(network):,} parameters{'' if role in distiller.trained() else ', fixed'}; {depth} blocks "
+            f"of width {width} with {heads} heads, patches of {patch} x {patch}"
+        )
+    if distiller.adapter is not None:
+        print(f"adapter (phi): {count(distiller.adapter):,} parameters")
+    seconds = seconds_a_step(distiller, loader, torch.optim.AdamW, accelerator)
+    print(f"{len(loader):,} steps an epoch, {steps:,} in all; {seconds:.3f} s a step on {accelerator.device}")
+    print(f"estimate: {steps * seconds / 3600:.2f} hours, evaluation not counted")
+    return DONE
