@@ -14,7 +14,7 @@ from classification.methods import METHODS, ADMConfig, Method, parse_method
 from classification.methods.base import NoOptions
 from classification.networks.pretrained import file_hash, find_weights
 from core.errors import InputError
-from core.training.command import parse
+from core.training.command import parse, train_parser
 from core.training.fit import FitConfig
 from core.training.run import flatten
 from core.training.schedule import ScheduleConfig
@@ -132,22 +132,14 @@ class Command:
 
 def make_parser(prog: str | None = None, task: Task = ONLINE) -> Any:
     """The parser of ``<task>/tools/train.py``."""
-    from jsonargparse import SUPPRESS, ArgumentParser
+    from jsonargparse import SUPPRESS
 
     epilog = f"Methods: {', '.join(task.methods)}; each alone or with +adm."
-    parser = ArgumentParser(
-        prog=prog, description=task.description, epilog=epilog, exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_argument("--config", action="config", help="a recipe or a run's config.yaml; later flags override it")
+    parser = train_parser(task.config, prog, task.description, epilog)
     parser.add_argument("--task", choices=[task.name], default=task.name, help=SUPPRESS)  # a run's config.yaml says it
-    parser.add_class_arguments(task.config)
     for name, method in task.methods.items():
         if method.Options is not NoOptions:
             parser.add_argument(f"--{name}", type=method.Options, default=method.Options())
-    parser.add_argument(
-        "--dry-run", "--dry_run", dest="dry_run", action="store_true",
-        help="print the resolved config, the networks and a time estimate from a few real steps; train nothing",
-    )  # fmt: skip
     return parser
 
 

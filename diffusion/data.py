@@ -142,6 +142,12 @@ def open_image(file: Path) -> Image:
         raise InputError(f"cannot decode {file}: broken or no image; replace or delete it") from error
 
 
+def check_parts(batch_size: int, processes: int, accumulate: int) -> None:
+    """Raises: InputError where a process has fewer images of a step than parts to take one after the other."""
+    if batch_size // processes < accumulate:
+        raise InputError(f"batch_size {batch_size} cannot be cut into {accumulate} parts a process")
+
+
 class Shuffled:
     """The order of a loader's batches, and where it stands in it. The short last batch of an epoch is left out.
 

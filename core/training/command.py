@@ -79,6 +79,24 @@ def run_command(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+def train_parser(config: type, prog: str | None = None, description: str | None = None, epilog: str = "") -> Any:
+    """The jsonargparse parser of a ``train.py``: all of a typed config, ``--config`` with a recipe, ``--dry-run``.
+
+    ``description``: the first line of the config's docstring unless given.
+    """
+    from jsonargparse import ArgumentParser
+
+    about = description or (config.__doc__ or "").partition("\n")[0]
+    parser = ArgumentParser(prog=prog, description=about, epilog=epilog, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a recipe or a run's config.yaml; later flags override it")
+    parser.add_class_arguments(config)
+    parser.add_argument(
+        "--dry-run", "--dry_run", dest="dry_run", action="store_true",
+        help="print the resolved config, the networks and a time estimate from a few real steps; train nothing",
+    )  # fmt: skip
+    return parser
+
+
 def parse(parser: Any, argv: Sequence[str] | None = None, nested: Sequence[str] = ()) -> Any:
     """Parses and instantiates with a jsonargparse parser made with ``exit_on_error=False``.
 

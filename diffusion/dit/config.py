@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.errors import InputError
-from core.training.command import parse
+from core.training.command import parse, train_parser
 from core.training.fit import FitConfig
 from diffusion.dit.convert import find_transformer
 from diffusion.dit.data import LabelledConfig
@@ -148,24 +148,9 @@ def weight_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for kind in WEIGHTS for file in path.glob(kind))
 
 
-def make_parser(prog: str | None = None) -> Any:
-    """The parser of ``diffusion/tools/train.py dit``."""
-    from jsonargparse import ArgumentParser
-
-    doc = (DiTTrainingConfig.__doc__ or "").partition("\n")[0]
-    parser = ArgumentParser(prog=prog, description=doc, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a recipe or a run's config.yaml; later flags override it")
-    parser.add_class_arguments(DiTTrainingConfig)
-    parser.add_argument(
-        "--dry-run", "--dry_run", dest="dry_run", action="store_true",
-        help="print the resolved config, the networks and a time estimate from a few real steps; train nothing",
-    )  # fmt: skip
-    return parser
-
-
 def parse_command(argv: Sequence[str], prog: str | None = None) -> tuple[DiTTrainingConfig, bool]:
     """(the config, whether it is a dry run). Raises: InputError for anything wrong with the command line."""
-    cfg = parse(make_parser(prog), argv).as_dict()
+    cfg = parse(train_parser(DiTTrainingConfig, prog), argv).as_dict()
     dry_run = cfg.pop("dry_run")
     cfg.pop("config", None)
     config = DiTTrainingConfig(**cfg)

@@ -15,6 +15,7 @@ from core.training.fit import durations, fit, make_accelerator
 from core.training.run import RunFolder, is_main_process
 from core.training.schedule import ScheduleConfig, make_schedule
 from core.training.seed import seed_everything
+from diffusion.data import check_parts
 from diffusion.dit.config import FREE_KEYS, DiTTrainingConfig, teacher_path
 from diffusion.dit.convert import check_dit, load_dit, save_dit
 from diffusion.dit.data import LabelledData, LabelledLoader, load_labelled
@@ -102,9 +103,7 @@ def load_teacher(given: str, data: LabelledData, patch: int) -> DiT:
 
 def make_loader(config: DiTTrainingConfig, data: LabelledData, accelerator: Any) -> LabelledLoader:
     """This process's batches. Raises: InputError for an unfitting batch size."""
-    parts = config.batch_size // max(accelerator.num_processes, 1)
-    if parts < config.fit.accumulate:
-        raise InputError(f"batch_size {config.batch_size} cannot be cut into {config.fit.accumulate} parts a process")
+    check_parts(config.batch_size, accelerator.num_processes, config.fit.accumulate)
     return LabelledLoader(
         data,
         config.batch_size,

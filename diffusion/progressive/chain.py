@@ -22,7 +22,7 @@ from core.training.run import RunFolder, is_main_process
 from core.training.schedule import Schedule, ScheduleConfig, make_schedule
 from core.training.seed import seed_everything
 from diffusion.consensus import load_classifier
-from diffusion.data import ImageLoader, load_images
+from diffusion.data import ImageLoader, check_parts, load_images
 from diffusion.progressive.config import FREE_KEYS, ProgressiveConfig
 from diffusion.progressive.distiller import BaseDistiller, Denoiser, ProgressiveDistiller
 from diffusion.progressive.network import (
@@ -194,9 +194,7 @@ def _round(config: ProgressiveConfig, images: Tensor, label: int | str, make: Ca
 
 def make_loader(config: ProgressiveConfig, images: Tensor, accelerator: Any, label: int | str) -> ImageLoader:
     """This process's batches, in an order of the round's own. Raises: InputError for an unfitting batch size."""
-    parts = config.batch_size // max(accelerator.num_processes, 1)
-    if parts < config.fit.accumulate:
-        raise InputError(f"batch_size {config.batch_size} cannot be cut into {config.fit.accumulate} parts a process")
+    check_parts(config.batch_size, accelerator.num_processes, config.fit.accumulate)
     return ImageLoader(
         images,
         config.batch_size,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.errors import InputError, require_not_negative, require_positive
-from core.training.command import parse
+from core.training.command import parse, train_parser
 from core.training.fit import FitConfig
 from diffusion.data import DataConfig
 from diffusion.progressive.distiller import ADMConfig
@@ -181,24 +181,9 @@ def check_chain(chain: Sequence[int], timesteps: int) -> None:
         raise InputError(f"chain {list(chain)}: {chain[0]} steps do not divide the schedule's {timesteps} times")
 
 
-def make_parser(prog: str | None = None) -> Any:
-    """The parser of ``diffusion/tools/train.py progressive``."""
-    from jsonargparse import ArgumentParser
-
-    doc = (ProgressiveConfig.__doc__ or "").partition("\n")[0]
-    parser = ArgumentParser(prog=prog, description=doc, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a recipe or a run's config.yaml; later flags override it")
-    parser.add_class_arguments(ProgressiveConfig)
-    parser.add_argument(
-        "--dry-run", "--dry_run", dest="dry_run", action="store_true",
-        help="print the resolved config, the network and a time estimate from a few real steps; train nothing",
-    )  # fmt: skip
-    return parser
-
-
 def parse_command(argv: Sequence[str], prog: str | None = None) -> tuple[ProgressiveConfig, bool]:
     """(the config, whether it is a dry run). Raises: InputError for anything wrong with the command line."""
-    cfg = parse(make_parser(prog), argv).as_dict()
+    cfg = parse(train_parser(ProgressiveConfig, prog), argv).as_dict()
     dry_run = cfg.pop("dry_run")
     cfg.pop("config", None)
     config = ProgressiveConfig(**cfg)

@@ -149,7 +149,7 @@ def test_what_a_run_logs(whole: Path, online: Path, teacher: Path) -> None:
         assert [row["step"] for row in rows] == ([2, 4] if run == teacher else [2, 4, 6, 8, 9])
         for row in rows:
             assert {k for k in row if k.partition("/")[0] in ("student", "teacher")} == wanted
-            assert row["lr"] == 1e-3  # constant
+            assert row["lr"] == 2e-3  # constant
             assert ("adm/active" in row) == (run != teacher)
         summary = json.loads((run / "summary.json").read_text())
         assert summary["status"] == "finished" and summary["step"] == rows[-1]["step"]
