@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
-from core.training.checkpoint import LAST
+from core.training.checkpoint import LAST, files_hash
 
 
 def find_weights(place: str | Path, role: str, architecture: str) -> Path:
@@ -70,16 +69,13 @@ def check_weights(file: Path, role: str, architecture: str, num_classes: int, sh
 
 def file_hash(file: Path, expected: str | None = None) -> str:
     """The SHA-256 of a file. Raises: InputError where it is not the ``expected`` one (the file has changed)."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    if expected is not None and digest.hexdigest() != expected:
+    found = files_hash([file])
+    if expected is not None and found != expected:
         raise InputError(
-            f"{file} is not the weight file on record: its SHA-256 is {digest.hexdigest()[:12]}..., and not "
+            f"{file} is not the weight file on record: its SHA-256 is {found[:12]}..., and not "
             f"{expected[:12]}...: put that file back, or start a new run"
         )
-    return digest.hexdigest()
+    return found
 
 
 def metadata_of(file: Path) -> dict[str, Any]:

@@ -6,10 +6,11 @@ exact resume needs, loadable with ``weights_only=True``); ``last`` and ``best`` 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ from core.errors import InputError, TrainingError, first_line
 
 LAST, BEST = "last", "best"
 _PENDING = ".writing"
+
+
+def files_hash(files: Iterable[Path]) -> str:
+    """SHA-256 of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

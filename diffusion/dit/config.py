@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from core.errors import InputError
+from core.training.checkpoint import files_hash
 from core.training.command import parse, train_parser
 from core.training.fit import FitConfig
 from diffusion.dit.convert import find_transformer
@@ -124,12 +124,7 @@ class DiTTrainingConfig:
     def _teacher_hash(self) -> str | None:
         if self.teacher is None or self.online:
             return None
-        digest = hashlib.sha256()
-        for file in weight_files(teacher_path(self.teacher)):
-            with open(file, "rb") as opened:
-                while chunk := opened.read(1 << 20):
-                    digest.update(chunk)
-        found = digest.hexdigest()
+        found = files_hash(weight_files(teacher_path(self.teacher)))
         if self.teacher_sha256 not in (None, found):
             raise InputError(f"the weights in {self.teacher} are not those that the run began with")
         return found

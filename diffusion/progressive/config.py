@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.errors import InputError, require_not_negative, require_positive
+from core.training.checkpoint import files_hash
 from core.training.command import parse, train_parser
 from core.training.fit import FitConfig
 from diffusion.data import DataConfig
@@ -160,11 +160,10 @@ class ProgressiveConfig:
     def _teacher_hash(self) -> str | None:
         if self.teacher is None:
             return None
-        files = sorted(Path(self.teacher).glob("diffusion_pytorch_model*"))
-        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-        if self.teacher_sha256 not in (None, digest):
+        found = files_hash(sorted(Path(self.teacher).glob("diffusion_pytorch_model*")))
+        if self.teacher_sha256 not in (None, found):
             raise InputError(f"the weights in {self.teacher} are not those that the run began with")
-        return digest
+        return found
 
 
 def check_chain(chain: Sequence[int], timesteps: int) -> None:
