@@ -1,6 +1,7 @@
 """Measures what ADM and the training loop cost, as ratios: both sides in one process and in turn (A B, B A, A B, ...).
 
     python tools/benchmark.py --rows step_resnet32x4_8x4 loader --out runs/benchmark
+    python tools/benchmark.py --compare runs/benchmark-before/benchmark.json
 
 Writes ``benchmark.json`` and ``benchmark.png`` into the folder and prints the table. Seconds of different machines or
 runs do not compare, the median of paired ratios does. A step is forward, backward and SGD. Memory is the largest sum of
@@ -15,6 +16,7 @@ import contextlib
 import importlib.util
 import io
 import itertools
+import json
 import os
 import statistics
 import tempfile
@@ -36,7 +38,20 @@ from core.training.command import run_command
 from core.training.distiller import Batch, Distiller, Losses, Progress
 from offline_kd.methods import METHODS as OFFLINE_METHODS
 from tools import dense_rows, diffusion_rows
-from tools.ratios import HEADER, Row, Values, cuda_seconds, draw, line, paired, peak_bytes, ratios, seconds, summary
+from tools.ratios import (
+    HEADER,
+    Row,
+    Values,
+    changes,
+    cuda_seconds,
+    draw,
+    line,
+    paired,
+    peak_bytes,
+    ratios,
+    seconds,
+    summary,
+)
 
 EPOCH = 391  # steps of a CIFAR epoch at batch 128, after which fit() saves a checkpoint and draws the curves
 MEAN_STD = ((0.5,) * 3, (0.25,) * 3)
@@ -408,12 +423,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all cores)")
     clock = "cpu counts processor time, for a machine that others use too (loader, loop_...: always wall)"
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=clock)
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="an earlier benchmark.json: says what got slower")
     return parser
 
 
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier benchmark.json. Raises: InputError where it is none."""
+    try:
+        rows = json.loads(file.read_text())["rows"]
+        if all({"row", "median", "interval", "on"} <= row.keys() for row in rows):
+            return rows
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(f"--compare {file} is no benchmark.json of an earlier run")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code. Raises: InputError for an unknown row or a count below 1."""
+    """Returns the exit code. Raises: InputError for an unknown row, a count below 1, or nothing to compare with."""
     args = make_parser().parse_args(argv)
+    before = None if args.compare is None else read_rows(args.compare)
     rows = {**ROWS, **GPU_ROWS}
     for name in args.rows or ():
         if name not in rows:
@@ -437,6 +465,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line(results[-1]), flush=True)
         save_json({**said, "rows": results}, args.out / "benchmark.json")
     draw(results, args.out / "benchmark.png")
+    if before is not None:
+        print(f"\nagainst {args.compare}:", *changes(results, before), sep="\n")
     return 0
 
 

@@ -135,6 +135,33 @@ def line(result: Mapping[str, Any]) -> str:
     return LINE.format(result["row"], f"{result['median']:.4g}", *spans, target, reached, result["on"])
 
 
+CHANGE = "{:<30} {:>8} {:>8}  {:<9}  {}"
+
+
+def changes(results: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What became of earlier results, as lines: of each row that both have, whether it got slower (or heavier).
+
+    It did where the whole interval of the median lies on the worse side of the earlier one. Rows that were measured on
+    other sizes are named and not judged.
+    """
+    known = {row["row"]: row for row in before}
+    lines = [CHANGE.format("row", "before", "now", "change", "")]
+    for row in results:
+        if (old := known.get(row["row"])) is None:
+            continue
+        on, once = (r["on"].rpartition(", ")[0] for r in (row, old))
+        (low, high), (old_low, old_high) = row["interval"], old["interval"]
+        worse, better = (low > old_high, high < old_low) if not row["at_least"] else (high < old_low, low > old_high)
+        verdict = "slower" if worse else "faster" if better else "no difference that shows"
+        if row["what"].startswith("peak memory"):
+            verdict = {"slower": "more memory", "faster": "less memory"}.get(verdict, verdict)
+        if on != once:
+            verdict = f"measured on other sizes before: {once}"
+        change = f"{100 * (row['median'] / old['median'] - 1):+.1f} %"
+        lines.append(CHANGE.format(row["row"], f"{old['median']:.4g}", f"{row['median']:.4g}", change, verdict))
+    return lines if len(lines) > 1 else ["no row of these was measured before"]
+
+
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A panel a row: median, quartiles (thick), 95 % interval (thin), target (dashed, green on its good side)."""
     from matplotlib.figure import Figure

@@ -1,8 +1,9 @@
 """Trains teacher and student together on one data set, with one method of the paper.
 
-    python classification/tools/train.py --config classification/recipes/cifar100.yaml --method dml+adm --out runs/x
+    python classification/tools/train.py --config classification/recipes/cifar100.yaml --method dml+adm \
+        --out runs/dml+adm
 
-The same command again resumes where the run stopped. Several processes: `accelerate launch` or `torchrun` before it.
+The same command again resumes where the run stopped. Several processes: `accelerate launch` or `torchrun` for `python`.
 """
 
 from __future__ import annotations

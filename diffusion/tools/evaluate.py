@@ -6,8 +6,8 @@
     python diffusion/tools/evaluate.py --images generated/ --real data/cifar10-png/
 
 Of a DiT's run it scores every exported iteration, with guidance and without. Several processes: `accelerate launch` or
-`torchrun` before it; the images are the same whatever their number. The results are written after each network, and the
-same command again goes on with those that are missing.
+`torchrun` for `python`; the images are the same whatever their number. The results are written after each network, and
+the same command again goes on with those that are missing.
 """
 
 from __future__ import annotations

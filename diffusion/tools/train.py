@@ -5,7 +5,7 @@
 
 `progressive` halves the sampling steps of one (Table 6), `dit` distils a diffusion transformer into a smaller one
 (Table 7). The same command again resumes where the run stopped. Several processes: `accelerate launch` or `torchrun`
-before it.
+for `python`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Trains a student with a fixed, pre-trained teacher on one data set, with one offline method.
 
-    python offline_kd/tools/train.py --config offline_kd/recipes/cifar100.yaml --networks.teacher.weights FILE \
-        --method kd+adm --out runs/x
+    python offline_kd/tools/train.py --config offline_kd/recipes/cifar100.yaml --networks.teacher.weights runs/teacher \
+        --method kd+adm --out runs/kd+adm
 
-The same command again resumes where the run stopped. Several processes: `accelerate launch` or `torchrun` before it.
+The same command again resumes where the run stopped. Several processes: `accelerate launch` or `torchrun` for `python`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python segmentation/tools/train.py segmentation/configs/deeplabv3_camvid.py --method dml+adm --out runs/x
 
-The same command again resumes where the run stopped. Several processes: `torchrun --nproc_per_node 4` before it.
+The same command again resumes where the run stopped. Several processes: `torchrun --nproc_per_node 4` for `python`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from core.errors import InputError
 from tools import benchmark
-from tools.ratios import Row, interval, line, paired, peak_bytes, ratios, summary
+from tools.ratios import Row, changes, interval, line, paired, peak_bytes, ratios, summary
 
 KEYS = {
     "row", "what", "unit", "target", "at_least", "median", "quartiles", "interval", "reached", "certain", "pairs", "on",
@@ -141,7 +141,49 @@ def test_variants_of_a_gpu_run_on_the_cpu_too(tmp_path: Path, threads: None) -> 
     assert all(row["target"] is None and row["reached"] is None and row["median"] > 0 for row in rows)
 
 
+def test_changes_say_what_got_slower() -> None:
+    def row(name: str, low: float, high: float, at_least: bool = False, size: str = "batch 2") -> dict:
+        made = Row("peak memory" if name == "memory" else "time", lambda _: ([], ""), at_least=at_least)
+        return summary(name, made, [low, (low + high) / 2, high], f"{size}, 1 : 2 ms a step")
+
+    before = [
+        row("slower", 1.0, 1.1), row("faster", 1.0, 1.1), row("same", 1.0, 1.1), row("rate", 0.9, 1.0, True),
+        row("memory", 1.0, 1.1), row("other", 1.0, 1.1), row("gone", 1.0, 1.1),
+    ]  # fmt: skip
+    now = [
+        row("slower", 1.2, 1.3), row("faster", 0.8, 0.9), row("same", 1.05, 1.2), row("rate", 0.6, 0.7, True),
+        row("memory", 1.2, 1.3), row("other", 1.2, 1.3, size="batch 4"), row("new", 1.0, 1.1),
+    ]  # fmt: skip
+    head, *lines = changes(now, before)
+    said = {text.split()[0]: text for text in lines}
+    assert head.split() == ["row", "before", "now", "change"] and set(said) == {r["row"] for r in before} - {"gone"}
+    assert said["slower"].split()[1:] == ["1.05", "1.25", "+19.0", "%", "slower"]
+    for name, verdict in (
+        ("faster", "faster"),
+        ("same", "no difference that shows"),
+        ("rate", "slower"),
+        ("memory", "more memory"),
+        ("other", "measured on other sizes before: batch 2"),
+    ):
+        assert said[name].endswith(verdict), name
+    assert changes(now, []) == ["no row of these was measured before"]
+
+
+def test_a_run_compares_itself_with_an_earlier_one(
+    tmp_path: Path, threads: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--quick", "--pairs", "2", "--threads", "1", "--device", "cpu", "--rows", "fit_overhead_ms", "--out"]
+    assert benchmark.main([*words, str(tmp_path / "a")]) == 0
+    capsys.readouterr()
+    assert benchmark.main([*words, str(tmp_path / "b"), "--compare", str(tmp_path / "a/benchmark.json")]) == 0
+    assert "against " in capsys.readouterr().out.splitlines()[-3]
+
+
 def test_wrong_input_is_named(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"rows": [{"row": "loader"}]}')
+    for file in ("other.json", "absent.json"):
+        with pytest.raises(InputError, match=rf"--compare .*{file} is no benchmark.json"):
+            benchmark.main(["--compare", str(tmp_path / file), "--out", str(tmp_path)])
     with pytest.raises(InputError, match="did you mean 'loader'"):
         benchmark.main(["--rows", "loadr", "--out", str(tmp_path)])
     with pytest.raises(InputError, match="at least 1"):
