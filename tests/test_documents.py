@@ -37,24 +37,28 @@ NOT_RUN = {
     "python -m pytest": "the tests themselves",
     "ruff": "`make test` and `make lint` are called as they are",
     "mypy": "`make lint` is called as it is",
+    "python classification/tools/visualize.py runs/dml+adm --checkpoint all --boxes": "digits have no boxes; that of "
+    "docs/results.md is run",
 }
 # What is put behind a command, by what it says, so that it takes seconds and needs no download. All that match are.
 SHORT = {
     r"(classification|offline_kd)/tools/train\.py": "--data.per_class 8 --batch_size 8 --fit.steps 2 --fit.trackers []"
     " --fit.evaluate_every 2 --fit.device cpu",
-    r"(cifar100|imagenet)\.yaml(?!.* --data\.root data/)": "--data.name digits --data.image_size 8 --data.classes 3"
-    " --data.download false --fit.precision fp32",
+    r"(classification|offline_kd)/tools.*(cifar100|imagenet)\.yaml(?!.* --data\.root data/)": "--data.name digits"
+    " --data.classes 3 --data.download false --fit.precision fp32",
+    r"/cifar100\.yaml(?!.* --data\.root data/)": "--data.image_size 8",
+    r"/imagenet\.yaml(?!.* --data\.root data/)": "--data.image_size 64",
     r"--data\.classes 100": "--data.classes 10 --data.image_size 8",
     r"classification/tools/evaluate\.py.* cifar10$": "--data.name digits --data.image_size 32",
-    r"offline_kd/tools/score\.py": "--seeds 1 --batch_size 4 --data.image_size 8 --device cpu",
+    r"offline_kd/tools/score\.py": "--seeds 2 --batch_size 4 --data.image_size 8 --device cpu",
     r"segmentation/tools/train\.py": "--data-root street --cfg-options train_cfg.max_iters=2 " + " ".join(TINY),
     r"train\.py progressive": "--data.name digits --data.limit 64 --network.width 8 --network.multipliers [1,1]"
     " --network.blocks 1 --network.attention [] --network.groups 4 --base.steps 2 --base.warmup 1 --rounds.steps 2"
     " --rounds.last_steps 2 --batch_size 4 --fit.device cpu --fit.trackers []",
-    r"cifar10_progressive": "--chain [8,4,2,1]",
-    r"train\.py dit": "--student.size null --student.width 16 --student.depth 1 --student.heads 2 --batch_size 4"
-    " --fit.steps 2 --fit.evaluate_every 2 --fit.device cpu --fit.trackers []",
-    r"encode_latents\.py": "--image_size 32 --batch_size 8 --device cpu",
+    r"cifar10_progressive": "--chain [16,8,4,2,1]",
+    r"train\.py dit": "--student.size null --student.width 16 --student.depth 1 --student.heads 2 --student.patch 2"
+    " --batch_size 4 --fit.steps 2 --fit.evaluate_every 2 --fit.device cpu --fit.trackers []",
+    r"encode_latents\.py": "--image_size 8 --batch_size 8 --device cpu",
     r"diffusion/tools/evaluate\.py": "--samples 40 --splits 2 --batch_size 40 --cache cache --device cpu",
     r"diffusion/tools/evaluate\.py (?!.*--features)": "--features digits",
     r"diffusion/tools/(evaluate|sample)\.py runs/(s2|dit)": "--sampling_steps 2",
@@ -68,20 +72,22 @@ STANDS_IN = {
     r"stabilityai/sd-vae-ft-ema|sd-vae/": "vae",
     r"deeplabv3_cityscapes_40k_b16": "deeplabv3_camvid",
     r"207,? 360": lambda found: found[0].replace("207", "2").replace("360", "3"),
+    r"^207$": "2",
+    r"^360$": "3",
     r"step-\d{8}": "step-00000002",
 }
 # What must have been made before, by other documents' commands; and other names of what a document makes.
 BEFORE = {
     "docstrings of offline_kd": "python classification/tools/train.py --config classification/recipes/cifar100.yaml"
     " --method vanilla --networks.teacher.name cifar_resnet32x4 --out runs/teacher",
+    "docstrings of diffusion": "python diffusion/tools/encode_latents.py imagenet/ --vae vae --out latents\n"
+    "python diffusion/tools/train.py dit --config diffusion/recipes/dit_imagenet.yaml --method vanilla --out runs/b2",
 }
 ALSO = {
-    "docs/diffusion.md": {"runs/digits": "s2"},
     "docstrings of diffusion": {"runs/digits": "pd+adm", "runs/a": "pd+adm", "data/imagenet-latents": "../latents"},
     "docstrings of tools": {
-        f"runs/{method}-{seed}": f"../results/quickstart/{method}-{seed}"
-        for method in ("dml", "dml+adm")
-        for seed in "01"
+        "runs/benchmark-before": "benchmark",
+        **{f"runs/{run}": f"../results/quickstart/{run}" for run in ("dml-0", "dml-1", "dml+adm-0", "dml+adm-1")},
     },
 }
 NEEDS = {"segmentation": "mmseg", "diffusion": "diffusers"}  # by what a document's name says
@@ -103,7 +109,7 @@ def shortened(command: tuple[str, ...]) -> tuple[str, list[str]]:
     line = " ".join(command)
     more = [word for pattern, words in SHORT.items() if re.search(pattern, line) for word in shlex.split(words)]
     script, words = script_of(command)
-    expanded = [name for word in words for name in (sorted(glob.glob(word)) if "*" in word else [word])]
+    expanded = [name for word in words for name in (sorted(glob.glob(word)) or [word])]
     return script, [*map(stood_in, expanded), *more]
 
 
