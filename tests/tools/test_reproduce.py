@@ -205,7 +205,8 @@ def test_a_finished_job_is_not_run_again(tmp_path: Path) -> None:
 
 
 DRIVER = """
-import pathlib, sys
+import pathlib, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, whose children ignore it
 sys.path.insert(0, {root!r})
 from tools.processes import Job, run_jobs
 folder = pathlib.Path(sys.argv[1])
