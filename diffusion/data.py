@@ -187,6 +187,17 @@ class Shuffled:
         """The places of this process's images of a step in the epoch's order."""
         return slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
 
+    def pixels(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rest of the current epoch of images uint8 ``[N, C, H, W]``: indices int64 ``[B]``, batches in [-1, 1]."""
+        order, mirrored = (values.to(images.device) for values in self.begin())
+        for step in range(self.position, len(self)):
+            own = self.share(step)
+            batch = images[order[own]]
+            if self.flip:
+                batch = mirror(batch, mirrored[own])
+            self.position = step + 1
+            yield order[own], scaled(batch)
+
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
 
@@ -218,14 +229,8 @@ class ImageLoader(Shuffled):
         self.images = images.to(device)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        order, mirrored = (values.to(self.images.device) for values in self.begin())
-        for step in range(self.position, len(self)):
-            own = self.share(step)
-            images = self.images[order[own]]
-            if self.flip:
-                images = mirror(images, mirrored[own])
-            self.position = step + 1
-            yield {"image": scaled(images)}
+        for _, images in self.pixels(self.images):
+            yield {"image": images}
 
 
 def mirror(images: Tensor, which: Tensor) -> Tensor:

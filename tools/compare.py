@@ -147,13 +147,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
+class LineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as a WrongInput: core's twin would import torch."""
+
     def error(self, message: str) -> NoReturn:
-        raise WrongInput(message)
+        raise WrongInput(f"{message} (see --help)")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="compare.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = LineParser(prog="compare.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument(
         "--baseline", help="a method, or a group's label: paired differences from it, at equal settings"

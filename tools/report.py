@@ -26,10 +26,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NoReturn, get_args
+from typing import get_args
 
 from tools import compare
-from tools.compare import Group, Run, WrongInput
+from tools.compare import Group, LineParser, Run, WrongInput
 from tools.document import numbered, render
 from tools.tables import PAPER, Metric, Scale, Table, TableError, load_tables
 
@@ -127,14 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise WrongInput(f"{message} (see --help)")
-
-
 def make_parser() -> argparse.ArgumentParser:
     first = (__doc__ or "").split("\n")[0]
-    parser = _Parser(prog="reproduce.py report", description=first, allow_abbrev=False)
+    parser = LineParser(prog="reproduce.py report", description=first, allow_abbrev=False)
     add = parser.add_argument
     add("folders", nargs="*", metavar="FOLDER", help="besides the paper's tables: run folders, or folders of them")
     add(

@@ -24,9 +24,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
-from tools.compare import WrongInput
+from tools.compare import LineParser, WrongInput
 from tools.processes import (
     BLOCKED,
     ELSEWHERE,
@@ -87,13 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return options.call(options, tables)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise WrongInput(f"{message} (see --help)")
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="reproduce.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = LineParser(prog="reproduce.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, call: Any, text: str) -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.training.checkpoint import write_atomically
-from diffusion.data import EXTENSIONS, Shuffled, mirror, read_cifar10, read_digits, read_files, scaled
+from diffusion.data import EXTENSIONS, Shuffled, read_cifar10, read_digits, read_files
 
 INDEX = "index.json"
 
@@ -372,23 +372,14 @@ class LabelledLoader(Shuffled):
             self.data = replace(self.data, pixels=self.data.pixels.to(self.device))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        order, mirrored = self.begin()
         if isinstance(self.data, Pixels):
-            yield from self._pixels(self.data, order, mirrored)
+            for own, images in self.pixels(self.data.pixels):
+                yield {"image": images, "label": self.data.labels[own]}
         else:
-            yield from self._latents(self.data, order, mirrored)
+            yield from self._latents(self.data)
 
-    def _pixels(self, data: Pixels, order: Tensor, mirrored: Tensor) -> Iterator[dict[str, Tensor]]:
-        order, mirrored = order.to(self.device), mirrored.to(self.device)
-        for step in range(self.position, len(self)):
-            own = self.share(step)
-            images = data.pixels[order[own]]
-            if self.flip:
-                images = mirror(images, mirrored[own])
-            self.position = step + 1
-            yield {"image": scaled(images), "label": data.labels[order[own]]}
-
-    def _latents(self, data: Latents, order: Tensor, mirrored: Tensor) -> Iterator[dict[str, Tensor]]:
+    def _latents(self, data: Latents) -> Iterator[dict[str, Tensor]]:
+        order, mirrored = self.begin()
         labels = data.labels[order.to(self.device)]
         with ThreadPoolExecutor(1) as reader:
 

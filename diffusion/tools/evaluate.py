@@ -22,7 +22,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,7 +34,8 @@ from diffusion.data import DataConfig
 from diffusion.dit.data import LabelledConfig
 from diffusion.tools.runs import (
     DiTOptions,
-    add_dit_options,
+    add_sampling_options,
+    check_counts,
     content_hash,
     data_of,
     dit_options,
@@ -96,14 +97,9 @@ def parse_options(argv: Sequence[str], data: DataConfig | LabelledConfig | None 
     description = "FID and IS of distilled diffusion models, by torch-fidelity."
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     add = parser.add_argument
-    add("networks", nargs="*", type=str, help="run folders, or folders of single networks (of a DiT also its file)")
-    add("--steps", type=int, nargs="+", default=[], help="of a chain only these step counts, of a DiT's run iterations")
-    add("--sampling_steps", type=int, default=None, help="sample in so many steps; else as trained, a DiT in 250")
-    add_dit_options(parser)
+    add_sampling_options(parser, "*")
     add("--images", type=str, default=None, help="instead of networks, a folder of .png or .jpg images")
     add("--samples", type=int, default=50_000, help="images drawn from each network")
-    add("--seed", type=int, default=0, help="with an image's number it decides the noise that the image starts from")
-    add("--last_step", type=Literal["noisy", "clean"], default="noisy", help="of a chain: CFD's end (index 0), or x")
     add("--batch_size", type=int, default=256, help="images sampled at once by a process")
     add("--features", type=str, default="inception", help="inception, or a proxy: resnet56:FILE or digits")
     add("--inception", type=str, default=None, help="local file of Inception's weights; downloaded unless given")
@@ -112,19 +108,13 @@ def parse_options(argv: Sequence[str], data: DataConfig | LabelledConfig | None 
     add("--real", type=str, default=None, help="folder of real images, or .npz with mu and sigma; else --data")
     add("--cache", type=str, default=None, help="folder that keeps real images' statistics; beside torch's hub cache")
     add("--save", type=str, default=None, help="folder for the samples as .png, in one folder a network")
-    add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
     add("--out", type=str, default=None, help="JSON file; of one run or round evaluation-<features>.json in its folder")
     data = data or DataConfig()
     add("--data", type=type(data), default=data)
     options = parse(parser, argv)
     if bool(options.networks) == (options.images is not None):
         raise InputError("give run or network folders, or --images FOLDER")
-    for name in ("samples", "batch_size", "feature_batch_size", "splits", "sampling_steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1: {value}")
-    if options.seed < 0:
-        raise InputError(f"--seed must not be negative: {options.seed}")
+    check_counts(options, "samples", "batch_size", "feature_batch_size", "splits", "sampling_steps")
     return options
 
 

@@ -100,14 +100,35 @@ def content_hash(network: Path) -> str:
     return digest.hexdigest()
 
 
-def add_dit_options(parser: Any) -> None:
-    """The options that only DiTs have; None where they are not given (see ``dit_options``)."""
+def add_sampling_options(parser: Any, networks: Literal["*", "+"]) -> None:
+    """Which networks sample, how, and on what; ``networks``: whether there may be none.
+
+    The options that only DiTs have are None where they are not given (see ``dit_options``).
+    """
     add = parser.add_argument
+    add(
+        "networks", nargs=networks, type=str, help="run folders, or folders of single networks (of a DiT also its file)"
+    )
+    add("--steps", type=int, nargs="+", default=[], help="of a chain only these step counts, of a DiT's run iterations")
+    add("--sampling_steps", type=int, default=None, help="sample in so many steps; else as trained, a DiT in 250")
+    add("--seed", type=int, default=0, help="with an image's number it decides the noise that the image starts from")
+    add("--last_step", type=Literal["noisy", "clean"], default="noisy", help="of a chain: CFD's end (index 0), or x")
+    add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
     add("--guidance", type=float, nargs="+", default=None, help="of DiTs: scales of guidance; 1 is none (default: 4 1)")
     add("--sampler", type=Sampler, default=None, help="of DiTs: ddpm (default) or ddim")
     add("--cfg_channels", type=Literal[3, 4], default=None, help="of DiTs: channels under guidance, 3 (default) or 4")
     add("--precision", type=Precision, default=None, help="of DiTs: fp32, tf32 (default: fp32 but on a GPU) or bf16")
     add("--vae", type=str, default=None, help="of DiTs of latents: AutoencoderKL, a folder or a name on the hub")
+
+
+def check_counts(options: Any, *names: str) -> None:
+    """Raises: InputError where one of these options is given and below 1, or the seed is negative."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1: {value}")
+    if options.seed < 0:
+        raise InputError(f"--seed must not be negative: {options.seed}")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,15 @@ from torch import Tensor
 from core.analysis.figures import save_figure
 from core.errors import InputError
 from core.training.command import DONE, missing_extra, parse, run_command
-from diffusion.tools.runs import DiTOptions, add_dit_options, dit_options, find_students, home, is_dit
+from diffusion.tools.runs import (
+    DiTOptions,
+    add_sampling_options,
+    check_counts,
+    dit_options,
+    find_students,
+    home,
+    is_dit,
+)
 
 COLUMNS = 9
 """At most so many columns of a trajectory; of more steps some are left out."""
@@ -87,25 +95,14 @@ def parse_options(argv: Sequence[str] | None) -> Any:
     description = "Draws what distilled diffusion models sample."
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     add = parser.add_argument
-    add("networks", nargs="+", type=str, help="run folders, or folders of single networks (of a DiT also its file)")
-    add("--steps", type=int, nargs="+", default=[], help="of a chain only these step counts, of a DiT's run iterations")
-    add("--sampling_steps", type=int, default=None, help="sample in so many steps; else as trained, a DiT in 250")
-    add_dit_options(parser)
+    add_sampling_options(parser, "+")
     add("--classes", type=int, nargs="+", default=None, help="of DiTs: those of the rows; --rows of them unless given")
     add("--rows", type=int, default=6, help="of a grid; also the images whose trajectory is drawn")
     add("--columns", type=int, default=8, help="of a grid")
-    add("--seed", type=int, default=0, help="with an image's number it decides the noise that the image starts from")
-    add("--last_step", type=Literal["noisy", "clean"], default="noisy", help="of a chain: CFD's end (index 0), or x")
     add("--gif", type=bool, default=False, help="of a chain: write each trajectory as a GIF too, a frame a step")
-    add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
     add("--out", type=str, default=None, help="folder of the figures; figures/ of the first run or round unless given")
     options = parse(parser, argv)
-    for name in ("rows", "columns", "sampling_steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1: {value}")
-    if options.seed < 0:
-        raise InputError(f"--seed must not be negative: {options.seed}")
+    check_counts(options, "rows", "columns", "sampling_steps")
     return options
 
 
