@@ -153,13 +153,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def find_runs(table: Table, run_id: str, scale: Scale, runs: Path, results: Path) -> tuple[dict[int, Run], list[str]]:
-    """By seed the finished runs behind a run of a table, from ``runs`` or ``results``; and why others do not count."""
+    """By seed the finished runs behind a run of a table; and why others do not count.
+
+    From ``runs``, else from ``results``: from ``reproduce`` there, laid out like ``runs``, or where the table says.
+    """
     if scale not in table.runs[run_id].settings:
         return {}, []
     setting = table.setting(run_id, scale)
     found: dict[int, Run] = {}
     left: dict[int, str] = {}
-    for stem in (runs / setting.table / scale / setting.run, *([results / setting.kept] if setting.kept else [])):
+    laid_out = (Path(folder, setting.table, scale, setting.run) for folder in (runs, results / "reproduce"))
+    for stem in (*laid_out, *([results / setting.kept] if setting.kept else [])):
         for seed, folder in numbered(stem).items():
             try:
                 run = read_run(folder)

@@ -188,5 +188,6 @@ def estimate(argv: Sequence[str], kept: Sequence[Kept], device: str, root: Path)
     fitting = [one for one in kept if one.key == key and one.device == device]
     if not fitting:
         return None
-    nearest = min(fitting, key=lambda one: abs(math.log(one.batch_size / batch_size)))
+    # of equally near ones the fastest: other work on a machine can only slow a run down
+    nearest = min(fitting, key=lambda one: (abs(math.log(one.batch_size / batch_size)), one.seconds_per_image))
     return Estimate(images * nearest.seconds_per_image / 3600, device, nearest.device_name, nearest.source)

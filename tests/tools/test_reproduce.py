@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -508,6 +509,8 @@ def test_estimates_come_from_kept_runs_and_benchmarks(tmp_path: Path) -> None:
         "rows": [{"row": "step_resnet34_18", "on": "batch 100, 224 px, 80 : 60 ms a step"}],
     }
     (tmp_path / "h.json").write_text(json.dumps(benchmark))
+    busy = shutil.copytree(run, tmp_path / "a busy machine's-0")
+    (busy / "summary.json").write_text('{"status": "finished", "images_per_second": 20.0, "seconds": 225.0}')
     kept = [*step_times.kept_runs([tmp_path]), *step_times.kept_benchmarks(tmp_path)]
     (tmp_path / "recipe.yaml").write_text(
         "data: {name: folder, image_size: 32, classes: 20}\nnetworks: {student: {name: a}}\nfit: {epochs: 9}\n"
