@@ -44,8 +44,7 @@ class ConsensusConfig:
         attention: "consensus" is ADM. Two controls, without which no gain may be called ADM's, for the term also raises
             the weight of the gated times: "uniform" sets A = 1, "shuffled" permutes A over the places of each image.
         centre: subtract each channel's spatial mean before the similarity. Off, Eq. 6 as written (default), although A
-            then stays within a few percent of 1 (a standard deviation of 0.02 to 0.03 on digits at one step, 0.07
-            with it on).
+            then stays within a few percent of 1 (docs/results.md), so that it weighs hardly anything.
         gate: the loss acts at times below this share of T; the paper's t < 400 of 1000.
         classifier: file of the frozen classifier of form "classifier"; a CIFAR ResNet, as resnet56:FILE.
     """

@@ -521,21 +521,25 @@ def draw(groups: Sequence[Group], roles: Sequence[str], path: Path) -> None:
 
 
 def make_points(groups: Sequence[Group], roles: Sequence[str]) -> Figure:
-    """The last scores, the roles along the x axis."""
+    """The last scores, the roles along the x axis; a panel for what stands behind their comma ("..., guidance 4")."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 3.8 + 0.2 * len(groups)), layout="constrained")
-    axis = figure.subplots()
-    for number, group in enumerate(groups):
-        scores = [list(group.scores(role, "last").values()) or [math.nan] for role in roles]
-        x = [place + 0.08 * (number - (len(groups) - 1) / 2) for place in range(len(roles))]
-        y, s = [fmean(values) for values in scores], [stdev(v) if len(v) > 1 else 0.0 for v in scores]
-        label = textwrap.fill(f"{group.label} (n = {len(group.runs)})", 56)
-        axis.errorbar(x, y, s, fmt="o-", color=f"C{number % 10}", markersize=4, linewidth=1, capsize=3, label=label)
-    axis.set_xticks(range(len(roles)), roles)
-    axis.set_ylabel(named(groups[0].measure) + (" (lower is better)" if lower_is_better(groups[0].measure) else ""))
-    axis.grid(alpha=0.3, linewidth=0.6)
-    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), borderaxespad=0)
+    panels: dict[str, list[str]] = {}
+    for role in roles:
+        panels.setdefault(role.partition(", ")[2], []).append(role)
+    figure = Figure(figsize=(5.6 * len(panels), 3.8 + 0.2 * len(groups)), layout="constrained")
+    for axis, (title, members) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for number, group in enumerate(groups):
+            scores = [list(group.scores(role, "last").values()) or [math.nan] for role in members]
+            x = [place + 0.08 * (number - (len(groups) - 1) / 2) for place in range(len(members))]
+            y, s = [fmean(values) for values in scores], [stdev(v) if len(v) > 1 else 0.0 for v in scores]
+            label = textwrap.fill(f"{group.label} (n = {len(group.runs)})", 56)
+            axis.errorbar(x, y, s, fmt="o-", color=f"C{number % 10}", markersize=4, linewidth=1, capsize=3, label=label)
+        axis.set_xticks(range(len(members)), [role.partition(", ")[0].replace(" ", "\n") for role in members])
+        lower = " (lower is better)" if lower_is_better(groups[0].measure) else ""
+        axis.set(title=title, ylabel=f"{named(groups[0].measure)}{lower}")
+        axis.grid(alpha=0.3, linewidth=0.6)
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), borderaxespad=0)
     return figure
 
 

@@ -206,10 +206,12 @@ def paper(folder: Path, spec: Mapping[str, Any]) -> str:
     from tools import report  # takes in this module
 
     of, scale = load_table(spec["table"]), spec.get("scale", "proxy")
-    lines = report.paper_lines(of, scale, report.gather(of, scale, folder, folder.parent)[0])
+    members, _ = report.gather(of, scale, folder, folder.parent)
+    lines = report.paper_lines(of, scale, members)
     if not any(line.by_seed for line in lines):
         raise ValueError(f"no run of {spec['table']} is kept")
-    grids = report.paper_grids(of, scale, [line for line in lines if line.by_seed or not spec.get("finished")])
+    shown = [line for line in lines if line.by_seed or not spec.get("finished")]
+    grids = report.paper_grids(of, scale, shown, members)
     return "\n\n".join(f"{grid.caption}:\n\n{markdown(grid.rows)}" for grid in grids)
 
 
@@ -219,7 +221,7 @@ def benchmark(folder: Path, spec: Mapping[str, Sequence[str]]) -> str:
     for file, names in spec.items():
         rows = {row["row"]: row for row in read(folder / file)["rows"]}
         for row in map(rows.__getitem__, names):
-            quartiles, interval = (f"{low:.3g} to {high:.3g}" for low, high in (row["quartiles"], row["interval"]))
+            quartiles, interval = (f"{low:.3f} to {high:.3f}" for low, high in (row["quartiles"], row["interval"]))
             target = "" if row["target"] is None else f"{'>=' if row['at_least'] else '<='} {row['target']:g}"
             reached = {True: "yes", False: "no", None: ""}[row["reached"]]
             noise = "" if row["certain"] or row["reached"] is None else ", within the noise"

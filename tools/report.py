@@ -31,7 +31,7 @@ from typing import get_args
 from tools import compare
 from tools.compare import Group, LineParser, Run, WrongInput
 from tools.document import numbered, render
-from tools.tables import PAPER, Metric, Scale, Table, TableError, load_tables
+from tools.tables import PAPER, Cell, Metric, Scale, Table, TableError, load_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 read_run = cache(compare.read_run)  # a run may stand in several tables
@@ -105,6 +105,8 @@ class Part:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: WrongInput, TableError."""
     options = make_parser().parse_args(argv)
+    if options.baseline is not None and not options.folders:
+        raise WrongInput("--baseline is one of the folders' runs, and no folder is named")
     read_run.cache_clear()
     if options.document is not None:
         _write(Path(options.document), render(Path(options.results)))
@@ -162,8 +164,7 @@ def find_runs(table: Table, run_id: str, scale: Scale, runs: Path, results: Path
     setting = table.setting(run_id, scale)
     found: dict[int, Run] = {}
     left: dict[int, str] = {}
-    laid_out = (Path(folder, setting.table, scale, setting.run) for folder in (runs, results / "reproduce"))
-    for stem in (*laid_out, *([results / setting.kept] if setting.kept else [])):
+    for stem in (runs / setting.table / scale / setting.run, *setting.kept_stems(scale, results)):
         for seed, folder in numbered(stem).items():
             try:
                 run = read_run(folder)
@@ -181,27 +182,41 @@ def paper_lines(table: Table, scale: Scale, members: Mapping[str, Mapping[int, R
     """Every cell of a table that has a number. ``members``: the finished runs by id and seed."""
     lines = []
     for row, cell in table.cells():
-        values = {seed: table.value(cell, run.path) for seed, run in members.get(cell.run or "", {}).items()}
-        by_seed = {seed: value for seed, value in values.items() if value is not None}
-        name = cell.column
-        if cell.metric.name != table.metric.name and cell.metric.name not in name:
-            name += f", {cell.metric.name}"
+        by_seed = values_of(table, cell, members)
         if cell.show is None and (cell.paper is not None or by_seed):
             numbers = (by_seed, cell.paper, cell.paper_std, cell.label)
-            lines.append(Line(table.label, row.name, name, cell.metric, scale, *numbers))
+            lines.append(Line(table.label, row.name, column_of(table, cell), cell.metric, scale, *numbers))
     return lines
 
 
-def effects(lines: Sequence[Line]) -> list[tuple[str, float, dict[int, float]]]:
-    """(what, the paper's, ours by seed): what ADM adds, from each number with ``+ADM`` and the one without."""
-    known = {(line.row, line.column): line for line in lines}
+def values_of(table: Table, cell: Cell, members: Mapping[str, Mapping[int, Run]]) -> dict[int, float]:
+    """Ours, by seed."""
+    values = {seed: table.value(cell, run.path) for seed, run in members.get(cell.run or "", {}).items()}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def column_of(table: Table, cell: Cell) -> str:
+    """Its column, with its measure where that is not the table's."""
+    own = cell.metric.name != table.metric.name and cell.metric.name not in cell.column
+    return f"{cell.column}, {cell.metric.name}" if own else cell.column
+
+
+def gains(table: Table, members: Mapping[str, Mapping[int, Run]]) -> list[list[str]]:
+    """What each run of ours adds to its baseline: what, baseline, the paper's difference, ours paired by seed."""
     found = []
-    for line in lines:
-        other = known.get((line.row.replace("+ADM", ""), line.column.replace("+ADM", "")))
-        if other is None or other is line or line.paper is None or other.paper is None:
+    for row, cell in table.cells():
+        baseline = table.baseline(row, cell)
+        if baseline is None:
             continue
-        ours = {s: value - other.by_seed[s] for s, value in line.by_seed.items() if s in other.by_seed}
-        found.append((line.what, line.paper - other.paper, ours))
+        other_row, other = baseline
+        ours, theirs = values_of(table, cell, members), values_of(table, other, members)
+        pairs = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+        if pairs:
+            both = cell.paper is not None and other.paper is not None
+            paper = f"{cell.paper - other.paper:+.2f}" if both else ""  # type: ignore[operator]
+            to = other_row.name if other.column == cell.column else other.column
+            lower = "" if cell.metric.higher_is_better else " (lower is better)"
+            found.append([f"{row.name}, {column_of(table, cell)}{lower}", to, paper, _interval(pairs)])
     return found
 
 
@@ -212,8 +227,10 @@ def gather(table: Table, scale: Scale, runs: Path, results: Path) -> tuple[dict[
     return members, list(dict.fromkeys(why for _, left in looked.values() for why in left))
 
 
-def paper_grids(table: Table, scale: Scale, lines: Sequence[Line]) -> list[Grid]:
-    """The paper's numbers and ours, and what ADM adds in both."""
+def paper_grids(
+    table: Table, scale: Scale, lines: Sequence[Line], members: Mapping[str, Mapping[int, Run]]
+) -> list[Grid]:
+    """The paper's numbers and ours, and what each run adds to its baseline, in both."""
     if not lines:
         return []
     ours = "ours (proxy)" if scale == "proxy" else "ours"
@@ -221,12 +238,11 @@ def paper_grids(table: Table, scale: Scale, lines: Sequence[Line]) -> list[Grid]
     unit = f" ({table.metric.unit})" if table.metric.unit else ""
     caption = f"{table.label}: {table.metric.name}{unit}{'' if table.metric.higher_is_better else ', lower is better'}"
     others = {f"{line.measure} for {line.metric.name}": 0 for line in lines if line.measure != line.metric.name}
-    grids = [Grid(f"{caption}; the proxy: {', '.join(others)}" if others else caption, [head, *_rows(lines)])]
-    gains = [(what, paper, list(by_seed.values())) for what, paper, by_seed in effects(lines) if by_seed]
-    if gains:
-        caption = f"What ADM adds, paired by seed with a 95 % t interval, not corrected for {len(gains)} comparisons"
-        rows = [[what, f"{paper:+.2f}", _interval(values)] for what, paper, values in gains]
-        grids.append(Grid(caption, [["row, column", "paper", ours], *rows]))
+    proxies = f"; the proxy: {', '.join(others)}" if others else ""
+    grids = [Grid(caption + proxies, [head, *_rows(lines)])]
+    if rows := gains(table, members):
+        caption = f"What it adds, paired by seed with a 95 % t interval, not corrected for {len(rows)} comparisons"
+        grids.append(Grid(caption + proxies, [["row, column", "added to", "paper", ours], *rows]))
     return grids
 
 
@@ -236,7 +252,7 @@ def paper_part(table: Table, scale: Scale, runs: Path, results: Path) -> Part | 
     if not members:
         return None
     lines = paper_lines(table, scale, members)
-    grids = paper_grids(table, scale, lines)
+    grids = paper_grids(table, scale, lines, members)
     recipes = sorted({table.setting(run_id, scale).recipe for run_id in members})
     words = [f"**Proxy**: {', '.join(recipes)} instead of the paper's setting."] if scale == "proxy" else []
     words += [table.notes] if table.notes else []
@@ -460,7 +476,8 @@ def commands(groups: Sequence[Group]) -> list[str]:
         start = next(_starts(group), (None, None))[0]
         if start is not None and start.get("command"):
             seeds = ", ".join(map(str, group.runs))
-            told.append(f"{shlex.join(['python', *start['command']])}  # seeds: {seeds}")
+            also = ", in paths too" if len(group.runs) > 1 else ""
+            told.append(f"{shlex.join(['python', *start['command']])}  # seeds: {seeds}{also}")
     return told
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tools.compare import LineParser, WrongInput
+from tools.document import numbered
 from tools.processes import (
     BLOCKED,
     ELSEWHERE,
@@ -44,7 +45,8 @@ from tools.tables import PAPER, SCALES, Cell, Scale, Table, TableError, load_tab
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path("runs/reproduce")
-HANDED_ON = {"report": "writes docs/results.md and the pages of the tables; its own --help says more"}
+RESULTS = Path(os.path.relpath(ROOT / "results"))
+HANDED_ON = {"report": "the paper's numbers beside ours as Markdown, CSV and a page; its own --help says more"}
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,10 @@ def show_table(options: argparse.Namespace, tables: Mapping[str, Table]) -> int:
         if scale not in run.settings:
             print(f"  {run_id}: none at this scale")
             continue
-        print(f"  {run_id}: {state(make_job(table, run_id, scale, 0, place))}")
+        stems = ((stem, ",".join(map(str, numbered(stem)))) for stem in run.settings[scale].kept_stems(scale, RESULTS))
+        kept = [f"{stem}-{{{seeds}}}" for stem, seeds in stems if seeds]
+        told_kept = f"; kept in {', '.join(kept)}" if kept else ""
+        print(f"  {run_id}: {state(make_job(table, run_id, scale, 0, place))}{told_kept}")
         for command in table.commands(run_id, scale, 0, place.out):
             print(f"    {told(command)}")
     for row, cell in table.cells():
@@ -335,8 +340,10 @@ def check_data(plan: Plan, name: str) -> None:
                 continue
             here = plan.place.located(str(path))
             if not (ROOT / here).exists():
-                needs = f" ({table.needs[plan.scale]})" if plan.scale in table.needs else ""
-                raise WrongInput(f"{name} reads {here}, which is not there{needs}: --data says where")
+                needs = f"; {table.label} needs {table.needs[plan.scale]}" if plan.scale in table.needs else ""
+                raise WrongInput(
+                    f"{name} reads {here}, which is not there: --data says where, --rows leaves runs out{needs}"
+                )
 
 
 def make_job(table: Table, run_id: str, scale: Scale, seed: int, place: Place) -> Job:
@@ -410,8 +417,7 @@ def dry_run(plan: Plan) -> int:
     from tools.step_times import duration, estimate, kept_benchmarks, kept_runs, of_same_runs
 
     here = "cuda" if plan.scale == "paper" or gpus() else "cpu"
-    results = Path(os.path.relpath(ROOT / "results"))
-    kept = [*kept_runs([ROOT / plan.place.out, results]), *kept_benchmarks(results / "benchmark")]
+    kept = [*kept_runs([ROOT / plan.place.out, RESULTS]), *kept_benchmarks(RESULTS / "benchmark")]
     hours: dict[str, float] = {}
     unknown = 0
     for name, job in plan.jobs.items():
@@ -420,7 +426,7 @@ def dry_run(plan: Plan) -> int:
         else:
             table, run_id, _ = plan.origins[name][0]
             setting = table.setting(run_id, plan.scale)
-            same = [job.folder.with_name(setting.run), *([results / setting.kept] if setting.kept else [])]
+            same = [job.folder.with_name(setting.run), *setting.kept_stems(plan.scale, RESULTS)]
             looks = (
                 look
                 for device in (here, *({"cuda", "cpu"} - {here}))

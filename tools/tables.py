@@ -14,6 +14,7 @@ A file:
     needs: {paper: TEXT, proxy: TEXT}       # data and files that the runs read
     bases: {ID: RUN}               # parts of runs, for `base`
     runs: {ID: RUN}
+    baselines: {ID: ID}            # to a run the one that it adds to: what the difference is taken from
     columns: [NAME, ...]           # or {name: NAME, ...}
     rows: [{name: ..., cells: [CELL, ...]}]
 
@@ -58,8 +59,8 @@ _RUN = {"base", "method", "both", "proxy", *_SETTING} - {"kept"}
 _CELL = {"column", "paper", "paper_std", "label", "run", "why", "read", "row", "at", "show", "metric"}
 _SHARED = {"run", "read", "row", "at", "metric"}  # what cells take from their row or column
 _TABLE = {
-    "table", "figure", "title", "notes", "task", "command", "metric", "seeds", "needs", "bases", "runs", "columns",
-    "rows",
+    "table", "figure", "title", "notes", "task", "command", "metric", "seeds", "needs", "bases", "runs", "baselines",
+    "columns", "rows",
 }  # fmt: skip
 
 
@@ -108,6 +109,11 @@ class Setting:
         """The run folder below ``out``."""
         return Path(out) / self.table / scale / f"{self.run}-{seed}"
 
+    def kept_stems(self, scale: Scale, results: Path) -> list[Path]:
+        """``<stem>-<seed>`` is where such runs may be kept: in ``reproduce``, as they were run, or as ``kept`` says."""
+        laid_out = results / "reproduce" / self.table / scale / self.run
+        return [laid_out, *([results / self.kept] if self.kept else [])]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -153,6 +159,8 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     runs: Mapping[str, Run]
+    baselines: Mapping[str, str] = field(default_factory=dict)
+    """By run the one that it adds to."""
     seeds: int | None = None
     needs: Mapping[str, str] = field(default_factory=dict)
 
@@ -167,6 +175,20 @@ class Table:
         for row in self.rows:
             for cell in row.cells:
                 yield row, cell
+
+    def baseline(self, row: Row, cell: Cell) -> tuple[Row, Cell] | None:
+        """The cell of the same measure whose run this cell's adds to; of several the one in its row."""
+        baseline = self.baselines.get(cell.run or "")
+        if baseline is None or cell.show is not None:
+            return None
+        same = [
+            (other_row, other)
+            for other_row, other in self.cells()
+            if other.run == baseline
+            and (other.metric, other.row, other.at) == (cell.metric, cell.row, cell.at)
+            and (other_row is row or other.read == cell.read)
+        ]
+        return max(same, key=lambda one: one[0] is row, default=None)
 
     def setting(self, run_id: str, scale: Scale) -> Setting:
         """Raises: TableError where there is no such run, or none at this scale."""
@@ -280,6 +302,12 @@ def _table(name: str, raw: Mapping[str, dict[str, Any]]) -> Table:
     runs = {id_: Run(id_, _settings(name, id_, raw)) for id_ in values.get("runs") or {}}
     columns = dict(_column(name, column) for column in values["columns"])
     rows = tuple(_row(name, row, metric, columns, runs) for row in values["rows"])
+    names = [row.name for row in rows]
+    if twice := next((one for one in names if names.count(one) > 1), None):
+        raise TableError(f"{name}: two rows are named {twice}")
+    baselines = values.get("baselines") or {}
+    if unknown := next((one for one in (*baselines, *baselines.values()) if one not in runs), None):
+        raise TableError(f"{name}, baselines: no run {unknown}")
     return Table(
         name=name,
         title=values["title"],
@@ -289,6 +317,7 @@ def _table(name: str, raw: Mapping[str, dict[str, Any]]) -> Table:
         columns=tuple(columns),
         rows=rows,
         runs=runs,
+        baselines=baselines,
         seeds=values.get("seeds"),
         needs=_known(f"{name}, needs", values.get("needs") or {}, set(SCALES)),
     )

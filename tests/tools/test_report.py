@@ -36,6 +36,7 @@ runs:
   dml: {recipe: recipes/big.yaml, method: dml, proxy: {recipe: recipes/small.yaml, kept: kept/dml}}
   dml+adm: {recipe: recipes/big.yaml, method: dml+adm, proxy: {recipe: recipes/small.yaml, kept: kept/adm}}
   kdcl: {recipe: recipes/big.yaml, method: kdcl, proxy: {recipe: recipes/small.yaml}}
+baselines: {dml+adm: dml}
 columns: [DML, DML+ADM, KDCL, AFD]
 rows:
   - name: Student
@@ -124,7 +125,7 @@ def test_the_numbers_beside_the_papers(place: Path, own: str) -> None:
     differences = np.array(list(ADM.values())) - np.array(list(DML.values()))
     reach = 4.302653 * differences.std(ddof=1) / math.sqrt(3)
     mean = differences.mean()
-    adds = ["+0.28", f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"]
+    adds = ["DML", "+0.28", f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"]
     assert text.count("Student, DML+ADM") == 2 and adds == lines["Student, DML+ADM"]  # the later of its two tables
 
 
@@ -422,7 +423,7 @@ def test_the_papers_tables_in_the_document(place: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(document, "load_table", partial(load_table, folder=place / "tables"))
     os.rename(place / "runs/table01", place / "results/kept/table01")
     made_ = document.render(notes(place, "```paper\ntable: table01\n```"))
-    assert "| row, column | paper | ours (proxy) | proxy less paper |" in made_ and "What ADM adds" in made_
+    assert "| row, column | paper | ours (proxy) | proxy less paper |" in made_ and "What it adds" in made_
     assert (
         "| Student, DML | 73.950 ± 0.2 | 60.583 ± 0.629 (3) | -13.367 |" in made_
     )  # not the 99 that is kept beside it

@@ -42,6 +42,9 @@ def test_a_table_is_whole(table: Table) -> None:
         assert run_id in used | needed, f"no cell reads {run_id}"
         assert run_id not in used or set(run.settings) == set(SCALES), f"{run_id} is of {', '.join(run.settings)} alone"
     assert set(table.needs) == (set(SCALES) if table.runs else set())
+    for row, cell in table.cells():
+        adds = cell.run in table.baselines and cell.show is None
+        assert (table.baseline(row, cell) is not None) == adds, f"{row.name}, {cell.column}: nothing to compare with"
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
