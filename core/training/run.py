@@ -55,10 +55,13 @@ class RunFolder:
             return
         before = flatten(yaml.safe_load(file.read_text()) or {})
         now = flatten(json.loads(json.dumps(self.config)))
-        for key in sorted(before.keys() | now.keys()):
+        first = ("task", "method")  # of another task or method everything differs
+        for key in sorted(before.keys() | now.keys(), key=lambda key: (key not in first, key)):
             if before.get(key) != now.get(key) and not any(key == f or key.startswith(f"{f}.") for f in free):
+                then = f"with {key} = {before[key]!r}" if key in before else f"without {key}"
+                says = repr(now[key]) if key in now else "nothing of it"
                 raise InputError(
-                    f"{self.path} holds a run with {key} = {before.get(key)!r}, this command says {now.get(key)!r}: "
+                    f"{self.path} holds a run {then}, this command says {says}: "
                     "choose another --out, or give that value to resume"
                 )
 

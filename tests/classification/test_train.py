@@ -321,7 +321,7 @@ def test_run_folders_of_other_runs_are_refused(
     for more, key in (
         (["--fit.epochs", "2"], "fit.epochs = 1"),
         (["--fit.epochs", "1", "--adm.alpha", "0.5"], "adm.alpha = 0.01"),
-        (["--fit.epochs", "1", "--method", "dml"], "adm"),
+        (["--fit.epochs", "1", "--method", "dml"], "method = 'dml+adm'"),
         (["--fit.epochs", "1", "--networks.student.name", "cifar_resnet14"], "networks.student.name = 'cifar_resnet8'"),
     ):
         code, _, said = command(arguments(out, *more))

@@ -676,14 +676,15 @@ def test_run_folder_of_another_config_is_refused_naming_the_key(tmp_path: Path) 
     }
     opened(tmp_path / "run", config)
     opened(tmp_path / "run", config)
-    for change, key in (
-        ({"seed": 1}, "seed"),
-        ({"networks": {"student": {"name": "y"}}}, r"networks\.student\.name"),
-        ({"networks": {"student": {"name": "x"}, "teacher": {"name": "x"}}}, r"networks\.teacher\.name"),
-        ({"rates": [1, 3]}, "rates"),
-        ({"extra": {"weight": 2}}, r"extra\.weight"),
+    for change, said in (
+        ({"seed": 1}, "with seed = 0, this command says 1"),
+        ({"networks": {"student": {"name": "y"}}}, r"with networks\.student\.name = 'x', this command says 'y'"),
+        ({"networks": {"student": {"name": "x"}, "teacher": {"name": "x"}}}, r"without networks\.teacher\.name"),
+        ({"rates": [1, 3]}, "with rates = "),
+        ({"extra": {"weight": 2}}, r"without extra\.weight, this command says 2"),
+        ({"rates": 3, "task": "offline_kd"}, "without task, this command says 'offline_kd'"),  # the task first
     ):
-        with pytest.raises(InputError, match=f"holds a run with {key} ="):
+        with pytest.raises(InputError, match=f"holds a run {said}"):
             RunFolder(tmp_path / "run", {**config, **change}, free=("data.root",))
     opened(tmp_path / "run", {**config, "data": {"name": "digits", "root": "b"}}, free=("data.root",))
     with pytest.raises(InputError, match=r"data\.root"):
