@@ -28,6 +28,8 @@ from core.errors import InputError, first_line
 from core.training.checkpoint import BEST, LAST, numbered
 
 EVALUATION_BATCH = 256
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and std, per channel, of images in [0, 1]."""
 
 
 @dataclass
@@ -94,6 +96,12 @@ class Experiment:
         """Whether a network starts from weights, its classifier included."""
         return _starts_trained(self.command.config.networks[role], self.datasets.num_classes)
 
+    def trained_normalisation(self, role: str) -> Normalisation:
+        """Mean and std that a network's weights were trained with; where nothing says them, those it is given."""
+        mean, std = self.distiller.normalisation[role]
+        said = _said_by_weights(role, self.command.config.networks[role])
+        return said.get("mean", mean), said.get("std", std)
+
     @property
     def selection(self) -> tuple[str, Split]:
         """The split on which ``best`` is chosen: validation where it is held out, else the test set (and so named)."""
@@ -126,14 +134,17 @@ def build(command: Command, roles: Sequence[str] | None = None) -> Experiment:
     return Experiment(command, datasets, distiller, noise)
 
 
-def _normalisation(role: str, config: NetworkConfig, datasets: DataSets) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(role: str, config: NetworkConfig, datasets: DataSets) -> Normalisation:
     """Mean and std of a network: the config's, else what its weights were trained with, else the data set's."""
-    said: dict[str, Any] = {}
-    if config.weights is not None:
-        said = metadata_of(find_weights(config.weights, role, config.name))
-    elif config.pretrained:
-        said = timm_normalisation(config.name)
+    said = _said_by_weights(role, config)
     return config.mean or said.get("mean", datasets.mean), config.std or said.get("std", datasets.std)
+
+
+def _said_by_weights(role: str, config: NetworkConfig) -> dict[str, Any]:
+    """``mean`` and ``std`` that a network's weights were trained with, where their file or timm says so."""
+    if config.weights is not None:
+        return metadata_of(find_weights(config.weights, role, config.name))
+    return timm_normalisation(config.name) if config.pretrained else {}
 
 
 def _starts_trained(config: NetworkConfig, num_classes: int) -> bool:

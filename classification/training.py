@@ -6,7 +6,7 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from classification.config import FREE_KEYS, Command
@@ -123,6 +123,12 @@ def remarks(experiment: Experiment, fixed: Sequence[str], start: Mapping[str, An
     for role in fixed:
         top1, name = start[f"{role}/top1"], experiment.distiller.configs[role].name
         lines.append(f"{role} ({name}, fixed): top-1 {top1:.2f} % on {split}")
+        given, trained = experiment.distiller.normalisation[role], experiment.trained_normalisation(role)
+        if any(abs(a - b) > 0.005 for x, y in zip(given, trained, strict=True) for a, b in zip(x, y, strict=True)):
+            lines.append(
+                f"warning: {role} was trained with mean and std {_short(trained)}, and config says {_short(given)}: "
+                f"--networks.{role}.mean null --networks.{role}.std null takes its own"
+            )
         if top1 < 200 / (classes + 1):  # twice chance for many classes, and 67 % of two
             lines.append(
                 f"warning: {role} is hardly better than chance ({100 / classes:.2f} % of {classes} classes): random "
@@ -135,6 +141,10 @@ def remarks(experiment: Experiment, fixed: Sequence[str], start: Mapping[str, An
                     f"{top1:.2f} %: is this the right teacher?"
                 )
     return lines
+
+
+def _short(normalisation: Iterable[Iterable[float]]) -> str:
+    return " and ".join(f"[{', '.join(f'{value:.3f}' for value in values)}]" for values in normalisation)
 
 
 def dry_run(command: Command) -> int:

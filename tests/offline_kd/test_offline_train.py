@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import tarfile
 from collections import Counter
@@ -239,6 +240,19 @@ def test_a_teacher_of_random_weights_is_doubted(tmp_path: Path, command: Command
     (warning,) = (line for line in said.splitlines() if line.startswith("warning"))
     assert warning.startswith("warning: teacher is hardly better than chance (20.00 % of 5 classes): random weights,")
     assert sum(warning in line for line in (tmp_path / "run/log.txt").read_text().splitlines()) == 1
+
+
+def test_a_teacher_with_another_normalisation_than_its_own_is_doubted(
+    tmp_path: Path, command: Command, teacher: Path
+) -> None:
+    mean, std = ["--networks.teacher.mean", "[0.485, 0.456, 0.406]"], ["--networks.teacher.std", "[0.2, 0.2, 0.2]"]
+    code, _, said = command(arguments(tmp_path / "other", teacher, *mean, *std))
+    assert code == 0
+    (warning,) = (line for line in said.splitlines() if line.startswith("warning"))
+    assert re.match(r"warning: teacher was trained with mean and std \[[\d., ]+\] and \[[\d., ]+\], ", warning)
+    assert "config says [0.485, 0.456, 0.406] and [0.200, 0.200, 0.200]: --networks.teacher.mean null" in warning
+    code, _, said = command(arguments(tmp_path / "own", teacher))
+    assert code == 0 and "warning" not in said
 
 
 def test_a_teacher_below_its_students_start_is_doubted(tmp_path: Path, command: Command, teacher: Path) -> None:
