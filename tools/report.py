@@ -31,7 +31,7 @@ from typing import get_args
 from tools import compare
 from tools.compare import Group, LineParser, Run, WrongInput
 from tools.document import numbered, render
-from tools.tables import PAPER, Cell, Metric, Scale, Table, TableError, load_tables
+from tools.tables import PAPER, Cell, Metric, Row, Scale, Table, TableError, load_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 read_run = cache(compare.read_run)  # a run may stand in several tables
@@ -185,7 +185,7 @@ def paper_lines(table: Table, scale: Scale, members: Mapping[str, Mapping[int, R
         by_seed = values_of(table, cell, members)
         if cell.show is None and (cell.paper is not None or by_seed):
             numbers = (by_seed, cell.paper, cell.paper_std, cell.label)
-            lines.append(Line(table.label, row.name, column_of(table, cell), cell.metric, scale, *numbers))
+            lines.append(Line(table.label, row.name, column_of(table, row, cell), cell.metric, scale, *numbers))
     return lines
 
 
@@ -195,9 +195,9 @@ def values_of(table: Table, cell: Cell, members: Mapping[str, Mapping[int, Run]]
     return {seed: value for seed, value in values.items() if value is not None}
 
 
-def column_of(table: Table, cell: Cell) -> str:
-    """Its column, with its measure where that is not the table's."""
-    own = cell.metric.name != table.metric.name and cell.metric.name not in cell.column
+def column_of(table: Table, row: Row, cell: Cell) -> str:
+    """Its column, with its measure where that is neither the table's nor told by row or column."""
+    own = cell.metric.name not in (table.metric.name, row.name) and cell.metric.name not in cell.column
     return f"{cell.column}, {cell.metric.name}" if own else cell.column
 
 
@@ -216,7 +216,7 @@ def gains(table: Table, members: Mapping[str, Mapping[int, Run]]) -> list[list[s
             paper = f"{cell.paper - other.paper:+.2f}" if both else ""  # type: ignore[operator]
             to = other_row.name if other.column == cell.column else other.column
             lower = "" if cell.metric.higher_is_better else " (lower is better)"
-            found.append([f"{row.name}, {column_of(table, cell)}{lower}", to, paper, _interval(pairs)])
+            found.append([f"{row.name}, {column_of(table, row, cell)}{lower}", to, paper, _interval(pairs)])
     return found
 
 
