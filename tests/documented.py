@@ -132,14 +132,11 @@ def make_weights(world: Path) -> None:
     from safetensors.torch import save_file
 
     from classification.networks import create_network
+    from diffusion.proxies import CifarResNet
 
     (world / "weights").mkdir()
-    for name, file in (
-        ("cifar_resnet20_a", "resnet20-cifar10.safetensors"),
-        ("cifar_resnet56_a", "weights/resnet56-cifar10.safetensors"),
-        ("cifar_resnet44_a", "weights/resnet44-cifar10.safetensors"),
-    ):
-        save_file(create_network(name, num_classes=10).state_dict(), world / file)
+    for depth, folder in ((20, world), (44, world / "weights"), (56, world / "weights")):  # in the published keys
+        save_file(CifarResNet(depth).state_dict(), folder / f"resnet{depth}-cifar10.safetensors")
     torch.save({"model": create_network("cifar_resnet20", num_classes=10).state_dict()}, world / "resnet20.pth")
     np.savez(world / "VIRTUAL_imagenet256_labeled.npz", mu=np.zeros(32), sigma=np.eye(32))
 
