@@ -234,6 +234,7 @@ def test_bf16_runs_on_the_cpu(tmp_path: Path, command: Callable[[list[str]], tup
 def test_compiled_run_learns_what_the_plain_one_does(
     tmp_path: Path, command: Callable[[list[str]], tuple[int, str, str]]
 ) -> None:
+    torch.compiler.reset()  # a run is a process of its own: no sizes of another test's make these dynamic
     short = ["--fit.steps", "2"]
     assert command(arguments(tmp_path / "plain", *short))[0] == 0
     code, _, said = command(arguments(tmp_path / "compiled", *short, "--fit.compile", "true"))
