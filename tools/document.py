@@ -206,12 +206,10 @@ def paper(folder: Path, spec: Mapping[str, Any]) -> str:
     from tools import report  # takes in this module
 
     of, scale = load_table(spec["table"]), spec.get("scale", "proxy")
-    members, _ = report.gather(of, scale, folder, folder.parent)
-    lines = report.paper_lines(of, scale, members)
+    lines = report.paper_lines(of, scale, report.gather(of, scale, folder, folder.parent)[0])
     if not any(line.by_seed for line in lines):
         raise ValueError(f"no run of {spec['table']} is kept")
-    shown = [line for line in lines if line.by_seed or not spec.get("finished")]
-    grids = report.paper_grids(of, scale, shown, members)
+    grids = report.paper_grids(of, scale, [line for line in lines if line.by_seed or not spec.get("finished")])
     return "\n\n".join(f"{grid.caption}:\n\n{markdown(grid.rows)}" for grid in grids)
 
 

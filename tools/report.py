@@ -164,7 +164,7 @@ def find_runs(table: Table, run_id: str, scale: Scale, runs: Path, results: Path
     setting = table.setting(run_id, scale)
     found: dict[int, Run] = {}
     left: dict[int, str] = {}
-    for stem in (runs / setting.table / scale / setting.run, *setting.kept_stems(scale, results)):
+    for stem in (setting.stem(scale, runs), *setting.kept_stems(scale, results)):
         for seed, folder in numbered(stem).items():
             try:
                 run = read_run(folder)
@@ -182,17 +182,12 @@ def paper_lines(table: Table, scale: Scale, members: Mapping[str, Mapping[int, R
     """Every cell of a table that has a number. ``members``: the finished runs by id and seed."""
     lines = []
     for row, cell in table.cells():
-        by_seed = values_of(table, cell, members)
+        values = {seed: table.value(cell, run.path) for seed, run in members.get(cell.run or "", {}).items()}
+        by_seed = {seed: value for seed, value in values.items() if value is not None}
         if cell.show is None and (cell.paper is not None or by_seed):
             numbers = (by_seed, cell.paper, cell.paper_std, cell.label)
             lines.append(Line(table.label, row.name, column_of(table, row, cell), cell.metric, scale, *numbers))
     return lines
-
-
-def values_of(table: Table, cell: Cell, members: Mapping[str, Mapping[int, Run]]) -> dict[int, float]:
-    """Ours, by seed."""
-    values = {seed: table.value(cell, run.path) for seed, run in members.get(cell.run or "", {}).items()}
-    return {seed: value for seed, value in values.items() if value is not None}
 
 
 def column_of(table: Table, row: Row, cell: Cell) -> str:
@@ -201,15 +196,17 @@ def column_of(table: Table, row: Row, cell: Cell) -> str:
     return f"{cell.column}, {cell.metric.name}" if own else cell.column
 
 
-def gains(table: Table, members: Mapping[str, Mapping[int, Run]]) -> list[list[str]]:
+def gains(table: Table, lines: Sequence[Line]) -> list[list[str]]:
     """What each run of ours adds to its baseline: what, baseline, the paper's difference, ours paired by seed."""
     found = []
+    known = {(line.row, line.column): line.by_seed for line in lines}
     for row, cell in table.cells():
         baseline = table.baseline(row, cell)
         if baseline is None:
             continue
         other_row, other = baseline
-        ours, theirs = values_of(table, cell, members), values_of(table, other, members)
+        ours = known.get((row.name, column_of(table, row, cell)), {})
+        theirs = known.get((other_row.name, column_of(table, other_row, other)), {})
         pairs = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
         if pairs:
             both = cell.paper is not None and other.paper is not None
@@ -227,9 +224,7 @@ def gather(table: Table, scale: Scale, runs: Path, results: Path) -> tuple[dict[
     return members, list(dict.fromkeys(why for _, left in looked.values() for why in left))
 
 
-def paper_grids(
-    table: Table, scale: Scale, lines: Sequence[Line], members: Mapping[str, Mapping[int, Run]]
-) -> list[Grid]:
+def paper_grids(table: Table, scale: Scale, lines: Sequence[Line]) -> list[Grid]:
     """The paper's numbers and ours, and what each run adds to its baseline, in both."""
     if not lines:
         return []
@@ -240,7 +235,7 @@ def paper_grids(
     others = {f"{line.measure} for {line.metric.name}": 0 for line in lines if line.measure != line.metric.name}
     proxies = f"; the proxy: {', '.join(others)}" if others else ""
     grids = [Grid(caption + proxies, [head, *_rows(lines)])]
-    if rows := gains(table, members):
+    if rows := gains(table, lines):
         caption = f"What it adds, paired by seed with a 95 % t interval, not corrected for {len(rows)} comparisons"
         grids.append(Grid(caption + proxies, [["row, column", "added to", "paper", ours], *rows]))
     return grids
@@ -252,7 +247,7 @@ def paper_part(table: Table, scale: Scale, runs: Path, results: Path) -> Part | 
     if not members:
         return None
     lines = paper_lines(table, scale, members)
-    grids = paper_grids(table, scale, lines, members)
+    grids = paper_grids(table, scale, lines)
     recipes = sorted({table.setting(run_id, scale).recipe for run_id in members})
     words = [f"**Proxy**: {', '.join(recipes)} instead of the paper's setting."] if scale == "proxy" else []
     words += [table.notes] if table.notes else []

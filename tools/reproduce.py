@@ -426,7 +426,7 @@ def dry_run(plan: Plan) -> int:
         else:
             table, run_id, _ = plan.origins[name][0]
             setting = table.setting(run_id, plan.scale)
-            same = [job.folder.with_name(setting.run), *setting.kept_stems(plan.scale, RESULTS)]
+            same = [setting.stem(plan.scale, ROOT / plan.place.out), *setting.kept_stems(plan.scale, RESULTS)]
             looks = (
                 look
                 for device in (here, *({"cuda", "cpu"} - {here}))

@@ -107,12 +107,15 @@ class Setting:
 
     def folder(self, scale: Scale, seed: int, out: Path | str) -> Path:
         """The run folder below ``out``."""
-        return Path(out) / self.table / scale / f"{self.run}-{seed}"
+        return Path(f"{self.stem(scale, out)}-{seed}")
+
+    def stem(self, scale: Scale, out: Path | str) -> Path:
+        """``<stem>-<seed>`` is the run folder below ``out``."""
+        return Path(out) / self.table / scale / self.run
 
     def kept_stems(self, scale: Scale, results: Path) -> list[Path]:
         """``<stem>-<seed>`` is where such runs may be kept: in ``reproduce``, as they were run, or as ``kept`` says."""
-        laid_out = results / "reproduce" / self.table / scale / self.run
-        return [laid_out, *([results / self.kept] if self.kept else [])]
+        return [self.stem(scale, results / "reproduce"), *([results / self.kept] if self.kept else [])]
 
 
 @dataclass(frozen=True)
@@ -305,8 +308,8 @@ def _table(name: str, raw: Mapping[str, dict[str, Any]]) -> Table:
     names = [row.name for row in rows]
     if twice := next((one for one in names if names.count(one) > 1), None):
         raise TableError(f"{name}: two rows are named {twice}")
-    baselines = values.get("baselines") or {}
-    if unknown := next((one for one in (*baselines, *baselines.values()) if one not in runs), None):
+    baselines = _known(f"{name}, baselines", values.get("baselines") or {}, set(runs))
+    if unknown := next((one for one in baselines.values() if one not in runs), None):
         raise TableError(f"{name}, baselines: no run {unknown}")
     return Table(
         name=name,
