@@ -5,22 +5,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from classification.data import DataConfig
 from classification.distiller import NetworkConfig, OptimizerConfig
-from classification.methods import METHODS, ADMConfig, Method, parse_method
+from classification.methods import METHODS, Method, parse_method
 from classification.methods.base import NoOptions
 from classification.networks.pretrained import file_hash, find_weights
+from core.adm import ADMConfig
 from core.errors import InputError
-from core.training.command import parse, train_parser
+from core.training.command import dry_run_wanted, parse, train_parser
 from core.training.fit import FitConfig
 from core.training.run import flatten
 from core.training.schedule import ScheduleConfig
 
 # What a resumed run may change: where and on what it runs, not what it computes.
-FREE_KEYS = ("data.root", "data.download", "data.workers", "fit.device", "fit.keep", "fit.trackers", "progress_bar")
+MAY_CHANGE = ("data.root", "data.download", "data.workers", "fit.device", "fit.keep", "fit.trackers", "progress_bar")
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,11 @@ ONLINE = Task(
 
 @dataclass(frozen=True)
 class Command:
-    """A parsed command: the config, the options of its method, whether it only looks, and the task that it is of."""
+    """A parsed command: the config, its method's options, whether it only looks ("time": and times), and its task."""
 
     config: TrainConfig
     options: Any
-    dry_run: bool = False
+    dry_run: Literal["time"] | bool = False
     task: Task = ONLINE
 
     @property
@@ -115,18 +117,20 @@ class Command:
             values[name] = asdict(self.options)
         return values
 
+    @cached_property
+    def weight_files(self) -> dict[str, Path]:
+        """The weight file of each network that starts from one. Raises: InputError where there is none."""
+        given = {role: network for role, network in self.config.networks.items() if network.weights is not None}
+        return {role: find_weights(str(network.weights), role, network.name) for role, network in given.items()}
+
     def _weight_hashes(self) -> dict[str, str]:
         import yaml
 
         file = self.config.out / "config.yaml"
         recorded = flatten(yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
         return {
-            role: file_hash(
-                find_weights(network.weights, role, network.name),
-                network.sha256 or recorded.get(f"networks.{role}.sha256"),
-            )
-            for role, network in self.config.networks.items()
-            if network.weights is not None
+            role: file_hash(weights, self.config.networks[role].sha256 or recorded.get(f"networks.{role}.sha256"))
+            for role, weights in self.weight_files.items()
         }
 
 
@@ -150,7 +154,7 @@ def parse_command(argv: Sequence[str] | None = None, prog: str | None = None, ta
     nested = [f"networks.<role>.{f.name}" for f in fields(NetworkConfig)]
     cfg = parse(make_parser(prog, task), argv, nested).as_dict()
     options = {name: cfg.pop(name) for name in task.methods if name in cfg}
-    dry_run = cfg.pop("dry_run")
+    dry_run = dry_run_wanted(cfg.pop("dry_run"), cfg.pop("time"))
     for key in ("config", "task"):
         cfg.pop(key, None)
     config = task.config(**cfg)

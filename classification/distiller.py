@@ -6,16 +6,18 @@ import fnmatch
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from classification.methods import ADM, ADMConfig, Method, Outputs
+from classification.methods import ADM, Method, Outputs
 from classification.networks import create_network
-from classification.networks.pretrained import check_weights, find_weights
+from classification.networks.pretrained import check_weights
 from classification.networks.published import load_weights
 from classification.predictions import PreviousPredictions
+from core.adm import ADMConfig
 from core.errors import InputError
 from core.network import as_network, check_network
 from core.training.distiller import Batch, Distiller, Losses, Progress
@@ -121,13 +123,12 @@ class ClassificationDistiller(Distiller):
             self.register_buffer(f"shift_{role}", shift.view(-1, 1, 1), persistent=False)
         normalised = self.views(sample, list(networks))
         adapted = {role: as_network(network, normalised[role]) for role, network in networks.items()}
-        method.check(list(adapted))
         self.networks = nn.ModuleDict(method.prepare(adapted, normalised[next(iter(adapted))]))
         if channels_last:
             self.networks.to(memory_format=torch.channels_last)
         self.phases = method.phases(list(self.networks))
         self.unused_parameters = len(self.phases) > 1
-        self.reduces_itself = method.reduces_itself
+        self.manual_grad_sync = method.manual_grad_sync
         self.output_roles = method.output_roles(list(self.networks))
         self.pairs = method.pairs(self.output_roles)
         self.adm: ADM | None = None
@@ -215,7 +216,7 @@ class ClassificationDistiller(Distiller):
         self.method.backward(losses, total, accelerator)
 
     def before_update(self) -> None:
-        if self.method.reduces_itself:
+        if self.method.manual_grad_sync:
             self.method.before_update([p for group in self.parameter_groups() for p in group["params"]])
         if self._gates:  # the one value that a step reads from the device, and only where a role may pause
             learns = torch.stack(list(self._gates.values())).tolist()
@@ -255,22 +256,28 @@ class ClassificationDistiller(Distiller):
 
     def metadata(self, role: str) -> dict[str, str]:
         mean, std = self.normalisation[role]
-        caveat = {"caveat": self.method.caveat} if self.method.caveat else {}
+        export_note = {"export_note": self.method.export_note} if self.method.export_note else {}
         return {
             "role": role,
             "architecture": self.configs[role].name,
             "num_classes": str(self.num_classes),
             "mean": json.dumps(list(mean)),
             "std": json.dumps(list(std)),
-            **caveat,
+            **export_note,
         }
 
 
 def build_networks(
-    configs: Mapping[str, NetworkConfig], num_classes: int, seed: int, *, in_chans: int = 3
+    configs: Mapping[str, NetworkConfig],
+    files: Mapping[str, Path],
+    num_classes: int,
+    seed: int,
+    *,
+    in_chans: int = 3,
 ) -> dict[str, nn.Module]:
     """The networks by role, each initialised from (seed, role) alone: a student starts alike whatever trains beside it.
 
+    ``files``: the weight file of each network that starts from one.
     Raises: InputError for an unknown role or network, or weights that do not fit.
     """
     networks: dict[str, nn.Module] = {}
@@ -279,8 +286,7 @@ def build_networks(
             raise InputError(f"unknown role {role!r}: networks are teacher, teacher_2, ..., student, student_2, ...")
         seed_everything(seed, "network", role)
         networks[role] = create_network(config.name, num_classes, in_chans=in_chans, pretrained=config.pretrained)
-        if config.weights is not None:
-            file = find_weights(config.weights, role, config.name)
+        if (file := files.get(role)) is not None:
             check_weights(file, role, config.name, num_classes, config.sha256)
             load_weights(networks[role], file)
     return networks

@@ -14,18 +14,18 @@ from classification.config import ONLINE, Command, Task, TrainConfig, parse_comm
 from classification.data import DataSets, Split, Streamed, load_datasets, make_loader
 from classification.data.datasets import IN_MEMORY_NAMES
 from classification.data.noise import LabelNoise, draw_noise, with_noise
-from classification.data.sources import EXTENSIONS, folder_sources, timm_sources
+from classification.data.sources import folder_sources, timm_sources
 from classification.distiller import ClassificationDistiller, NetworkConfig, build_networks, has_batchnorm
 from classification.networks.pretrained import (
-    find_weights,
     metadata_of,
-    read_metadata,
     timm_keeps_head,
     timm_normalisation,
 )
 from classification.networks.published import load_weights
 from core.errors import InputError, first_line
+from core.images import EXTENSIONS
 from core.training.checkpoint import BEST, LAST, numbered
+from core.weights import read_metadata, read_torch
 
 EVALUATION_BATCH = 256
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
@@ -99,7 +99,7 @@ class Experiment:
     def trained_normalisation(self, role: str) -> Normalisation:
         """Mean and std that a network's weights were trained with; where nothing says them, those it is given."""
         mean, std = self.distiller.normalisation[role]
-        said = _said_by_weights(role, self.command.config.networks[role])
+        said = _said_by_weights(self.command.config.networks[role], self.command.weight_files.get(role))
         return said.get("mean", mean), said.get("std", std)
 
     @property
@@ -109,21 +109,24 @@ class Experiment:
         return ("validation", held_out) if held_out is not None else ("test", self.datasets.test)
 
 
-def build(command: Command, roles: Sequence[str] | None = None) -> Experiment:
-    """Loads the data and builds the networks, all or only ``roles``. Raises: InputError for what cannot be."""
+def build(command: Command, roles: Sequence[str] | None = None, *, check: bool = True) -> Experiment:
+    """Loads the data and builds the networks, all or only ``roles``. Raises: InputError for what cannot be.
+
+    ``check``: ask the method too whether it can train them; of a trained run that has been answered.
+    """
     config = command.config
     datasets, noise = _with_noise(load_datasets(config.data), config)
     networks = {role: c for role, c in config.networks.items() if roles is None or role in roles}
     name, with_adm = command.method
     method = command.task.methods[name](command.options, with_adm=with_adm)
-    method.check_loop(config.fit)
-    if with_adm:
-        method.check_adm(config.adm)
-    method.check_start([role for role, c in networks.items() if _starts_trained(c, datasets.num_classes)])
+    if check:
+        pretrained = [role for role, c in networks.items() if _starts_trained(c, datasets.num_classes)]
+        method.check(config, list(networks), pretrained)
+    files = {role: file for role, file in command.weight_files.items() if role in networks}
     distiller = ClassificationDistiller(
-        build_networks(networks, datasets.num_classes, config.seed, in_chans=datasets.channels),
+        build_networks(networks, files, datasets.num_classes, config.seed, in_chans=datasets.channels),
         networks,
-        {role: _normalisation(role, c, datasets) for role, c in networks.items()},
+        {role: _normalisation(c, files.get(role), datasets) for role, c in networks.items()},
         method,
         config.adm if with_adm else None,
         config.optimizer,
@@ -134,16 +137,16 @@ def build(command: Command, roles: Sequence[str] | None = None) -> Experiment:
     return Experiment(command, datasets, distiller, noise)
 
 
-def _normalisation(role: str, config: NetworkConfig, datasets: DataSets) -> Normalisation:
+def _normalisation(config: NetworkConfig, file: Path | None, datasets: DataSets) -> Normalisation:
     """Mean and std of a network: the config's, else what its weights were trained with, else the data set's."""
-    said = _said_by_weights(role, config)
+    said = _said_by_weights(config, file)
     return config.mean or said.get("mean", datasets.mean), config.std or said.get("std", datasets.std)
 
 
-def _said_by_weights(role: str, config: NetworkConfig) -> dict[str, Any]:
+def _said_by_weights(config: NetworkConfig, file: Path | None) -> dict[str, Any]:
     """``mean`` and ``std`` that a network's weights were trained with, where their file or timm says so."""
-    if config.weights is not None:
-        return metadata_of(find_weights(config.weights, role, config.name))
+    if file is not None:
+        return metadata_of(file)
     return timm_normalisation(config.name) if config.pretrained else {}
 
 
@@ -235,7 +238,7 @@ def restore(command: Command, checkpoint: Path) -> Experiment:
             said = read_metadata(file)
             mean, std = said.get("mean", config.mean), said.get("std", config.std)
             networks[role] = replace(config, weights=None, pretrained=False, mean=mean, std=std, sha256=None)
-    experiment = build(replace(command, config=replace(command.config, networks=networks)))
+    experiment = build(replace(command, config=replace(command.config, networks=networks)), check=False)
     load_checkpoint(experiment.distiller, checkpoint)
     return experiment
 
@@ -246,7 +249,7 @@ def load_checkpoint(distiller: ClassificationDistiller, checkpoint: Path) -> Non
         load_weights(distiller.networks[role], checkpoint / f"{role}.safetensors")
     file = checkpoint / "state.pt"
     try:
-        extra = torch.load(file, map_location="cpu", weights_only=True)["extra"]
+        extra = read_torch(file)["extra"]
         missing = distiller.load_state_dict(extra, strict=False).missing_keys
     except Exception as error:  # a damaged pickle can raise anything
         reason = first_line(error)

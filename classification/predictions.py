@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from core.distillation import full_precision
 from core.errors import InputError, TrainingError
-from core.training.checkpoint import write_atomically
+from core.files import write_atomically
 from core.training.distiller import Batch, Progress
 from core.training.fit import FitConfig
 

@@ -1,22 +1,31 @@
-"""Asymmetric Decision-Making (ADM) for knowledge distillation. Importing it takes in torch and nothing heavier."""
+"""Asymmetric Decision-Making (ADM) for knowledge distillation. A name loads torch when first used, nothing heavier."""
 
-from core.adapter import Adapter
-from core.adm import (
-    ADMLoss,
-    consensus_attention,
-    consensus_kd_loss,
-    consensus_loss,
-    divergence_attention,
-    divergence_kd_loss,
-    divergence_loss,
-    phi_loss,
-    spatial_similarity,
-)
-from core.distillation import feature_loss, kd_loss, mutual_loss
-from core.errors import InputError, TrainingError
-from core.network import Network, Split, as_network, check_network, stage_maps
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .adm import (
+        ADMConfig,
+        ADMLoss,
+        consensus_attention,
+        consensus_kd_loss,
+        consensus_loss,
+        control,
+        divergence_attention,
+        divergence_kd_loss,
+        divergence_loss,
+        phi_loss,
+        spatial_similarity,
+    )
+    from .distillation import feature_loss, kd_loss, mutual_loss
+    from .errors import InputError, TrainingError
+    from .network import Network, Split, as_network, check_network, stage_maps
 
 __all__ = [
+    "ADMConfig",
     "ADMLoss",
     "Adapter",
     "InputError",
@@ -28,6 +37,7 @@ __all__ = [
     "consensus_attention",
     "consensus_kd_loss",
     "consensus_loss",
+    "control",
     "divergence_attention",
     "divergence_kd_loss",
     "divergence_loss",
@@ -38,3 +48,20 @@ __all__ = [
     "spatial_similarity",
     "stage_maps",
 ]
+
+
+_MODULES = ("errors", "adapter", "adm", "distillation", "network")
+
+
+def __getattr__(name: str) -> Any:
+    # PEP 562: a command that needs `core.errors` alone must not wait for torch.
+    if name in __all__:
+        for module in _MODULES:
+            if (value := getattr(import_module(f".{module}", __name__), name, None)) is not None:
+                globals()[name] = value
+                return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,18 +8,21 @@ that map to reach its logits (activation, pooling, classifier).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.adapter import Adapter, pool_to, smaller_size
-from core.distillation import full_precision, kd_loss
+from .adapter import Adapter, pool_to, smaller_size
+from .distillation import NoiseFilter, full_precision, kd_loss
+from .errors import InputError, require_not_negative, require_positive, unknown
 
 Head = Callable[[Tensor], Tensor]
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Form = Literal["ce", "kd"]
+Control = Literal["none", "uniform", "shuffled"]
 
 # Algorithm 1's guard. Where a map's mean weight m = 1 -+ S_bar is tiny, the attention's mean is m / (m + EPSILON) < 1.
 EPSILON = 1e-5
@@ -42,6 +45,24 @@ def spatial_similarity(map_student: Tensor, map_teacher: Tensor) -> Tensor:
     norms = [torch.linalg.vector_norm(x, dim=1).clamp_min(1e-8) for x in (s, t)]  # 2 x [B, H, W]
     # float32 cosines reach 1 + 2e-6, which would turn the divergence attention negative: clamp.
     return ((s * t).sum(dim=1) / (norms[0] * norms[1])).clamp(-1.0, 1.0)
+
+
+def control(similarity: Tensor, kind: Control = "none") -> Tensor:
+    """S ``[B, H, W]`` as it is, or a control in its place, without which no gain may be called the attention's.
+
+    ``uniform``: S is 0 everywhere, so that both attentions are 1 (up to Algorithm 1's guard of 1e-5) and the ``ce``
+    losses a second cross-entropy. ``shuffled``: S permuted over the places of each image, by torch's generator: the
+    same weights where they mean nothing. Take it once for a pair: all its terms then see one S.
+    Raises: ValueError for another kind.
+    """
+    if kind == "none":
+        return similarity
+    if kind == "uniform":
+        return torch.zeros_like(similarity)
+    if kind == "shuffled":
+        places = torch.rand_like(similarity).flatten(1).argsort(dim=1)  # a permutation for each image
+        return similarity.flatten(1).gather(1, places).view_as(similarity)
+    raise ValueError(f"unknown control {kind!r}: 'none', 'uniform' or 'shuffled'")
 
 
 def consensus_attention(similarity: Tensor) -> Tensor:
@@ -147,6 +168,49 @@ def phi_loss(projected: Tensor, map_teacher: Tensor, map_student: Tensor | None 
     return (teacher - full_precision(projected)).square().sum() / energy.clamp_min(1e-12)
 
 
+@dataclass(frozen=True)
+class ADMConfig:
+    """Weights and forms of ADM.
+
+    Args:
+        alpha: weight of the consensus loss (trains the student).
+        beta: weight of the divergence loss (trains the teacher).
+        gamma: weight of the feature loss (Eq. 5, trains the student).
+        consensus: ce (Eq. 7) or kd (Eq. 11, ImageNet's headline figures).
+        divergence: ce (Eq. 8) or kd (Eq. 12, towards what the teacher itself said in the epoch before, which is kept
+            on disk in the run folder: 4 bytes an image and class).
+        tau: temperature of the kd form of consensus.
+        delta: weight of that earlier prediction in divergence's kd form: it grows linearly over the epochs, from the
+            first value in the second epoch to the second value in the last (0 in the first epoch).
+        feature_filter: Table 18's noise filters of the feature loss.
+        phi_loss: own trains the last adapter by its own relative residual; feature by the feature loss (the paper's
+            letter).
+        control: none is ADM; uniform (attention 1 everywhere) and shuffled (S at permuted places of each image) are
+            what it must be compared with before a gain is called the attention's.
+    Raises: InputError for a negative weight, a value out of range or an unknown word.
+    """
+
+    alpha: float = 0.01
+    beta: float = 0.01
+    gamma: float = 1.0
+    consensus: Form = "ce"
+    divergence: Form = "ce"
+    tau: float = 1.0
+    delta: tuple[float, float] = (0.2, 0.6)
+    feature_filter: NoiseFilter = "none"
+    phi_loss: Literal["own", "feature"] = "own"
+    control: Control = "none"
+
+    def __post_init__(self) -> None:
+        require_not_negative("adm", alpha=self.alpha, beta=self.beta, gamma=self.gamma)
+        require_positive("adm", tau=self.tau)
+        if not all(0 <= value <= 1 for value in self.delta):
+            raise InputError(f"adm.delta must lie in [0, 1]: {list(self.delta)}")
+        for name, kind in get_type_hints(type(self)).items():  # a config that no parser has read is checked here
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise unknown(f"value of adm.{name}", str(getattr(self, name)), get_args(kind))
+
+
 class ADMLoss(nn.Module):
     """Eq. 9: ``alpha L_co + beta L_di`` for one student and one teacher, to be added to any loss.
 
@@ -159,7 +223,8 @@ class ADMLoss(nn.Module):
         tau: temperature of the "kd" consensus.
         train_adapter: phi by its own loss (default). False: by whatever feature loss you compute with it.
         criterion: ``criterion(head_output, target)`` of the "ce" forms; cross-entropy unless told.
-    Raises: ValueError for negative weights or an unknown form.
+        control: "none" is ADM; "uniform" or "shuffled" put a control in the place of S (see ``control``).
+    Raises: ValueError for negative weights, an unknown form or control.
     """
 
     def __init__(
@@ -173,6 +238,7 @@ class ADMLoss(nn.Module):
         tau: float = 1.0,
         train_adapter: bool = True,
         criterion: Criterion = F.cross_entropy,
+        control: Control = "none",
     ) -> None:
         super().__init__()
         if alpha < 0 or beta < 0:
@@ -180,9 +246,11 @@ class ADMLoss(nn.Module):
         for side, form in (("consensus", consensus), ("divergence", divergence)):
             if form not in ("ce", "kd"):
                 raise ValueError(f"unknown {side} form {form!r}: 'ce' or 'kd'")
+        if control not in get_args(Control):
+            raise ValueError(f"unknown control {control!r}: 'none', 'uniform' or 'shuffled'")
         self.alpha, self.beta, self.adapter = alpha, beta, adapter
         self.consensus, self.divergence, self.tau = consensus, divergence, tau
-        self.train_adapter, self.criterion = train_adapter, criterion
+        self.train_adapter, self.criterion, self.control = train_adapter, criterion, control
 
     def project(self, map_student: Tensor, map_teacher: Tensor) -> Tensor:
         """phi(F_s) at the size at which the maps are compared, F_s detached; the map itself without an adapter."""
@@ -210,7 +278,7 @@ class ADMLoss(nn.Module):
         """The weighted parts, by name: "consensus" (student), "divergence" (teacher), "phi" (adapter alone)."""
         terms: dict[str, Tensor] = {}
         projected = self.project(map_student, map_teacher)
-        similarity = spatial_similarity(projected, map_teacher)  # [B, H, W]
+        similarity = control(spatial_similarity(projected, map_teacher), self.control)  # [B, H, W]
         if self.alpha > 0:
             if self.consensus == "ce":
                 loss = consensus_loss(similarity, map_student, target, student_head, self.criterion)
@@ -247,4 +315,5 @@ class ADMLoss(nn.Module):
         return sum(terms.values(), start=map_student.new_zeros(()))
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, beta={self.beta}, consensus={self.consensus!r}, divergence={self.divergence!r}"
+        forms = f"consensus={self.consensus!r}, divergence={self.divergence!r}, control={self.control!r}"
+        return f"alpha={self.alpha}, beta={self.beta}, {forms}"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.distillation import full_precision
+from .distillation import full_precision
 
 
 def relative_logits(logits: Tensor, targets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.adapter import Adapter, pool_to, smaller_size
+from .adapter import Adapter, pool_to, smaller_size
 
 NoiseFilter = Literal["none", "norm", "relu", "drop"]
 

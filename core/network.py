@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from core.errors import InputError
+from .errors import InputError
 
 # timm models whose features are tokens [B, N, C] without any attribute that tells so.
 TOKEN_MODELS = ("MlpMixer", "EfficientFormer", "Hiera", "Levit", "LevitDistilled", "Twins")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from classification.config import Task, TrainConfig
 from classification.distiller import OptimizerConfig
-from classification.methods import ADMConfig
+from core.adm import ADMConfig
 from core.training.fit import FitConfig
 from core.training.schedule import ScheduleConfig
 from offline_kd.methods import METHODS

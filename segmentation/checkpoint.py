@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from core.errors import InputError, first_line
-from core.training.checkpoint import leftover, link
+from core.files import leftover
+from core.training.checkpoint import link
 
 LAST, BEST = "last.pth", "best.pth"
 

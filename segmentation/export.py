@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from core.training.checkpoint import write_atomically
+from core.files import write_atomically
 
 
 def export_network(cfg: Config, network: nn.Module, role: str, metainfo: Mapping[str, Any], folder: Path) -> None:

@@ -16,10 +16,10 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from core.errors import TrainingError
-from core.training.checkpoint import write_atomically
+from core.files import write_atomically
 from core.training.command import Stop
-from core.training.fit import DRAW_EVERY
-from core.training.meters import Clock, Window, peak_memory
+from core.training.meters import Clock, LossBuffer, peak_memory
+from core.training.recorder import DRAW_EVERY
 from core.training.run import RunFolder
 from core.training.seed import random_state, restore_random_state, seed_everything
 from segmentation.checkpoint import BEST, LAST, checkpoint_path, point, prune
@@ -31,7 +31,7 @@ ADVICE = "lower the learning rate, clip gradients (--cfg-options optim_wrapper.c
 class RunHook(Hook):
     """Run folder, checkpoints, stopping and exact resuming.
 
-    Metrics and losses: see ``core.training.meters.Window``; the device is only waited for at log points and saves. A
+    Losses: see ``core.training.meters.LossBuffer``; the device is only waited for at log points and saves. A
     checkpoint follows each evaluation, every ``save_every`` iterations, and an interruption.
 
     Args:
@@ -85,7 +85,7 @@ class RunHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         self.device = next(runner.model.parameters()).device
-        self.window = Window(self.device, self._mean, ADVICE)
+        self.window = LossBuffer(self.device, self._mean, ADVICE)
         self.clock = Clock(self.device, self.processes)
         self.run.open()
         self.run.write_environment(str(self.device))

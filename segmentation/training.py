@@ -16,7 +16,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import CheckpointLoader, Runner, set_random_seed
 
 from core.errors import InputError
-from core.training.checkpoint import write_atomically
+from core.files import write_atomically
 from core.training.command import DONE, INTERRUPTED, Stop
 from core.training.run import RunFolder
 from segmentation.checkpoint import LAST, latest_checkpoint, read_checkpoint
@@ -26,7 +26,7 @@ from segmentation.export import as_text
 from segmentation.hooks import RunHook
 
 # In what a resumed run may differ: where it runs, and how much it says and keeps.
-FREE_KEYS = (
+MAY_CHANGE = (
     "data_root", "run.keep", "run.log_every", "run.save_every", "train_dataloader.num_workers", "val_dataloader",
     "env_cfg", "visualizer", "log_level", "custom_imports",
 )  # fmt: skip
@@ -57,7 +57,7 @@ def train(
     folder = Path(out or f"runs/{Path(config).stem}/{cfg.model.method}-{cfg.seed}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _processes(launcher, device, cfg) as (rank, processes):
-        run = RunFolder(folder, resolved(cfg), main=rank == 0, free=FREE_KEYS)
+        run = RunFolder(folder, resolved(cfg), main=rank == 0, may_change=MAY_CHANGE)
         if run.finished and not dry_run:
             run.log(f"{run.path} is finished; its results are in {run.path / 'summary.json'}")
             return DONE

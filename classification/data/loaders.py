@@ -24,6 +24,7 @@ from torch import Tensor
 from classification.data.config import Augmentation
 from classification.data.datasets import Arrays, Split, Streamed, check_in_memory
 from core.errors import InputError
+from core.training.order import EpochOrder
 
 Batch = dict[str, Any]
 
@@ -34,7 +35,7 @@ def mix(*numbers: int) -> int:
     return int(words[0]) >> 1
 
 
-class EpochLoader:
+class EpochLoader(EpochOrder):
     """Epochs, batches and positions, which both loaders share. Iterating yields the REST of the current epoch.
 
     Training: shuffled; the short last batch is kept unless some process would get fewer than 2 samples of it (batch
@@ -66,9 +67,8 @@ class EpochLoader:
         device: torch.device | str = "cpu",
         views: int = 1,
     ) -> None:
-        self.size, self.batch_size, self.train, self.seed = len(split), batch_size, train, seed
-        self.rank, self.world, self.device, self.views = rank, world, torch.device(device), views
-        self.epoch = self.position = 0
+        super().__init__(len(split), batch_size, seed=seed, rank=rank, world=world)
+        self.train, self.device, self.views = train, torch.device(device), views
         if batch_size < world:
             raise InputError(f"a batch of {batch_size} images cannot be shared by {world} processes")
         if train and not len(self):
@@ -84,39 +84,19 @@ class EpochLoader:
     def __iter__(self) -> Iterator[Batch]:
         if not self.train:
             self.position = 0
-        elif self.position >= len(self):
-            self._next_epoch()
+        self.begin()
         for batch in self._batches(self.epoch, self.position):
             self.position += 1
             yield batch
-        self._next_epoch()
+        self.begin()
 
-    def _next_epoch(self) -> None:
-        self.epoch, self.position = self.epoch + 1, 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Epoch and number of its batches already handed out; a finished epoch counts as the start of the next."""
-        if self.position >= len(self):
-            return {"epoch": self.epoch + 1, "position": 0}
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        if not 0 <= state["position"] < len(self):
-            raise InputError(
-                f"the saved run stood at batch {state['position']} of an epoch that now has {len(self)}: "
-                "resume with the same data and batch size"
-            )
-        self.epoch, self.position = state["epoch"], state["position"]
-
-    def set_views(self, views: int) -> None:
-        """Takes effect when the next iteration starts."""
-        self.views = views
+    def generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed(mix(self.seed, epoch))
 
     def _order(self, epoch: int) -> tuple[Tensor, torch.Generator]:
         """The epoch's order of all samples, int64 [N], and the generator that further draws of the epoch come from."""
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        order = torch.randperm(self.size, generator=generator) if self.train else torch.arange(self.size)
-        return order, generator
+        generator = self.generator(epoch)
+        return self.shuffled(generator) if self.train else torch.arange(self.size), generator
 
     def indices(self, epoch: int) -> list[Tensor]:
         """The `index` of each of this process's batches in that epoch, int64 [B] on the CPU, wherever batches go."""
@@ -126,7 +106,7 @@ class EpochLoader:
     def _share(self, rows: Tensor, step: int) -> Tensor:
         """This process's part of batch `step`; `rows` [N, ...] stand for all samples in the epoch's order."""
         if self.train:
-            return rows[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world]
+            return rows[self.share(step)]
         own = self.batch_size // self.world
         return rows[self.rank :: self.world][step * own : (step + 1) * own]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from classification.data.datasets import Split
 from classification.data.loaders import mix
 from core.errors import InputError
-from core.training.checkpoint import write_atomically
+from core.files import write_atomically
 
 SALT = 0x6E6F6973
 """Keeps these draws apart from an epoch's order of the images, which comes of the same seed."""

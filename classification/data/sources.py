@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
+from core.images import EXTENSIONS, broken_image, image_files, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 TRAIN_NAMES = ("train",)
 TEST_NAMES = ("val", "validation", "test")
 ITERABLE_PREFIXES = ("hfids", "tfds", "wds")
@@ -63,7 +63,7 @@ class FileSource:
                 encoded = file.read(-1 if size is None else size)
         except OSError as error:
             raise InputError(f"cannot read {self.describe(position)}: {error.strerror}") from error
-        return _decode(io.BytesIO(encoded), self.describe(position))
+        return open_image(io.BytesIO(encoded), self.describe(position))
 
     def describe(self, position: int) -> str:
         path, offset, size = self.files[position]
@@ -89,31 +89,16 @@ class TimmSource:
 
     def image(self, position: int) -> Image:
         if self.reader is not None:
-            return _decode(self.reader[position][0], self.describe(position))
+            with self.reader[position][0] as file:
+                return open_image(file, self.describe(position))
         try:
             return self.dataset[position][0].convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            raise _broken(self.describe(position)) from error
+            raise broken_image(self.describe(position)) from error
 
     def describe(self, position: int) -> str:
         samples = getattr(self.dataset, "samples", None)
         return str(samples[position][0]) if samples else f"image {position} of {self.name}"
-
-
-def _decode(file: Any, description: str) -> Image:
-    from PIL import Image
-
-    try:
-        with file, Image.open(file) as image:
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
-    # Pillow's plug-ins raise these three for unknown, truncated and damaged files.
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _broken(description) from error
-
-
-def _broken(description: str) -> InputError:
-    return InputError(f"cannot decode {description}: broken or no image; replace or delete it")
 
 
 def find_split(root: str, names: Sequence[str], content: str) -> Path:
@@ -151,15 +136,10 @@ def _list_folder(split: Path) -> dict[str, list[tuple[str, int, int | None]]]:
     classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
     files: dict[str, list[tuple[str, int, int | None]]] = {}
     for name in classes:
-        paths = [
-            os.path.join(folder, file)
-            for folder, _, members in os.walk(split / name, followlinks=True)
-            for file in members
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        ]
+        paths = [os.path.join(split, name, file) for file in image_files(split / name)]
         if not paths:
             raise InputError(f"class folder {split / name} holds no image ({', '.join(EXTENSIONS)}): fill or delete it")
-        files[name] = [(path, 0, None) for path in sorted(paths)]
+        files[name] = [(path, 0, None) for path in paths]
     return files
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from classification.methods.adm import ADM, ADMConfig
+from classification.methods.adm import ADM
 from classification.methods.afd import AFD
 from classification.methods.afid import AFID
 from classification.methods.base import Method, Output, Outputs
@@ -29,4 +29,4 @@ def parse_method(label: str, methods: Mapping[str, type[Method]] = METHODS) -> t
     return parse_label(label, methods)
 
 
-__all__ = ["ADM", "METHODS", "ADMConfig", "Method", "Output", "Outputs", "parse_method"]
+__all__ = ["ADM", "METHODS", "Method", "Output", "Outputs", "parse_method"]

@@ -3,55 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 
 from classification.methods.base import Outputs
 from classification.predictions import PreviousPredictions
 from core.adapter import Adapter
-from core.adm import ADMLoss, spatial_similarity
+from core.adm import ADMConfig, ADMLoss, spatial_similarity
 from core.distillation import feature_loss
-from core.errors import InputError, require_not_negative, require_positive
+from core.errors import InputError
 from core.network import check_pair
 from core.training.distiller import Batch, Losses, Progress
-
-
-@dataclass(frozen=True)
-class ADMConfig:
-    """Weights and forms of ADM.
-
-    Args:
-        alpha: weight of the consensus loss (trains the student).
-        beta: weight of the divergence loss (trains the teacher).
-        gamma: weight of the feature loss (Eq. 5, trains the student).
-        consensus: ce (Eq. 7) or kd (Eq. 11, ImageNet's headline figures).
-        divergence: ce (Eq. 8) or kd (Eq. 12, towards what the teacher itself said in the epoch before, which is kept
-            on disk in the run folder: 4 bytes an image and class).
-        tau: temperature of the kd form of consensus.
-        delta: weight of that earlier prediction in divergence's kd form: it grows linearly over the epochs, from the
-            first value in the second epoch to the second value in the last (0 in the first epoch).
-        feature_filter: Table 18's noise filters of the feature loss.
-        phi_loss: own trains the last adapter by its own relative residual; feature by the feature loss (the paper's
-            letter).
-    """
-
-    alpha: float = 0.01
-    beta: float = 0.01
-    gamma: float = 1.0
-    consensus: Literal["ce", "kd"] = "ce"
-    divergence: Literal["ce", "kd"] = "ce"
-    tau: float = 1.0
-    delta: tuple[float, float] = (0.2, 0.6)
-    feature_filter: Literal["none", "norm", "relu", "drop"] = "none"
-    phi_loss: Literal["own", "feature"] = "own"
-
-    def __post_init__(self) -> None:
-        require_not_negative("adm", alpha=self.alpha, beta=self.beta, gamma=self.gamma)
-        require_positive("adm", tau=self.tau)
-        if not all(0 <= value <= 1 for value in self.delta):
-            raise InputError(f"adm.delta must lie in [0, 1]: {list(self.delta)}")
 
 
 class ADM(nn.Module):
@@ -86,6 +48,7 @@ class ADM(nn.Module):
                 divergence=config.divergence,
                 tau=config.tau,
                 train_adapter=config.phi_loss == "own",
+                control=config.control,
             )
             if config.gamma > 0:
                 n = min(len(maps_s), len(maps_t))

@@ -10,9 +10,9 @@ width and size, the transfer layers' output; learning rates fall at the networks
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,9 @@ from core.distillation import full_precision, mutual_loss
 from core.errors import InputError, require_not_negative, require_positive
 from core.network import preserved, stage_maps
 from core.training.distiller import Batch, Losses, Progress, backward
-from core.training.fit import FitConfig
+
+if TYPE_CHECKING:
+    from classification.config import TrainConfig
 
 
 def generator_loss(fake: Tensor) -> Tensor:
@@ -103,8 +105,8 @@ class AFD(Method):
     """
 
     Options = AFDOptions
-    least = 2
-    reduces_itself = True
+    min_networks = 2
+    manual_grad_sync = True
 
     extractors: list[nn.Parameter]
     """What is trained of the networks' G_k: all but their classifiers."""
@@ -112,10 +114,11 @@ class AFD(Method):
     adam: torch.optim.Adam
     """Of G, T and D; its state is this module's extra state in a checkpoint."""
 
-    def check_loop(self, config: FitConfig) -> None:
-        if config.precision == "fp16":
+    def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
+        super().check(run, roles, pretrained)
+        if run.fit.precision == "fp16":
             raise InputError("AFD cannot train in fp16, whose loss scaling is for one gradient: --fit.precision bf16")
-        if config.compile:
+        if run.fit.compile:
             raise InputError(
                 "AFD goes back twice through one graph, and a compiled one is used up: leave fit.compile off"
             )

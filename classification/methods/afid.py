@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from core.adm import Head
 from core.distillation import full_precision, kd_loss
 from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
+
+if TYPE_CHECKING:
+    from classification.config import TrainConfig
 
 FUSION = "fusion"
 FUSION_WEIGHT_DECAY = 1e-5
@@ -212,7 +215,7 @@ class AFID(Method):
 
     Options = AFIDOptions
 
-    caveat = (
+    export_note = (
         "trained by AFID, it needs its peer's attention at test time; alone it is not the network that was trained, "
         "and its figures are not AFID's: evaluate the run folder, which runs both"
     )
@@ -221,7 +224,7 @@ class AFID(Method):
     after_stages: Interaction
     fusion: FusionHead
 
-    def check(self, roles: Sequence[str]) -> None:
+    def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
         if len(roles) != 2:
             raise InputError(f"AFID trains exactly two networks, and there are {len(roles)}: {', '.join(roles)}")
 
@@ -281,7 +284,7 @@ class AFID(Method):
         return [{"params": attention}, {"params": fusion, "nesterov": True, "weight_decay": FUSION_WEIGHT_DECAY}]
 
     def export(self, role: str, network: nn.Module) -> nn.Module:
-        warnings.warn(f"{role}: {self.caveat}", stacklevel=3)
+        warnings.warn(f"{role}: {self.export_note}", stacklevel=3)
         return network
 
 

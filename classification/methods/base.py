@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from classification.data.config import DataConfig
 from core.adm import Head
 from core.errors import InputError
 from core.network import stage_maps
 from core.training.distiller import Batch, Losses, Progress, backward
-from core.training.fit import FitConfig
 
 if TYPE_CHECKING:
-    from classification.methods.adm import ADMConfig
+    from classification.config import TrainConfig
 
 
 @dataclass
@@ -65,7 +63,7 @@ class Method(nn.Module):
     Options: ClassVar[type] = NoOptions
     """A frozen dataclass: the method's options on the command line (``--dml.tau 2``)."""
 
-    least: ClassVar[int] = 1
+    min_networks: ClassVar[int] = 1
     """Networks that it needs."""
 
     views: Literal["shared", "separate"] = "shared"
@@ -74,13 +72,13 @@ class Method(nn.Module):
     needs_held_out: bool = False
     """Whether ``before_epoch`` wants to see images that are held out of training (``data.validation``)."""
 
-    reduces_itself: bool = False
+    manual_grad_sync: bool = False
     """Whether ``before_update`` averages the gradients over the processes, and DDP must not."""
 
     separable: ClassVar[bool] = False
     """Whether ``forward`` also takes some of the networks alone, so that evaluation may leave out a fixed one."""
 
-    caveat: str = ""
+    export_note: str = ""
     """Where a network alone is not what was trained: what its weight files, and tools that load it alone, say."""
 
     gates: Mapping[str, Tensor] = {}
@@ -92,26 +90,15 @@ class Method(nn.Module):
         self.options = options if options is not None else self.Options()
         self.with_adm = with_adm
 
-    def check(self, roles: Sequence[str]) -> None:
-        """Raises: InputError where it cannot train these networks."""
-        if len(roles) < self.least:
-            name = type(self).__name__
-            raise InputError(f"{name} needs at least {self.least} networks, and there is {', '.join(roles) or 'none'}")
+    def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
+        """Refuses what it cannot train, before any network is built.
 
-    def check_loop(self, config: FitConfig) -> None:
-        """Raises: InputError where it cannot train in this way (precision, compilation)."""
-
-    def check_data(self, config: DataConfig) -> None:
-        """Raises: InputError where it cannot train on these data (no image is held out)."""
-
-    def check_adm(self, config: ADMConfig) -> None:
-        """Raises: InputError where ADM of this config cannot be composed with it."""
-
-    def check_start(self, pretrained: Collection[str]) -> None:
-        """``pretrained``: the roles that start from trained weights.
-
-        Raises: InputError where a network that it does not train is not one of them.
+        Args: the run's config; the networks' roles; those of them that start from trained weights.
+        Raises: InputError.
         """
+        if len(roles) < self.min_networks:
+            name, there = type(self).__name__, ", ".join(roles) or "none"
+            raise InputError(f"{name} needs at least {self.min_networks} networks, and there is {there}")
 
     def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
         """The networks that take part: may wrap or freeze one, or build modules of the method's own.
@@ -153,7 +140,7 @@ class Method(nn.Module):
         backward(total, accelerator)
 
     def before_update(self, parameters: Sequence[nn.Parameter]) -> None:
-        """With ``reduces_itself``: called when all gradients of a step are there, to average them over the processes.
+        """With ``manual_grad_sync``: called when all gradients of a step are there, to average them over the processes.
 
         ``parameters``: what the run's optimiser moves.
         """

@@ -41,7 +41,7 @@ class DML(Method):
     """Mutual learning among any number of networks."""
 
     Options = DMLOptions
-    least = 2
+    min_networks = 2
 
     def phases(self, roles: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         unknown = set(self.options.weights) - set(roles)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.data.config import DataConfig
 from classification.methods.base import Method, Outputs, sum_over_processes
 from core.baselines import min_logit_target, relative_logits
 from core.distillation import full_precision, kd_loss
 from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
+
+if TYPE_CHECKING:
+    from classification.config import TrainConfig
 
 RIDGE = 1e-6
 """Added to C's diagonal: networks that make the same errors have a singular C."""
@@ -107,7 +109,7 @@ class KDCL(Method):
     """
 
     Options = KDCLOptions
-    least = 2
+    min_networks = 2
 
     weights: Tensor
     """``[M]``, the general variant's w; in the state dict, so that a resumed epoch goes on with it."""
@@ -125,8 +127,9 @@ class KDCL(Method):
                 "maps that ADM compares would show different content; choose --kdcl.views shared or --method kdcl"
             )
 
-    def check_data(self, config: DataConfig) -> None:
-        if self.needs_held_out and not config.validation:
+    def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
+        super().check(run, roles, pretrained)
+        if self.needs_held_out and not run.data.validation:
             raise InputError(
                 "kdcl.variant general weighs the networks by their errors on images held out of training, and none "
                 "are: give --data.validation 0.1, or choose another --kdcl.variant"

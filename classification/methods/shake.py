@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from core.distillation import kd_loss, standardise
 from core.errors import InputError, require_positive
 from core.network import stage_maps
 from core.training.distiller import Batch, Losses, Progress
+
+if TYPE_CHECKING:
+    from classification.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,9 @@ class SHAKE(Method):
 
     shadow: ShadowHead
 
-    def check(self, roles: Sequence[str]) -> None:
+    def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
         if set(roles) != {"teacher", "student"}:
             raise InputError(f"shake needs the two networks teacher and student, and there is {', '.join(roles)}")
-
-    def check_start(self, pretrained: Collection[str]) -> None:
         if not self.options.online_teacher and "teacher" not in pretrained:
             raise InputError(
                 "shake needs a pre-trained teacher: give --networks.teacher.weights FILE (or the folder of a run, or "

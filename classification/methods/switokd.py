@@ -6,8 +6,9 @@ The decision, the three forms and their sums are those of the authors' code (hfu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from core.baselines import distances, epsilon, learning
 from core.distillation import kd_loss
 from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
+
+if TYPE_CHECKING:
+    from classification.config import TrainConfig
 
 FORMS = (
     ("teacher", "student"),
@@ -73,7 +77,7 @@ class SwitOKD(Method):
 
     Options = SwitOKDOptions
 
-    def check(self, roles: Sequence[str]) -> None:
+    def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
         if sorted(roles) not in [sorted(form) for form in FORMS]:
             forms = ", or ".join(" + ".join(form) for form in FORMS)
             raise InputError(f"SwitOKD trains {forms}; the networks are {', '.join(roles) or 'none'}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
-from core.training.checkpoint import LAST, files_hash
+from core.files import files_hash
+from core.training.checkpoint import LAST
+from core.weights import read_metadata
 
 
 def find_weights(place: str | Path, role: str, architecture: str) -> Path:
@@ -81,23 +82,6 @@ def file_hash(file: Path, expected: str | None = None) -> str:
 def metadata_of(file: Path) -> dict[str, Any]:
     """``read_metadata`` of a ``.safetensors`` file; nothing of any other, which has no such place."""
     return read_metadata(file) if file.suffix == ".safetensors" else {}
-
-
-def read_metadata(file: Path) -> dict[str, Any]:
-    """What a ``.safetensors`` file of ours says: ``architecture``, ``role``, ``num_classes``, ``mean``, ``std``.
-
-    Empty for a file that says nothing. Raises: InputError for a file that is missing or cut off.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not file.is_file():
-        raise InputError(f"no weight file {file}")
-    try:
-        with safe_open(file, "pt") as opened:
-            said: dict[str, Any] = opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"cannot read {file} (incomplete, or not a safetensors file): {error}") from error
-    return {k: tuple(json.loads(v)) if k in ("mean", "std") else v for k, v in said.items()}
 
 
 def timm_normalisation(name: str) -> dict[str, Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from classification.networks.base import CifarNetwork
@@ -16,7 +14,8 @@ from classification.networks.resnet import ResNet
 from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
 from classification.networks.vgg import VGG
 from classification.networks.wrn import WideResNet
-from core.errors import InputError, first_line
+from core.errors import InputError
+from core.weights import read_state_dict
 
 Rules = tuple[tuple[str, str], ...]
 
@@ -99,63 +98,6 @@ def load_weights(network: nn.Module, file: str | Path) -> None:
         load_published(network, file)
     else:
         _load(network, read_state_dict(file), file)
-
-
-def read_state_dict(file: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a .safetensors file or of a torch checkpoint (.pth, .pt, ...), on the CPU.
-
-    A torch checkpoint is the state dict itself or a dict with it as "model" or "state_dict", and may hold numpy scalars
-    beside it. It is read as data: one that would run code is refused. The prefixes of DistributedDataParallel and
-    torch.compile are taken off the names.
-
-    Raises:
-        InputError: no such file, unreadable, or no state dict in it.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise InputError(f"no weight file {file}")
-    state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return state
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"cannot read {file} (incomplete, or not a safetensors file): {first_line(error)}") from error
-
-
-def _read_torch(file: Path) -> dict[str, Tensor]:
-    try:
-        with torch.serialization.safe_globals(_numpy_scalars()):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything
-        if "unsupported global" in str(error).lower():  # torch spells it in two ways
-            raise InputError(
-                f"{file} holds more than tensors and numbers, and reading it could run code: "
-                "save its state dict alone, best as .safetensors"
-            ) from error
-        raise InputError(f"cannot read {file} (incomplete, or not a torch file): {first_line(error)}") from error
-    if isinstance(content, Mapping):
-        content = next((content[name] for name in ("model", "state_dict") if name in content), content)
-    if not isinstance(content, Mapping) or not content or not all(map(torch.is_tensor, content.values())):
-        raise InputError(f'{file} holds no state dict: give names -> tensors, alone or as "model" or "state_dict"')
-    return dict(content)
-
-
-def _numpy_scalars() -> list[Any]:
-    """What unpickling a numpy number needs; its constructor is named differently by numpy 1 and 2."""
-    import numpy as np
-
-    scalar = np.float64(0).__reduce__()[0]
-    dtypes = [type(np.dtype(name)) for name in ("bool", "int32", "int64", "float16", "float32", "float64")]
-    return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, *dtypes]
 
 
 def _own_key(key: str, rules: Rules) -> str:

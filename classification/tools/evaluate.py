@@ -31,13 +31,13 @@ from classification.experiment import (
     restore,
 )
 from classification.methods.base import NoOptions
-from classification.networks.pretrained import read_metadata, timm_normalisation
+from classification.networks.pretrained import timm_normalisation
 from core.analysis.attention import KEYS
-from core.analysis.figures import save_json
 from core.errors import InputError, TrainingError, unknown
-from core.training.checkpoint import write_atomically
+from core.files import save_json, write_atomically
 from core.training.command import DONE, parse, run_command
 from core.training.run import environment
+from core.weights import read_metadata
 
 ONNX_TOLERANCE = 1e-4  # of the largest logit
 
@@ -103,8 +103,8 @@ def weights_command(options: Any) -> Command:
     """A weight file as a command of one network. What is not given comes from the file's metadata, then from timm."""
     file = options.weights
     said = read_metadata(Path(file)) if file is not None and file.endswith(".safetensors") else {}
-    if "caveat" in said:
-        warnings.warn(f"{file}: {said['caveat']}", stacklevel=2)
+    if "export_note" in said:
+        warnings.warn(f"{file}: {said['export_note']}", stacklevel=2)
     name = options.network or said.get("architecture")
     if name is None:
         raise InputError(f"{file or '--pretrained'} does not say of which network: name it by --network")

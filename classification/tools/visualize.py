@@ -23,7 +23,6 @@ from torch import Tensor
 from classification.config import ONLINE, Task
 from classification.data import DataConfig, Streamed
 from classification.data.datasets import SMALL
-from classification.data.sources import EXTENSIONS
 from classification.evaluation import evaluate, similarities
 from classification.experiment import Experiment, command_of, find_checkpoint, images_at, load_checkpoint, restore
 from classification.tools.evaluate import align
@@ -31,9 +30,11 @@ from core.adm import consensus_attention
 from core.analysis.attention import KEYS
 from core.analysis.calibration import draw_reliability
 from core.analysis.curves import draw_curves
-from core.analysis.figures import save_figure, save_json
+from core.analysis.figures import save_figure
 from core.analysis.maps import box_area_share, box_share, cam, draw_maps, pair_maps, relative_cam
 from core.errors import InputError
+from core.files import save_json
+from core.images import EXTENSIONS
 from core.training.checkpoint import numbered
 from core.training.command import DONE, parse, run_command
 from core.training.run import environment

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core.adm import consensus_attention, divergence_attention
-from core.analysis.sums import RunningSums
-from core.errors import InputError
+from ..adm import consensus_attention, divergence_attention
+from ..errors import InputError
+from .sums import RunningSums
 
 KEYS = (
     "attention/consensus_min",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from core.analysis.figures import save_figure
-from core.analysis.sums import RunningSums
-from core.errors import InputError
+from ..errors import InputError
+from .figures import save_figure
+from .sums import RunningSums
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

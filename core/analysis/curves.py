@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.analysis.figures import save_figure
-from core.errors import InputError
+from ..errors import InputError
+from .figures import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

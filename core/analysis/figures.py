@@ -1,14 +1,12 @@
-"""Writing a figure, or the numbers beside it, so that a reader never meets half of one."""
+"""Writing a figure so that a reader never meets half of one."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from core.errors import InputError, TrainingError
+from ..errors import InputError, TrainingError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,15 +32,3 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
         raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         beside.unlink(missing_ok=True)
-
-
-def save_json(values: Mapping[str, Any], path: str | Path) -> None:
-    """Write ``values`` beside ``path`` and rename it; JSON has no NaN or infinity, so that these become null.
-
-    Raises: TrainingError where writing fails (see ``write_atomically``).
-    """
-    from core.training.checkpoint import write_atomically
-
-    finite = json.loads(json.dumps(values, default=str), parse_constant=lambda _: None)
-    text = json.dumps(finite, indent=2) + "\n"
-    write_atomically(Path(path), lambda file: file.write_text(text))

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.adm import consensus_attention, divergence_attention
-from core.analysis.figures import save_figure
-from core.errors import InputError
+from ..adm import consensus_attention, divergence_attention
+from ..errors import InputError
+from .figures import save_figure
 
 Size = tuple[int, int]  # height, width
 

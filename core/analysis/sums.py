@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core.errors import InputError
+from ..errors import InputError
 
 
 def _precision(device: torch.device) -> torch.dtype:

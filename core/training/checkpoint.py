@@ -6,73 +6,20 @@ exact resume needs, loadable with ``weights_only=True``); ``last`` and ``best`` 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from core.errors import InputError, TrainingError, first_line
+from ..errors import InputError, TrainingError, first_line
+from ..files import leftover, remove, write_atomically
 
 LAST, BEST = "last", "best"
-_PENDING = ".writing"
-
-
-def files_hash(files: Iterable[Path]) -> str:
-    """SHA-256 of the contents of files, one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls ``write(temporary)`` and renames the file or folder to ``path``. Nothing is left where it fails.
-
-    Raises: TrainingError where the disk is full or not writable.
-    """
-    temporary = path.with_name(f"{path.name}{_PENDING}")
-    try:
-        _remove(temporary)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        if not temporary.is_symlink():
-            _sync(temporary)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        temporary.replace(path)
-    except Exception as error:
-        _remove(temporary)
-        # torch.save reports a failed write as RuntimeError, safetensors as its own error: both end here too.
-        if isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError":
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-            raise TrainingError(f"cannot write {path}: {reason}; what stood there before is untouched") from error
-        raise
-
-
-def leftover(path: Path) -> bool:
-    """Whether a killed ``write_atomically`` left this file or folder behind."""
-    return path.name.endswith(_PENDING)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
 
 
 def link(folder: Path, name: str, target: Path) -> None:
@@ -158,7 +105,7 @@ def latest_checkpoint(
     """
     for path in list(folder.glob("*")):
         if leftover(path):
-            _remove(path)
+            remove(path)
     candidates = numbered(folder)[::-1]
     damaged: list[Path] = []
     for candidate in candidates:

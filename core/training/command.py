@@ -11,9 +11,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
-from core.errors import InputError, TrainingError
+from ..errors import InputError, TrainingError
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over quota, read-only, broken
@@ -90,11 +90,22 @@ def train_parser(config: type, prog: str | None = None, description: str | None 
     parser = ArgumentParser(prog=prog, description=about, epilog=epilog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a recipe or a run's config.yaml; later flags override it")
     parser.add_class_arguments(config)
-    parser.add_argument(
-        "--dry-run", "--dry_run", dest="dry_run", action="store_true",
-        help="print the resolved config, the networks and a time estimate from a few real steps; train nothing",
-    )  # fmt: skip
+    add_dry_run(parser.add_argument)
     return parser
+
+
+def add_dry_run(add: Callable[..., Any]) -> None:
+    """``--dry-run`` and ``--time`` of every training command, by the ``add_argument`` of its parser."""
+    about = "print the resolved config, the networks, their maps and the memory they need; train nothing"
+    add("--dry-run", "--dry_run", dest="dry_run", action="store_true", help=about)
+    add("--time", action="store_true", help="with --dry-run: take a few real steps, and say how long training takes")
+
+
+def dry_run_wanted(dry_run: bool, time: bool) -> Literal["time"] | bool:
+    """What those two flags say: False to train, True to look, "time" to look and to time. Raises: InputError."""
+    if time and not dry_run:
+        raise InputError("--time belongs to a dry run: give --dry-run --time")
+    return "time" if time else dry_run
 
 
 def parse(parser: Any, argv: Sequence[str] | None = None, nested: Sequence[str] = ()) -> Any:

@@ -50,7 +50,7 @@ class Distiller(nn.Module):
     unused_parameters: bool = False
     """True where a step leaves trainable parameters without a gradient (DDP must then look for them)."""
 
-    reduces_itself: bool = False
+    manual_grad_sync: bool = False
     """True where ``before_update`` averages the gradients over the processes, and DDP must not."""
 
     def before_step(self, batch: Batch, progress: Progress) -> Batch:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
 
-from core.errors import InputError, unknown
-from core.training import checkpoint as checkpoints
-from core.training.command import Stop
-from core.training.distiller import Batch, Distiller, Losses, Progress
-from core.training.meters import Clock, Window, peak_memory
-from core.training.run import RunFolder
-from core.training.schedule import Schedule
-from core.training.seed import random_state, restore_random_state
-
-DRAW_EVERY = 60.0
-"""Least seconds between two drawings of the curves, one takes up to seconds; the end of the run always draws."""
+from ..errors import InputError, unknown
+from . import checkpoint as checkpoints
+from .command import Stop
+from .distiller import Batch, Distiller, Progress
+from .recorder import Recorder
+from .run import RunFolder
+from .schedule import Schedule
+from .seed import random_state, restore_random_state
+from .step import batch_length, train_step
 
 
 class Data(Protocol):
@@ -127,50 +121,23 @@ def fit(
     module = accelerator.prepare(distiller)  # not the optimiser: accelerate's wrapper costs 0.1 ms a step
     optim = optimizer(distiller.parameter_groups())
     base_rates = [group["lr"] for group in optim.param_groups]
-    window = Window(
-        accelerator.device,
-        lambda values: accelerator.reduce(values, reduction="mean"),
-        "lower the learning rate, clip gradients (--fit.clip 1.0) or train in bf16 / fp32",
-    )
-    clock = Clock(accelerator.device, accelerator.num_processes)
-    step, best = 0, None
-    factor, started_at = None, time.perf_counter()
-
+    recorder = Recorder(
+        run, accelerator.device, accelerator.num_processes,
+        mean=lambda values: accelerator.reduce(values, reduction="mean"),
+        advice="lower the learning rate, clip gradients (--fit.clip 1.0) or train in bf16 / fp32",
+        total=total_steps, epoch_length=epoch_length, select=select,
+        track=lambda values, step: accelerator.log(values, step=step), progress_bar=progress_bar,
+    )  # fmt: skip
     run.open()
     run.write_environment(str(accelerator.device))
-    resumed = _load(run, distiller, optim, data, accelerator)
-    if resumed is not None:
-        step, best = resumed["step"], resumed["best"]
-        window.rows = resumed["window"]
-        clock.restore(resumed["seconds"], resumed["samples"])
+    step = _load(recorder, distiller, optim, data, accelerator)
     purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers("adm", init_kwargs=purge)
-
-    def save(is_best: bool = False) -> None:
-        window.check()
-        state = {
-            "step": step, "best": best, "seconds": clock.seconds, "samples": clock.samples,
-            "optimizer": optim.state_dict(), "data": data.state_dict(), "metrics_size": run.metrics_size(),
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-            "extra": _extra(distiller),
-            "processes": _gather({"random": random_state(), "window": window.rows_on_cpu()}, accelerator),
-        }  # fmt: skip
-        if run.main:
-            weights = {r: (distiller.networks[r].state_dict(), distiller.metadata(r)) for r in distiller.trained()}
-            checkpoints.save_checkpoint(run.checkpoints, step, weights, state, best=is_best, keep=config.keep)
-        accelerator.wait_for_everyone()
-
-    def report(values: dict[str, float], kind: str) -> None:
-        line = {"kind": kind, "step": step, "epoch": step / epoch_length, **values}
-        run.metric(line)
-        accelerator.log({f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}, step=step)
-
-    bar = _bar(total_steps, step, progress_bar and accelerator.is_main_process)
+    saved_at, factor = step, None
     batches = _endless(data)
     distiller.train()
-    saved_at, drawn_at = step, -math.inf
-    clock.resume()
-    with Stop().listening() as stop, bar:
+    recorder.start(step)
+    with Stop().listening() as stop, recorder.bar:
         while step < total_steps:
             now = schedule(step / epoch_length)
             progress = Progress(step, step / epoch_length, total_steps, total_steps / epoch_length, now)
@@ -178,67 +145,38 @@ def fit(
                 factor = now
                 for group, rate in zip(optim.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
-            batch: Batch = {k: _to(v, accelerator.device) for k, v in next(batches).items()}
-            batch = distiller.before_step(batch, progress)
-            for phase in distiller.phases:
-                for part, share, final in _parts(batch, config.accumulate):
-                    synchronise = final and not distiller.reduces_itself
-                    with contextlib.nullcontext() if synchronise else accelerator.no_sync(module):
-                        losses, observed = _shared(share, *module(part, progress, phase))
-                        distiller.backward(losses, window.add(losses, observed), accelerator)
-                distiller.before_update()
-                _step(optim, distiller, config.clip, accelerator.scaler)
-            distiller.after_step(batch, progress)
+            batch = next(batches)
+            train_step(
+                module, distiller, optim, batch, progress, accelerator, recorder.losses,
+                accumulate=config.accumulate, clip=config.clip,
+            )  # fmt: skip
             step += 1
-            clock.samples += _length(batch)
-            window.close_step(step)
-            bar.update()
+            recorder.after_step(step, batch_length(batch))
 
-            stopping = False
+            stopping = accelerator.num_processes == 1 and stop.requested
             if step % config.log_every == 0 or step == total_steps:
-                means = window.flush()
-                rate = clock.tick()
-                report({"lr": optim.param_groups[0]["lr"], "images_per_second": rate, **means}, "train")
-                bar.set_postfix({k: f"{v:.3f}" for k, v in means.items() if k.endswith("/ce")})
+                recorder.log_point(step, optim.param_groups[0]["lr"])
                 stopping = _any(stop.requested, accelerator)
-            elif accelerator.num_processes == 1:
-                stopping = stop.requested
             if step % interval == 0 or step == total_steps:
-                clock.pause()
-                improved = False
+                recorder.clock.pause()
+                best = False
                 if evaluate is not None:
                     distiller.eval()
                     _share_buffers(distiller, accelerator)
                     values = evaluate()
                     distiller.train()
-                    report(values, "evaluation")
-                    run.log(_line(step, step / epoch_length, total_steps / epoch_length, values))
-                    improved = select is not None and (best is None or values[select] > best[select])
-                    if improved:
-                        best = {"step": step, "epoch": step / epoch_length, "selected_by": select, **values}
-                save(improved)
-                if time.perf_counter() - drawn_at >= DRAW_EVERY:
-                    run.draw()
-                    drawn_at = time.perf_counter()
+                    best = recorder.evaluated(step, values)
+                _save(recorder, step, distiller, optim, data, accelerator, best=best, keep=config.keep)
+                recorder.draw()
                 saved_at = step
-                clock.resume()
+                recorder.clock.resume()
             if stopping and step < total_steps:
                 if saved_at != step:
-                    save()
+                    _save(recorder, step, distiller, optim, data, accelerator, keep=config.keep)
                 run.log(f"interrupted at step {step} of {total_steps}; the same command goes on from here")
                 break
 
-    status = "finished" if step >= total_steps else "interrupted"
-    last = next((m for m in reversed(run.metrics()) if m["kind"] == "evaluation"), None)
-    result = {
-        "status": status, "step": step, "epoch": step / epoch_length, "last": last, "best": best,
-        "seconds": clock.seconds,
-        "images_per_second": clock.samples * accelerator.num_processes / max(clock.seconds, 1e-9),
-        "wall_seconds_of_last_start": time.perf_counter() - started_at,
-        "peak_memory_bytes": peak_memory(accelerator.device), **(summary or {}),
-    }  # fmt: skip
-    run.write_json("summary.json", result)
-    run.draw()
+    result = recorder.finish(step, summary or {})
     for tracker in accelerator.trackers:  # not end_training(): the processes stay together for a next call
         tracker.finish()
     accelerator.trackers.clear()
@@ -275,60 +213,11 @@ def _endless(data: Iterable[Batch]) -> Iterator[Batch]:
         yield from data
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-
-def _parts(batch: Batch, parts: int) -> Iterator[tuple[Batch, float, bool]]:
-    """The batch in ``parts`` pieces: (piece, its share of the gradient, whether it is the last)."""
-    weight = float(batch.get("weight", 1.0))
-    if parts == 1:
-        yield batch, weight, True
-        return
-    length = _length(batch)
-    parts = min(parts, length)
-    for k in range(parts):
-        start, end = length * k // parts, length * (k + 1) // parts
-        piece = {name: v[start:end] if isinstance(v, Tensor) else v for name, v in batch.items()}
-        yield piece, weight * (end - start) / length, k == parts - 1
-
-
-def _shared(share: float, losses: Losses, observed: Mapping[str, Tensor]) -> tuple[Losses, Mapping[str, Tensor]]:
-    """One forward's losses and observations, times its share of the batch."""
-    if share == 1.0:
-        return losses, observed
-    weighted = {role: {term: value * share for term, value in terms.items()} for role, terms in losses.items()}
-    return weighted, {name: value * share for name, value in observed.items()}
-
-
-def _length(batch: Batch) -> int:
-    return next(len(value) for value in batch.values() if isinstance(value, Tensor))
-
-
-def _step(optim: torch.optim.Optimizer, distiller: Distiller, clip: float | None, scaler: Any) -> None:
-    if clip is not None:
-        if scaler is not None:
-            scaler.unscale_(optim)
-        torch.nn.utils.clip_grad_norm_(distiller.parameters(), clip)
-    if scaler is not None:
-        scaler.step(optim)
-        scaler.update()
-    else:
-        optim.step()
-    optim.zero_grad()
-
-
 def _any(flag: bool, accelerator: Any) -> bool:
     """Whether any process was told to stop: all leave after the same step."""
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
-
-
-def _gather(state: dict[str, Any], accelerator: Any) -> list[dict[str, Any]]:
-    from accelerate.utils import gather_object
-
-    return gather_object([state])
 
 
 def _share_buffers(distiller: Distiller, accelerator: Any) -> None:
@@ -343,17 +232,44 @@ def _extra(distiller: Distiller) -> dict[str, Any]:
     return {k: v for k, v in distiller.state_dict().items() if not k.startswith("networks.")}
 
 
-def _load(
-    run: RunFolder, distiller: Distiller, optim: torch.optim.Optimizer, data: Data, accelerator: Any
-) -> dict[str, Any] | None:
+def _save(
+    recorder: Recorder,
+    step: int,
+    distiller: Distiller,
+    optim: torch.optim.Optimizer,
+    data: Data,
+    accelerator: Any,
+    *,
+    best: bool = False,
+    keep: int,
+) -> None:
+    """A checkpoint of all that an exact resume needs. Raises: TrainingError for a NaN loss or weight, a full disk."""
+    from accelerate.utils import gather_object
+
+    recorder.losses.check()
+    state = {
+        "step": step, **recorder.state(), "optimizer": optim.state_dict(), "data": data.state_dict(),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "extra": _extra(distiller),
+        "processes": gather_object([{"random": random_state(), "window": recorder.losses.rows_on_cpu()}]),
+    }  # fmt: skip
+    if recorder.run.main:
+        weights = {r: (distiller.networks[r].state_dict(), distiller.metadata(r)) for r in distiller.trained()}
+        checkpoints.save_checkpoint(recorder.run.checkpoints, step, weights, state, best=best, keep=keep)
+    accelerator.wait_for_everyone()
+
+
+def _load(recorder: Recorder, distiller: Distiller, optim: torch.optim.Optimizer, data: Data, accelerator: Any) -> int:
+    """Puts everything back as the newest checkpoint has it. Returns: the steps done, 0 where there is none."""
+    run = recorder.run
     found = checkpoints.latest_checkpoint(run.checkpoints, run.log) if run.main else None
     accelerator.wait_for_everyone()
     last = run.checkpoints / checkpoints.LAST
     if not run.main and last.exists():
         found = checkpoints.read_checkpoint(last)
     if found is None:
-        run.cut_metrics(0)
-        return None
+        recorder.restore(None, [])
+        return 0
     weights, state = found
     for role in distiller.trained():
         distiller.networks[role].load_state_dict(weights[role])
@@ -362,28 +278,16 @@ def _load(
     data.load_state_dict(state["data"])
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    processes = state.pop("processes")
+    processes = state["processes"]
+    own = processes[0]
     if len(processes) == accelerator.num_processes:
         own = processes[accelerator.process_index]
         restore_random_state(own["random"])
     else:
         run.log(f"saved by {len(processes)} process(es), resumed by {accelerator.num_processes}: not bit by bit alike")
-        own = processes[0]
-    state["window"] = own["window"]
-    run.cut_metrics(state["metrics_size"])
-    best = state["best"]
+    recorder.restore(state, own["window"])
+    best = recorder.best
     if run.main and best is not None and (target := run.checkpoints / f"step-{best['step']:08d}").exists():
         checkpoints.link(run.checkpoints, checkpoints.BEST, target)
     run.log(f"resuming from step {state['step']} ({run.checkpoints})")
-    return state
-
-
-def _bar(total: int, done: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=done, unit="step", disable=None if shown else True, dynamic_ncols=True)
-
-
-def _line(step: int, epoch: float, epochs: float, values: Mapping[str, float]) -> str:
-    tops = "  ".join(f"{k.removesuffix('/top1')} {v:.2f} %" for k, v in values.items() if k.endswith("/top1"))
-    return f"epoch {epoch:g}/{epochs:g}  step {step}  {tops}".rstrip()
+    return state["step"]

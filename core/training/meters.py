@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import TrainingError
-from core.training.distiller import Losses
+from ..errors import TrainingError
+from .distiller import Losses
 
 
-class Window:
+class LossBuffer:
     """The losses of the steps since the last log point, kept on the device: reading them there alone saves a sync.
 
     Args: the device; the mean of a tensor over all processes; what may help against losses that are not finite.

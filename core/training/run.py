@@ -7,7 +7,6 @@ precision), ``log.txt``, ``curves.png``, ``summary.json``, ``checkpoints/``.
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -17,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.errors import InputError, TrainingError
-from core.training.checkpoint import leftover, write_atomically
+from ..errors import InputError, TrainingError
+from ..files import leftover, plain, save_json, write_atomically
 
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "onedl-mmengine", "onedl-mmcv",
@@ -36,14 +35,14 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path | str, config: Mapping[str, Any], *, main: bool = True, free: Sequence[str] = ()
+        self, path: Path | str, config: Mapping[str, Any], *, main: bool = True, may_change: Sequence[str] = ()
     ) -> None:
         self.path, self.config, self.main = Path(path), dict(config), main
         self.checkpoints = self.path / "checkpoints"
         self.metrics_file = self.path / "metrics.jsonl"
-        self._check(free)
+        self._check(may_change)
 
-    def _check(self, free: Sequence[str]) -> None:
+    def _check(self, may_change: Sequence[str]) -> None:
         import yaml
 
         file = self.path / "config.yaml"
@@ -54,10 +53,10 @@ class RunFolder:
                 raise InputError(f"{self.path} is not empty and holds no run (no config.yaml): choose another --out")
             return
         before = flatten(yaml.safe_load(file.read_text()) or {})
-        now = flatten(json.loads(json.dumps(self.config)))
+        now = flatten(plain(self.config))
         first = ("task", "method")  # of another task or method everything differs
         for key in sorted(before.keys() | now.keys(), key=lambda key: (key not in first, key)):
-            if before.get(key) != now.get(key) and not any(key == f or key.startswith(f"{f}.") for f in free):
+            if before.get(key) != now.get(key) and not any(key == f or key.startswith(f"{f}.") for f in may_change):
                 then = f"with {key} = {before[key]!r}" if key in before else f"without {key}"
                 says = repr(now[key]) if key in now else "nothing of it"
                 raise InputError(
@@ -75,7 +74,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot make the run folder {self.path}: {error.strerror}") from error
-        text = yaml.safe_dump(json.loads(json.dumps(self.config)), sort_keys=False)
+        text = yaml.safe_dump(plain(self.config), sort_keys=False)
         write_atomically(self.path / "config.yaml", lambda p: p.write_text(text))
 
     @property
@@ -91,8 +90,7 @@ class RunFolder:
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         if self.main:
-            text = json.dumps(_plain(values), indent=2) + "\n"
-            write_atomically(self.path / name, lambda p: p.write_text(text))
+            save_json(values, self.path / name)
 
     def write_environment(self, device: str) -> None:
         """``environment.json``: appended to on each start, so that a resumed run names every machine it ran on."""
@@ -103,7 +101,7 @@ class RunFolder:
     def metric(self, values: Mapping[str, Any]) -> None:
         """One line of ``metrics.jsonl``."""
         if self.main:
-            _append(self.metrics_file, json.dumps(_plain(values)))
+            _append(self.metrics_file, json.dumps(plain(values)))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of ``metrics.jsonl``; a last line that was cut off is left out."""
@@ -136,7 +134,7 @@ class RunFolder:
     def draw(self) -> None:
         """``curves.png`` from ``metrics.jsonl``."""
         if self.main:
-            from core.analysis.curves import draw_curves
+            from ..analysis.curves import draw_curves
 
             metrics = self.metrics()
             if metrics:
@@ -166,17 +164,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _plain(value: Any) -> Any:
-    # JSON has no NaN: an undefined number is written as null.
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from core.errors import InputError
+from ..errors import InputError
 
 Schedule = Callable[[float], float]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.errors import InputError
-from core.training.checkpoint import files_hash
+from core.files import files_hash
 from core.training.command import parse, train_parser
 from core.training.fit import FitConfig
 from diffusion.dit.convert import find_transformer
@@ -21,7 +21,7 @@ ONLINE = "online"
 WEIGHTS = ("*.safetensors", "*.bin")
 
 # What a resumed run may change: where and on what it runs, not what it computes.
-FREE_KEYS = (
+MAY_CHANGE = (
     "data.root", "data.download", "teacher", "gradient_checkpointing", "fit.device", "fit.keep", "fit.trackers",
     "progress_bar",
 )  # fmt: skip

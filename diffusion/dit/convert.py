@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import InputError, first_line
-from core.training.checkpoint import numbered, write_atomically
+from core.files import write_atomically
+from core.training.checkpoint import numbered
 from diffusion.dit.model import PATCHES, SIZES, DiT, DiTConfig, sincos_table
 
 # ours -> diffusers': whole network, each block, and what diffusers keeps once in every block, DiT once in all

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
-from core.training.checkpoint import write_atomically
+from core.files import write_atomically
 from diffusion.data import EXTENSIONS, Shuffled, read_cifar10, read_digits, read_files
 
 INDEX = "index.json"

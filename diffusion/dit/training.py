@@ -16,7 +16,7 @@ from core.training.run import RunFolder, is_main_process
 from core.training.schedule import ScheduleConfig, make_schedule
 from core.training.seed import seed_everything
 from diffusion.data import check_parts
-from diffusion.dit.config import FREE_KEYS, DiTTrainingConfig, teacher_path
+from diffusion.dit.config import MAY_CHANGE, DiTTrainingConfig, teacher_path
 from diffusion.dit.convert import check_dit, load_dit, save_dit
 from diffusion.dit.data import LabelledData, LabelledLoader, load_labelled
 from diffusion.dit.distiller import DiTDistiller
@@ -31,7 +31,7 @@ def train(config: DiTTrainingConfig) -> int:
     ``<out>/export/step-<steps>/<role>``.
     Raises: InputError, TrainingError.
     """
-    run = RunFolder(config.out, config.resolved(), main=is_main_process(), free=FREE_KEYS)
+    run = RunFolder(config.out, config.resolved(), main=is_main_process(), may_change=MAY_CHANGE)
     if run.finished:
         run.log(f"{run.path} is finished; its results are in {run.path / 'summary.json'}")
         return DONE

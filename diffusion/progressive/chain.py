@@ -23,7 +23,7 @@ from core.training.schedule import Schedule, ScheduleConfig, make_schedule
 from core.training.seed import seed_everything
 from diffusion.consensus import load_classifier
 from diffusion.data import ImageLoader, check_parts, load_images
-from diffusion.progressive.config import FREE_KEYS, ProgressiveConfig
+from diffusion.progressive.config import MAY_CHANGE, ProgressiveConfig
 from diffusion.progressive.distiller import BaseDistiller, Denoiser, ProgressiveDistiller
 from diffusion.progressive.network import (
     build_unet,
@@ -54,7 +54,7 @@ def train(config: ProgressiveConfig) -> int:
     Raises: InputError, TrainingError.
     """
     resolved = config.resolved()
-    run = RunFolder(config.out, resolved, main=is_main_process(), free=FREE_KEYS)
+    run = RunFolder(config.out, resolved, main=is_main_process(), may_change=MAY_CHANGE)
     if run.finished:
         run.log(f"{run.path} is finished; its results are in {run.path / 'summary.json'}")
         return DONE
@@ -150,7 +150,7 @@ def _round(config: ProgressiveConfig, images: Tensor, label: int | str, make: Ca
     base = label == BASE
     path = config.out / BASE if base else round_folder(config.out, int(label))
     exported = path / ("teacher" if base else "student")
-    run = RunFolder(path, config.resolved(), main=is_main_process(), free=FREE_KEYS)
+    run = RunFolder(path, config.resolved(), main=is_main_process(), may_change=MAY_CHANGE)
     settings = replace(config.fit, steps=config.base.steps if base else config.rounds.length(int(label)))
     accelerator = make_accelerator(settings, run)
     trained, written = run.finished, exported.exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.errors import InputError, require_not_negative, require_positive
-from core.training.checkpoint import files_hash
+from core.files import files_hash
 from core.training.command import parse, train_parser
 from core.training.fit import FitConfig
 from diffusion.data import DataConfig
@@ -18,7 +18,7 @@ from diffusion.progressive.network import UNetConfig
 from diffusion.schedule import Prediction, Weighting
 
 # What a resumed run may change: where and on what it runs, not what it computes.
-FREE_KEYS = (
+MAY_CHANGE = (
     "data.root", "data.download", "teacher", "init", "fit.device", "fit.keep", "fit.trackers", "progress_bar",
 )  # fmt: skip
 

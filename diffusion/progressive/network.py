@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import InputError, first_line
-from core.training.checkpoint import write_atomically
+from core.files import write_atomically
 from diffusion.sampling import Student, load_student
 from diffusion.schedule import CosineSchedule, Prediction, cosine_betas
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, TrainingError
-from core.training.checkpoint import write_atomically
+from core.files import write_atomically
 from core.training.command import DONE, INTERRUPTED, Stop, missing_extra, parse, run_command
 from diffusion.data import open_image, scaled
 from diffusion.dit.data import INDEX, ClassFiles, LatentIndex, class_files, open_shard, read_index, shard_file

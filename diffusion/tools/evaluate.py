@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from core.analysis.figures import save_json
 from core.errors import InputError
+from core.files import save_json
 from core.training.command import DONE, missing_extra, parse, run_command
 from core.training.run import environment
 from diffusion.data import DataConfig

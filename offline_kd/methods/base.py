@@ -11,7 +11,7 @@ from classification.methods.base import Method
 from core.errors import InputError
 
 if TYPE_CHECKING:
-    from classification.methods.adm import ADMConfig
+    from classification.config import TrainConfig
 
 
 class OfflineMethod(Method):
@@ -23,23 +23,20 @@ class OfflineMethod(Method):
 
     separable = True
 
-    def check(self, roles: Sequence[str]) -> None:
-        if set(roles) != {"teacher", "student"}:
+    def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
+        if self.with_adm and run.adm.beta > 0:
             raise InputError(
-                f"offline distillation needs the two networks teacher and student, and there is {', '.join(roles)}"
+                "the teacher is fixed, and adm.beta is the weight of a loss that trains it: "
+                f"{run.adm.beta}; set it to 0"
             )
-
-    def check_start(self, pretrained: Collection[str]) -> None:
         if "teacher" not in pretrained:
             raise InputError(
                 "offline distillation needs a pre-trained teacher: give --networks.teacher.weights FILE (or the folder "
                 "of a run), or --networks.teacher.pretrained true where timm has weights for these very classes"
             )
-
-    def check_adm(self, config: ADMConfig) -> None:
-        if config.beta > 0:
+        if set(roles) != {"teacher", "student"}:
             raise InputError(
-                f"the teacher is fixed, and adm.beta is the weight of a loss that trains it: {config.beta}; set it to 0"
+                f"offline distillation needs the two networks teacher and student, and there is {', '.join(roles)}"
             )
 
     def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:

@@ -30,8 +30,9 @@ from classification.experiment import images_at
 from classification.networks import create_network
 from classification.networks.base import classifier_of
 from classification.tools.evaluate import align
-from core.analysis.figures import save_figure, save_json
+from core.analysis.figures import save_figure
 from core.errors import InputError
+from core.files import save_json
 from core.network import as_network
 from core.training.command import DONE, parse, run_command
 from core.training.run import environment

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from segmentation.experiment import restore
     except ImportError as error:
         raise missing_extra(error, "segmentation") from error
-    from core.analysis.figures import save_json
+    from core.files import save_json
     from core.training.run import environment
     from segmentation.evaluation import evaluate, table
     from segmentation.export import export_network

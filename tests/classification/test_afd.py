@@ -503,7 +503,7 @@ def test_processes_average_all_three_gradients_at_once(monkeypatch: pytest.Monke
     processes = [ready(copy.deepcopy(whole)) for _ in range(2)]
     step(whole, optim, batch, parts=2)  # a half in turn is what a process of two would see
 
-    assert AFD.reduces_itself
+    assert AFD.manual_grad_sync
     sent: list[Tensor] = []
     everyone = threading.Barrier(2, timeout=60)
 

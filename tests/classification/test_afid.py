@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
-from classification.experiment import read_metadata
-from classification.methods import ADMConfig
 from classification.methods.afid import (
     AFID,
     FUSION,
@@ -30,11 +28,12 @@ from classification.methods.afid import (
 from classification.networks import create_network
 from classification.tools.evaluate import parse_options, weights_command
 from core.adapter import Adapter
-from core.adm import ADMLoss
+from core.adm import ADMConfig, ADMLoss
 from core.errors import InputError
 from core.network import stage_maps
 from core.training.checkpoint import save_checkpoint
 from core.training.distiller import Progress
+from core.weights import read_metadata
 
 CLASSES = 5
 START = Progress(0, 0.0, 10, 1.0)
@@ -545,7 +544,7 @@ def test_a_network_alone_is_not_afids_and_says_so(tmp_path: Path) -> None:
     weights = {role: (distiller.networks[role].state_dict(), distiller.metadata(role)) for role in distiller.trained()}
     folder = save_checkpoint(tmp_path, 1, weights, {})
     file = folder / "student.safetensors"
-    assert read_metadata(file)["caveat"] == AFID.caveat
+    assert read_metadata(file)["export_note"] == AFID.export_note
     with pytest.warns(UserWarning, match="student.safetensors: trained by AFID.*its figures are not AFID's"):
         command = weights_command(parse_options(["--weights", str(file), "--data.name", "digits"]))
     assert command.config.networks["student"].name == "cifar_resnet8"

@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 
 from classification.evaluation import similarities
-from classification.experiment import command_of, find_checkpoint, read_metadata, restore
-from classification.networks.published import read_state_dict
+from classification.experiment import command_of, find_checkpoint, restore
 from classification.tools import evaluate, train, visualize
 from core.adm import consensus_attention
 from core.analysis.attention import KEYS
 from core.analysis.maps import cam
 from core.training.command import run_command
 from core.training.run import RunFolder
+from core.weights import read_metadata, read_state_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 FIT = ["--fit.log_every", "4", "--fit.device", "cpu", "--fit.trackers", "[]", "--fit.keep", "5", "--batch_size", "32"]

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from classification.config import parse_command
 from classification.experiment import build
 from classification.flops import OF_INPUT, OF_OUTPUT, Flops, count, count_forward
-from classification.methods import ADMConfig
 from classification.methods.vanilla import Vanilla
+from core.adm import ADMConfig
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -27,10 +27,10 @@ from classification.config import parse_command
 from classification.data.datasets import Arrays
 from classification.data.loaders import InMemoryLoader
 from classification.distiller import ClassificationDistiller
-from classification.methods import ADMConfig
 from classification.methods.dml import DML, DMLOptions
 from classification.methods.vanilla import Vanilla
 from classification.predictions import PredictionStore, PreviousPredictions, data_hash, delta_of
+from core.adm import ADMConfig
 from core.errors import InputError, TrainingError
 from core.training.checkpoint import read_checkpoint
 from core.training.distiller import Progress

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from classification.networks import create_network
-from classification.networks.published import load_published, load_weights, read_state_dict
+from classification.networks.published import load_published, load_weights
 from core.errors import InputError
+from core.weights import read_state_dict
 
 
 class Published:

@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from running import arguments
 from torch import Tensor, nn
 
-from classification.config import parse_command
+from classification.config import TrainConfig, parse_command
 from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig
 from classification.evaluation import evaluate
 from classification.experiment import build, command_of, find_checkpoint, restore
-from classification.methods import ADMConfig
 from classification.methods.base import Output
 from classification.methods.shake import SHAKE, ShadowHead, SHAKEOptions, classify
 from classification.networks import create_network
 from classification.networks.base import classifier_of
 from classification.tools import evaluate as evaluate_tool
+from core.adm import ADMConfig
 from core.distillation import standardise
 from core.errors import InputError
 from core.network import as_network
@@ -406,8 +406,8 @@ def refusal(call: Callable[[], Any]) -> str:
 
 def test_wrong_networks_are_refused() -> None:
     for roles in (("student",), ("teacher", "student", "student_2"), ("teacher", "teacher_2"), ()):
-        assert "teacher and student" in refusal(lambda roles=roles: SHAKE().check(roles))
-    SHAKE().check(("student", "teacher"))
+        assert "teacher and student" in refusal(lambda roles=roles: SHAKE().check(TrainConfig(), roles, ["teacher"]))
+    SHAKE().check(TrainConfig(), ("student", "teacher"), ["teacher"])
     two = create_network("cifar_wrn_10_1", 2)
     assert "3 classes" in refusal(lambda: distiller_of(teacher=two))
     headless = create_network("cifar_wrn_10_1", CLASSES)

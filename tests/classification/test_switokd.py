@@ -14,7 +14,7 @@ import torch
 from test_methods import CLASSES, START, HostReads, batch_of, distiller_of, images, moved, snapshot
 from torch import Tensor, nn
 
-from classification.config import parse_command
+from classification.config import TrainConfig, parse_command
 from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
 from classification.methods import ADMConfig, Output
 from classification.methods.switokd import SwitOKD, SwitOKDOptions, distances, epsilon, learning, mean_over_all
@@ -457,7 +457,7 @@ def test_two_processes_decide_and_move_as_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("roles", [ONE, TWO_STUDENTS, TWO_TEACHERS, ("student", "teacher")])
 def test_the_three_forms_are_taken(roles: tuple[str, ...]) -> None:
-    SwitOKD().check(roles)
+    SwitOKD().check(TrainConfig(), roles, [])
 
 
 @pytest.mark.parametrize(
@@ -475,7 +475,7 @@ def test_the_three_forms_are_taken(roles: tuple[str, ...]) -> None:
 )
 def test_other_networks_are_refused(roles: tuple[str, ...]) -> None:
     with pytest.raises(InputError, match=r"SwitOKD trains teacher \+ student, or teacher \+ student \+ student_2, or "):
-        SwitOKD().check(roles)
+        SwitOKD().check(TrainConfig(), roles, [])
 
 
 def test_wrong_options_are_refused() -> None:

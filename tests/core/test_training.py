@@ -685,12 +685,12 @@ def test_run_folder_of_another_config_is_refused_naming_the_key(tmp_path: Path) 
         ({"rates": 3, "task": "offline_kd"}, "without task, this command says 'offline_kd'"),  # the task first
     ):
         with pytest.raises(InputError, match=f"holds a run {said}"):
-            RunFolder(tmp_path / "run", {**config, **change}, free=("data.root",))
-    opened(tmp_path / "run", {**config, "data": {"name": "digits", "root": "b"}}, free=("data.root",))
+            RunFolder(tmp_path / "run", {**config, **change}, may_change=("data.root",))
+    opened(tmp_path / "run", {**config, "data": {"name": "digits", "root": "b"}}, may_change=("data.root",))
     with pytest.raises(InputError, match=r"data\.root"):
         RunFolder(tmp_path / "run", config)
     with pytest.raises(InputError, match=r"data\.name"):
-        RunFolder(tmp_path / "run", {**config, "data": {"name": "x", "root": "b"}}, free=("data.n", "data.root"))
+        RunFolder(tmp_path / "run", {**config, "data": {"name": "x", "root": "b"}}, may_change=("data.n", "data.root"))
 
 
 def test_folders_that_hold_no_run_are_refused(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig
-from classification.methods import ADMConfig
 from classification.methods.base import Output
 from classification.networks import create_network
+from core.adm import ADMConfig
 from core.distillation import kd_loss
 from core.errors import InputError
 from core.training.distiller import Progress

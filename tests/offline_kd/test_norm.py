@@ -18,13 +18,14 @@ from comparing import assert_same
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from classification.config import TrainConfig
 from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig
 from classification.evaluation import evaluate
 from classification.experiment import load_checkpoint
-from classification.methods import ADMConfig
 from classification.methods.base import Output
 from classification.networks import create_network
 from classification.networks.published import load_weights
+from core.adm import ADMConfig
 from core.distillation import feature_loss, standardise
 from core.errors import InputError
 from core.network import Split, as_network
@@ -580,7 +581,7 @@ def test_a_classifier_that_nothing_trains_is_refused() -> None:
 
 def test_wrong_networks_are_refused() -> None:
     for roles in (("student",), ("teacher", "student", "student_2")):
-        assert "teacher and student" in refusal(lambda roles=roles: NORM().check(roles))
+        assert "teacher and student" in refusal(lambda roles=roles: NORM().check(TrainConfig(), roles, ["teacher"]))
     two = create_network("cifar_resnet8", 2)
     assert "3 classes" in refusal(lambda: distiller_of(student=two))
     bare: Any = create_network("cifar_resnet8", CLASSES)

@@ -1,0 +1,144 @@
+"""What a run records while it trains: metrics, best, summary, curves, console; for ``fit`` and segmentation's hook."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .meters import Clock, LossBuffer, peak_memory
+from .run import RunFolder
+
+DRAW_EVERY = 60.0
+"""Least seconds between two drawings of the curves, one takes up to seconds; the end of the run always draws."""
+
+
+class Recorder:
+    """Losses, times, the best evaluation and where they are written.
+
+    Args:
+        run: the folder.
+        device, processes: on which and by how many the run trains.
+        mean: the mean of a tensor over all processes.
+        advice: what may help against losses that are not finite.
+        total: steps of the whole run, in ``unit``s ("step", "iteration").
+        epoch_length: steps of an epoch; lines then say the epoch too.
+        select: the evaluated value whose maximum makes ``best``; None: there is no best.
+        track: ``track(values, step)`` hands scalars on to TensorBoard or another tracker.
+        progress_bar: show one (only on a terminal).
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        device: torch.device,
+        processes: int,
+        *,
+        mean: Callable[[Tensor], Tensor],
+        advice: str,
+        total: int,
+        unit: str = "step",
+        epoch_length: int | None = None,
+        select: str | None = None,
+        track: Callable[[dict[str, float], int], object] = lambda values, step: None,
+        progress_bar: bool = True,
+    ) -> None:
+        self.run, self.device, self.processes = run, device, processes
+        self.total, self.unit, self.epoch_length = total, unit, epoch_length
+        self.select, self.track, self.progress_bar = select, track, progress_bar
+        self.losses = LossBuffer(device, mean, advice)
+        self.clock = Clock(device, processes)
+        self.best: dict[str, Any] | None = None
+        self._started, self._drawn = time.perf_counter(), -math.inf
+
+    def restore(self, state: Mapping[str, Any] | None, loss_rows: list[dict[str, Any]]) -> None:
+        """Goes on from what ``state`` of a checkpoint says and this process's unfinished losses; None: from nothing."""
+        self.run.cut_metrics(0 if state is None else state["metrics_size"])
+        if state is not None:
+            self.best = state["best"]
+            self.losses.rows = loss_rows
+            self.clock.restore(state["seconds"], state["samples"])
+
+    def start(self, step: int) -> None:
+        """Before the first step that is taken now: shows the bar and lets the clock run."""
+        from tqdm import tqdm
+
+        hidden = None if self.progress_bar and self.run.main else True
+        self.bar = tqdm(total=self.total, initial=step, unit=self.unit, disable=hidden, dynamic_ncols=True)
+        self.clock.resume()
+
+    def after_step(self, step: int, images: int) -> None:
+        """``step``: how many are done with this one; ``images``: of it, on this process."""
+        self.losses.close_step(step)
+        self.clock.samples += images
+        self.bar.update()
+
+    def log_point(self, step: int, rate: float) -> None:
+        """A training line: learning rate, images/s, means of the losses. Raises: TrainingError for a NaN."""
+        means = self.losses.flush()
+        self._line("train", step, {"lr": rate, "images_per_second": self.clock.tick(), **means})
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in means.items() if name.endswith("/ce")})
+
+    def evaluated(self, step: int, values: Mapping[str, Any]) -> bool:
+        """An evaluation line. Returns: whether it is the best so far."""
+        self._line("evaluation", step, values)
+        self.run.log(f"{self._place(step)}  {_scores(values)}".rstrip())
+        if self.select is None or (self.best is not None and values[self.select] <= self.best[self.select]):
+            return False
+        self.best = {"step": step, **self._epoch(step), "selected_by": self.select, **values}
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this, besides ``losses.rows_on_cpu()`` of each process."""
+        return {
+            "best": self.best, "seconds": self.clock.seconds, "samples": self.clock.samples,
+            "metrics_size": self.run.metrics_size(),
+        }  # fmt: skip
+
+    def draw(self) -> None:
+        """The curves, unless they were drawn a moment ago."""
+        if time.perf_counter() - self._drawn >= DRAW_EVERY:
+            self.run.draw()
+            self._drawn = time.perf_counter()
+
+    def finish(self, step: int, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes ``summary.json`` and the curves. Returns: what the summary says."""
+        self.bar.close()
+        result = {
+            "status": "finished" if step >= self.total else "interrupted",
+            "step": step,
+            **self._epoch(step),
+            "last": next((line for line in reversed(self.run.metrics()) if line["kind"] == "evaluation"), None),
+            "best": self.best,
+            "seconds": self.clock.seconds,
+            "images_per_second": self.clock.samples * self.processes / max(self.clock.seconds, 1e-9),
+            "wall_seconds_of_last_start": time.perf_counter() - self._started,
+            "peak_memory_bytes": peak_memory(self.device),
+            **summary,
+        }
+        self.run.write_json("summary.json", result)
+        self.run.draw()
+        return result
+
+    def _line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        self.run.metric({"kind": kind, "step": step, **self._epoch(step), **values})
+        self.track({f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}, step)
+
+    def _epoch(self, step: int) -> dict[str, float]:
+        return {} if self.epoch_length is None else {"epoch": step / self.epoch_length}
+
+    def _place(self, step: int) -> str:
+        if self.epoch_length is None:
+            return f"{self.unit} {step}/{self.total}"
+        return f"epoch {step / self.epoch_length:g}/{self.total / self.epoch_length:g}  {self.unit} {step}"
+
+
+def _scores(values: Mapping[str, Any]) -> str:
+    """Each network's top-1 or mIoU in percent."""
+    shown = {"top1": "", "mIoU": "mIoU "}
+    parts = ((*name.rpartition("/")[::2], value) for name, value in values.items())
+    return "  ".join(f"{role} {shown[term]}{value:.2f} %" for role, term, value in parts if term in shown)

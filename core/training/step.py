@@ -1,0 +1,166 @@
+"""One optimiser step, as training, ``--dry-run --time``, the benchmark and the tests take it; its time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .distiller import Batch, Distiller, Losses, Progress
+from .meters import LossBuffer
+
+
+def train_step(
+    module: Any,
+    distiller: Distiller,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    progress: Progress,
+    accelerator: Any,
+    losses: LossBuffer,
+    *,
+    accumulate: int = 1,
+    clip: float | None = None,
+) -> None:
+    """Moves the networks once: each phase goes forward and back over all parts of the batch, then updates.
+
+    Args:
+        module: the distiller as ``accelerator.prepare`` returns it.
+        batch: tensors ``[B, ...]``, on whichever device; they are moved to the accelerator's.
+        losses: takes the step's losses and observations; the caller closes the step there.
+        accumulate: parts into which the batch is split, one after the other.
+        clip: largest gradient norm over all networks together.
+    """
+    batch = {name: _to(value, accelerator.device) for name, value in batch.items()}
+    batch = distiller.before_step(batch, progress)
+    for phase in distiller.phases:
+        for part, share, final in _parts(batch, accumulate):
+            synchronise = final and not distiller.manual_grad_sync
+            with contextlib.nullcontext() if synchronise else accelerator.no_sync(module):
+                terms, observed = _shared(share, *module(part, progress, phase))
+                distiller.backward(terms, losses.add(terms, observed), accelerator)
+        distiller.before_update()
+        _update(optimizer, distiller, clip, accelerator.scaler)
+    distiller.after_step(batch, progress)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def batch_length(batch: Batch) -> int:
+    """B, read off the first tensor ``[B, ...]``."""
+    return next(len(value) for value in batch.values() if isinstance(value, Tensor))
+
+
+def _parts(batch: Batch, parts: int) -> Iterator[tuple[Batch, float, bool]]:
+    """The batch in ``parts`` pieces: (piece, its share of the gradient, whether it is the last)."""
+    weight = float(batch.get("weight", 1.0))
+    if parts == 1:
+        yield batch, weight, True
+        return
+    length = batch_length(batch)
+    parts = min(parts, length)
+    for k in range(parts):
+        start, end = length * k // parts, length * (k + 1) // parts
+        piece = {name: v[start:end] if isinstance(v, Tensor) else v for name, v in batch.items()}
+        yield piece, weight * (end - start) / length, k == parts - 1
+
+
+def _shared(share: float, losses: Losses, observed: Mapping[str, Tensor]) -> tuple[Losses, Mapping[str, Tensor]]:
+    """One forward's losses and observations, times its share of the batch."""
+    if share == 1.0:
+        return losses, observed
+    weighted = {role: {term: value * share for term, value in terms.items()} for role, terms in losses.items()}
+    return weighted, {name: value * share for name, value in observed.items()}
+
+
+def _update(optimizer: torch.optim.Optimizer, distiller: Distiller, clip: float | None, scaler: Any) -> None:
+    if clip is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(distiller.parameters(), clip)
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def seconds_a_step(
+    distiller: Distiller,
+    loader: Iterable[Batch],
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+    accelerator: Any,
+    *,
+    accumulate: int = 1,
+    clip: float | None = None,
+    progress: Progress | None = None,
+    steps: int = 4,
+) -> float:
+    """The shortest of real steps on the loader's first batch, after one that warms up. The networks move on.
+
+    Args: as ``fit`` takes them; ``progress``: where in training the steps are, unless given not at an epoch's start.
+    """
+    module = accelerator.prepare(distiller)
+    distiller.train()
+    optim = optimizer(distiller.parameter_groups())
+    losses = LossBuffer(accelerator.device, lambda values: values, "")
+    batch, seconds = next(iter(loader)), []
+    for number in range(steps):
+        started = time.perf_counter()
+        train_step(
+            module, distiller, optim, batch, progress or Progress(1, 0.5, 2, 1.0), accelerator, losses,
+            accumulate=accumulate, clip=clip,
+        )  # fmt: skip
+        losses.close_step(number)
+        losses.flush()  # reads the device: the step is over
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
+
+
+def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward pass of what ``forward`` computes, each storage counted once.
+
+    ``parameters``: tensors that are there anyway and do not count.
+    """
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, Any] = {}  # the storages themselves, so that no address is used again meanwhile
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        result = forward()
+    total = sum(storage.nbytes() for storage in kept.values())
+    del result
+    return total
+
+
+def memory_estimate(
+    distiller: Distiller, batch: Batch, images: int, *, moments: int, progress: Progress | None = None
+) -> int:
+    """Bytes of weights, gradients, the optimiser's moments and what ``images`` need for the backward pass.
+
+    A lower bound: workspaces and fragments come on top. One forward of a small ``batch`` is taken, in this precision.
+    ``moments``: values that the optimiser keeps for each weight (1 for SGD with momentum, 2 for Adam).
+    """
+    parameters = list(distiller.parameters())
+    distiller.train()
+    where = progress or Progress(1, 0.5, 2, 1.0)
+
+    def forward() -> object:
+        return [distiller(distiller.before_step(batch, where), where, phase) for phase in distiller.phases[:1]]
+
+    activations = saved_bytes(forward, [*parameters, *distiller.buffers()]) / batch_length(batch)
+    weights = sum(p.nbytes for p in parameters) + sum(b.nbytes for b in distiller.buffers())
+    trained = sum(p.nbytes for p in parameters if p.requires_grad)
+    return round(weights + trained * (1 + moments) + activations * images)
