@@ -1,7 +1,7 @@
 """What a table or figure of the paper is: rows, columns, the paper's numbers, and for each cell the run behind it.
 
-``tools/paper/tableNN.yaml`` and ``figureNN.yaml`` hold them, ``tools/paper_files.py`` reads them. A run is one call of a
-task's own ``train.py``, at one of two scales: ``paper``, and ``proxy``, a small stand-in for a CPU. Needs no torch.
+``tools/paper/tableNN.yaml`` and ``figureNN.yaml`` hold them, ``tools/paper_files.py`` reads them. A run is one call of
+a task's own ``train.py``, at one of two scales: ``paper``, and ``proxy``, a small stand-in for a CPU. Needs no torch.
 """
 
 from __future__ import annotations

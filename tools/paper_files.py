@@ -15,8 +15,8 @@ A file:
     columns: [NAME, ...]           # or {name: NAME, ...}
     rows: [{name: ..., cells: [CELL, ...]}]
 
-RUN: ``base: ID`` (merged below it), ``method``, ``all_scales: {flag: value}`` at either scale, and for the paper's scale
-``recipe``, ``overrides: {flag: value}``, ``after: [COMMAND, ...]`` (what to call when it is trained), ``task``,
+RUN: ``base: ID`` (merged below it), ``method``, ``all_scales: {flag: value}`` at either scale, and for the paper's
+scale ``recipe``, ``overrides: {flag: value}``, ``after: [COMMAND, ...]`` (what to call when it is trained), ``task``,
 ``command``; ``proxy:`` holds the same keys for the small run, and ``results: FOLDER/NAME`` where such runs are kept as
 ``results/FOLDER/NAME-<seed>``. ``same_as: tableNN/ID``, of a run or of its proxy alone, is a run of another table, with
 what ``after`` adds. ``{run}`` in a text is the run's folder, ``{run:ID}`` that of another run of the same scale and
@@ -24,9 +24,9 @@ seed, which must be finished before.
 
 CELL: ``column``, ``paper`` (a number, or null where the paper prints none), ``label`` (what it prints besides),
 ``run: ID``, and ``read`` or ``show``; ``run: null`` with ``why`` for a cell that nothing here yields. ``read`` is a
-query of the run, with ``where`` and ``at`` as ``tools/runs.py`` explains them. ``show`` is an image in the run's folder.
-``run``, ``read``, ``where``, ``at`` and ``metric`` of a column or, before it, of a row hold for the cells that have none
-of their own.
+query of the run, with ``where`` and ``at`` as ``tools/runs.py`` explains them. ``show`` is an image in its folder.
+``run``, ``read``, ``where``, ``at`` and ``metric`` of a column or, before it, of a row hold for the cells that have
+none of their own.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from core.errors import InputError
-from core.training.checkpoint import write_atomically
+from core.files import write_atomically
 from core.training.run import flatten
 
 KEPT = "runs.jsonl"
@@ -81,8 +81,8 @@ class Run:
 
         ``last.student/top1`` is a path in ``summary.json``. A query that begins with the name of another file is a path
         in that: ``evaluation.FD-digits``, ``metrics.student/top1``. Of a file with rows the one counts that agrees with
-        ``where`` and, given ``at`` (0 to 1), that stands after this share of a finished run's training. ``distance`` and
-        ``score`` are the names that an evaluation of images gives its two scores.
+        ``where`` and, given ``at`` (0 to 1), that stands after this share of a finished run's training. ``distance``
+        and ``score`` are the names that an evaluation of images gives its two scores.
         """
         head, _, key = query.partition(".")
         document = self.files.get(head) if head != "config" else None
