@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.groups import PERCENT, Comparison, Group, lower_is_better, named, score
@@ -14,15 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw(compared: Comparison, path: Path) -> None:
+def figure_of(compared: Comparison) -> Figure:
     """The score over epochs, a panel for each role: the mean over seeds in a band of one sample standard deviation.
 
     Of runs that are evaluated at their end alone (diffusion) one panel: the roles side by side, with error bars.
     """
-    from core.analysis.figures import save_figure
-
     curves = any(curve(group, role) for group in compared.groups for role in compared.roles)
-    save_figure((make_curves if curves else make_points)(compared), path)
+    return (make_curves if curves else make_points)(compared)
 
 
 def curve(group: Group, role: str) -> list[tuple[float, float, float]]:
