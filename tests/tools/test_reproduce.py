@@ -51,7 +51,10 @@ bases:
 runs:
   vanilla: {base: small, method: vanilla, proxy: {overrides: {fit.epochs: 1, networks.teacher.name: cifar_resnet8}}}
   shake:
-    {base: small, method: shake, all_scales: {networks.teacher.weights: "{run:vanilla}"}, proxy: {overrides: {fit.epochs: 1}}}
+    base: small
+    method: shake
+    all_scales: {networks.teacher.weights: "{run:vanilla}"}
+    proxy: {overrides: {fit.epochs: 1}}
   long: {base: small, method: vanilla, proxy: {overrides: {fit.epochs: 50, fit.evaluate_every: 1000}}}
   wrong: {base: small, method: vanilla, proxy: {overrides: {fit.epochs: 1, fit.precision: fp8}}}
   photos: {base: small, method: dml, proxy: {overrides: {data.name: folder, data.root: data/nowhere, fit.epochs: 1}}}
