@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from running import RECIPE, arguments
+from runs import RECIPE, arguments
 
 from classification.config import make_parser, parse_command
 from classification.experiment import build
