@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import undrawn
 
 Shell = Callable[[Callable[[list[str]], int], list[str]], tuple[int, str, str]]
 
@@ -28,16 +29,15 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs of training commands in this process: no curves but where a test's name says "is_whole", no state left."""
     from core.training.run import RunFolder
 
-    if "is_whole" not in request.node.name:
-        monkeypatch.setattr(RunFolder, "draw", lambda self: None)
-    yield
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+    draw = RunFolder.draw
+    with undrawn() as patch:
+        if "is_whole" in request.node.name:
+            patch.setattr(RunFolder, "draw", draw)
+        yield
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from comparing import assert_same
-from running import ROOT, arguments, assert_same_runs, metrics, stop_at
+from runs import ROOT, arguments, assert_same, assert_same_runs, metrics, stop_at
 
 from classification.config import parse_command
 from classification.distiller import ClassificationDistiller

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comparing import assert_same, without_times
+from runs import CPU, ROOT, assert_same, assert_same_runs, metrics, train_whole
+from runs import stop_at as stop_at_step
 
 pytest.importorskip("diffusers")
 
@@ -21,7 +20,6 @@ from small_unet import diffusers_folder, unet
 
 from core.errors import InputError
 from core.training.checkpoint import read_checkpoint
-from core.training.distiller import Progress
 from diffusion.progressive.config import ProgressiveConfig, check_chain, parse_command
 from diffusion.progressive.distiller import ADMConfig, BaseDistiller, ProgressiveDistiller
 from diffusion.progressive.network import save_student
@@ -30,7 +28,6 @@ from diffusion.tools.train import main
 pytestmark = pytest.mark.usefixtures("quick")
 
 Command = Callable[[list[str]], tuple[int, str, str]]
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "diffusion/recipes"
 
 
@@ -43,25 +40,15 @@ def arguments(out: Path, *more: str) -> list[str]:
     """A chain of 42,000 parameters on 48 digits, a few steps a round; 3 steps an epoch."""
     network = ["--network.width", "8", "--network.groups", "4", "--batch_size", "16", "--data.limit", "48"]
     lengths = ["--base.steps", "5", "--base.warmup", "2", "--rounds.steps", "4", "--rounds.last_steps", "5"]
-    fit = ["--fit.log_every", "2", "--fit.evaluate_every", "4", "--fit.device", "cpu", "--fit.trackers", "[]"]
+    fit = ["--fit.log_every", "2", "--fit.evaluate_every", "4", *CPU]
     recipe = ["progressive", "--config", str(RECIPES / "digits_progressive.yaml"), "--out", str(out)]
     return [*recipe, "--chain", "[8,4,2,1]", *network, *lengths, *fit, "--progress_bar", "false", *more]
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return without_times([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, steps: int, last: int) -> None:
     """Sends SIGTERM to this process in the round of the student with so many steps (0: the base network)."""
     for kind in (BaseDistiller, ProgressiveDistiller):
-
-        def after_step(self: Any, batch: Any, progress: Progress, real: Any = kind.after_step) -> None:
-            real(self, batch, progress)
-            if getattr(self, "steps", 0) == steps and progress.step + 1 == last:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        monkeypatch.setattr(kind, "after_step", after_step)
+        stop_at_step(monkeypatch, last, of=kind, where=lambda distiller: getattr(distiller, "steps", 0) == steps)
 
 
 ROUNDS = ("base", "round-0004", "round-0002", "round-0001")
@@ -70,15 +57,8 @@ ROUNDS = ("base", "round-0004", "round-0002", "round-0001")
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted chain."""
-    from accelerate.state import AcceleratorState
-
-    from core.training.run import RunFolder
-
     out = tmp_path_factory.mktemp("chain") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda self: None)
-        assert main(arguments(out)) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
+    train_whole(main, arguments(out))
     return out
 
 
@@ -125,8 +105,7 @@ def test_interrupted_in_the_middle_of_rounds_and_resumed_equals_uninterrupted(
     code, _, said = command(arguments(out))
     assert code == 0 and f"resuming from step {last}" in said
     for name in ROUNDS:
-        assert_same(*(read_checkpoint(run / name / "checkpoints/last") for run in (whole, out)))
-        assert metrics(whole / name) == metrics(out / name)
+        assert_same_runs(whole / name, out / name)
         for file in (whole / name).glob("*/*.safetensors"):
             assert file.read_bytes() == (out / file.relative_to(whole)).read_bytes()
 

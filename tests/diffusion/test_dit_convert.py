@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import assert_same
+from runs import assert_same
 from small_dit import SMALL, dit
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import assert_same
+from runs import assert_same
 from torch import Tensor, nn
 
 pytest.importorskip("diffusers")

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import in_two_processes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,7 +37,6 @@ from segmentation import distiller as distiller_module
 from segmentation.distiller import ROLES, DistillationSegmentor, ViewsDataPreProcessor, auxiliary_heads
 from segmentation.losses import ADMOptions, DenseADM, Output, parse_method, pixels_of, teacher_learns
 
-ROOT = Path(__file__).resolve().parents[2]
 CLASSES, SIZE = 4, (16, 24)
 ALL = ["vanilla", "dml", "kdcl", "switokd", "kd"]
 SGD = {"type": "SGD", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
@@ -841,15 +840,10 @@ def work(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(weights: str) -> Iterator[list[dict[str, Any]]]:
+def two(weights: str) -> list[dict[str, Any]]:
     folder = Path(weights).parent
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(folder)],
-        capture_output=True, text=True, timeout=300, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    yield [torch.load(folder / f"report{rank}.pt", weights_only=True) for rank in (0, 1)]
+    in_two_processes(__file__, folder)
+    return [torch.load(folder / f"report{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("case", RUNS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import assert_same
 from mmseg.apis import inference_model, init_model
-from street import CONFIGS, DEEPLAB, ROOT, SHORT, SIZE, TINY, arguments, assert_same_runs, make_street, stop_at
+from runs import ROOT, assert_same, assert_same_runs, in_two_processes, lines, read, train_whole
+from street import CONFIGS, DEEPLAB, SHORT, SIZE, TINY, arguments, make_street, stop_at
 
 from segmentation.hooks import RunHook
 from segmentation.tools.evaluate import main as evaluate
@@ -26,18 +25,11 @@ Train = Callable[[list[str]], tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def run(street: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run of DML+ADM, 6 iterations, evaluated after the 3rd and the 6th."""
-    from core.training.run import RunFolder
     from segmentation.tools.train import main
 
     out = tmp_path_factory.mktemp("run") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda self: None)
-        assert main(arguments(street, out)) == 0
+    train_whole(main, arguments(street, out))
     return out
-
-
-def read(file: Path) -> Any:
-    return json.loads(file.read_text())
 
 
 def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) -> None:
@@ -55,18 +47,18 @@ def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) 
     }  # fmt: skip
     assert os.readlink(out / "checkpoints/last.pth") == "iter_6.pth"
 
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["kind"], line["step"]) for line in lines] == [
+    logged = lines(out)
+    assert [(line["kind"], line["step"]) for line in logged] == [
         ("train", 2), ("evaluation", 3), ("train", 4), ("train", 6), ("evaluation", 6),
     ]  # fmt: skip
     for role, own in (("teacher", {"divergence"}), ("student", {"consensus", "feature", "phi"})):
-        assert {key.split("/")[1] for key in lines[0] if key.startswith(f"{role}/")} == {"ce", "aux", "kd"} | own
-    assert lines[0]["images_per_second"] > 0
-    assert lines[0]["lr"] == pytest.approx(0.03 * (1 - 1 / 5) ** 0.9)
+        assert {key.split("/")[1] for key in logged[0] if key.startswith(f"{role}/")} == {"ce", "aux", "kd"} | own
+    assert logged[0]["images_per_second"] > 0
+    assert logged[0]["lr"] == pytest.approx(0.03 * (1 - 1 / 5) ** 0.9)
 
     summary = read(out / "summary.json")
     assert (summary["status"], summary["step"], summary["method"], summary["seed"]) == ("finished", 6, "dml+adm", 0)
-    assert summary["last"] == lines[-1]
+    assert summary["last"] == logged[-1]
     for role in ("teacher", "student"):
         classes = [key for key in summary["last"] if key.startswith(f"{role}/IoU.")]
         assert f"{role}/IoU.road" in classes
@@ -422,33 +414,29 @@ def test_a_run_without_adm_has_a_figure_without_similarity(
 
 
 @pytest.mark.slow
-def test_two_processes_leave_one_run_and_resume_exactly(street: Path, tmp_path: Path) -> None:
-    def launch(out: Path, *more: str, stop: int | None = None) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
-        script = str(ROOT / "segmentation/tools/train.py")
+def test_two_processes_leave_one_run_and_resume_exactly(
+    street: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(out: Path, *, stop: int | None = None) -> None:
+        script = ROOT / "segmentation/tools/train.py"
         if stop is not None:  # each process sends itself the signal
-            script = str(tmp_path / "stopping.py")
-            Path(script).write_text(
-                f"import sys; sys.path.insert(0, {str(ROOT / 'tests/segmentation')!r}); sys.path.insert(0, "
-                f"{str(ROOT / 'tests')!r})\nimport pytest, street\nfrom core.training.command import run_command\n"
+            script = tmp_path / "stopping.py"
+            script.write_text(
+                "import pytest, street\nfrom core.training.command import run_command\n"
                 "from segmentation.tools.train import main\n"
                 f"with pytest.MonkeyPatch.context() as patch:\n    street.stop_at(patch, {stop})\n"
                 "    run_command(main)\n"
             )
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        options = arguments(street, out, "batch_size=4", "model.adm.gamma=0.5")
-        return subprocess.run(
-            [*command, script, *options, *more], env=environment, capture_output=True, text=True, timeout=600
-        )
+        # torchrun turns the code of its stopped processes, 130, into 1
+        in_two_processes(script, *arguments(street, out, "batch_size=4", "model.adm.gamma=0.5"), good=stop is None)
 
-    done = launch(tmp_path / "whole")
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launch(tmp_path / "whole")
     assert read(tmp_path / "whole/environment.json")["starts"][0]["processes"] == 2
-    launch(tmp_path / "cut", stop=3)  # torchrun turns the code of its processes, 130, into 1
+    launch(tmp_path / "cut", stop=3)
     assert read(tmp_path / "cut/summary.json")["status"] == "interrupted"
     assert read(tmp_path / "cut/summary.json")["step"] == 4  # at the next log point, where they agree
-    done = launch(tmp_path / "cut")
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch(tmp_path / "cut")
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
