@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,12 @@ import torch
 from runs import undrawn
 
 Shell = Callable[[Callable[[list[str]], int], list[str]], tuple[int, str, str]]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collections of garbage, of which mmengine starts many, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

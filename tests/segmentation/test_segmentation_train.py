@@ -77,12 +77,12 @@ def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) 
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.usefixtures("brief_workers")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    street: Path, tmp_path: Path, run: Path, train: Train, monkeypatch: pytest.MonkeyPatch, workers: int
+    street: Path, tmp_path: Path, run: Path, train: Train, workers: int
 ) -> None:
     # 1: between two log points; 3: where it is evaluated. The whole run had no workers.
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # left workers end within it
     command = arguments(street, tmp_path / "run", f"train_dataloader.num_workers={workers}")
     for step in (1, 3):
         with pytest.MonkeyPatch.context() as patch:
@@ -198,6 +198,7 @@ def wrong_labels(root: Path) -> Path:
     return root
 
 
+@pytest.mark.usefixtures("brief_workers")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_labels_outside_the_classes_end_in_one_line(tmp_path: Path, train: Train, workers: int) -> None:
     street = wrong_labels(make_street(tmp_path / "street"))
