@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from core.errors import unknown
-from core.training.command import missing_extra, run_command
+from core.training.command import run_command
+from diffusion.files import need_packages
 
 COMMANDS = ("progressive", "dit")
 
@@ -33,28 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _progressive(argv: Sequence[str], prog: str) -> int:
     from diffusion.progressive.config import parse_command
 
-    config, dry = parse_command(argv, prog)
-    _need_diffusers()
-    from diffusion.progressive.chain import dry_run, train
+    config, dry_run = parse_command(argv, prog)
+    need_packages("diffusers")
+    from diffusion.progressive.chain import look, train
 
-    return dry_run(config) if dry else train(config)
+    return look(config, dry_run) if dry_run else train(config)
 
 
 def _dit(argv: Sequence[str], prog: str) -> int:
     from diffusion.dit.config import parse_command
 
-    config, dry = parse_command(argv, prog)
-    _need_diffusers()
-    from diffusion.dit.training import dry_run, train
+    config, dry_run = parse_command(argv, prog)
+    need_packages("diffusers")
+    from diffusion.dit.training import look, train
 
-    return dry_run(config) if dry else train(config)
-
-
-def _need_diffusers() -> None:
-    try:  # after the command line is read: --help is quick
-        import diffusers  # noqa: F401
-    except ImportError as error:
-        raise missing_extra(error, "diffusion") from error
+    return look(config, dry_run) if dry_run else train(config)
 
 
 if __name__ == "__main__":

@@ -138,11 +138,11 @@ def similarities(
     Args: two ``Student``; images uint8 ``[N, C, H, W]``; an image keeps its noise over all times.
     """
     from diffusion.consensus import similarity
-    from diffusion.progressive.network import Tap
+    from diffusion.progressive.network import InputHook
     from diffusion.sampling import initial_noise
 
     device = next(student.model.parameters()).device
-    taps = [Tap(network.model) for network in (student, teacher)]
+    hooks = [InputHook(network.model) for network in (student, teacher)]
     batches = []
     for first in range(0, len(images), batch_size):
         x = images[first : first + batch_size].to(device) / 127.5 - 1.0
@@ -153,7 +153,7 @@ def similarities(
             z = student.schedule.noisy(x, noise, t)
             for network in (student, teacher):
                 network.model(z, t)
-            maps.append(similarity(taps[0].take(), taps[1].take()).cpu())
+            maps.append(similarity(hooks[0].take(), hooks[1].take()).cpu())
         batches.append(torch.stack(maps))
     return torch.cat(batches, dim=1)
 
