@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from core.errors import InputError, first_line
 from core.images import open_image
+from core.weights import read_torch
 from diffusion import proxies
 from diffusion.files import make_folder
 
@@ -163,12 +164,9 @@ def _check_inception(file: str | None) -> None:
     if file is None:
         return
     try:
-        torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:
-        try:  # files older than the zip format cannot be mapped
-            torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle can raise anything
-            raise InputError(f"{file} is not {INCEPTION_FILE} of {INCEPTION_URL}: {first_line(error)}") from error
+        read_torch(file)
+    except InputError as error:
+        raise InputError(f"{file} is not {INCEPTION_FILE} of {INCEPTION_URL}: {error}") from error
 
 
 class InMemory(Dataset):
