@@ -19,7 +19,12 @@ Config = TypeVar("Config")
 
 def parse_config(kind: Callable[..., Config], argv: Sequence[str], prog: str | None = None) -> tuple[Config, DryRun]:
     """(a config of this dataclass, the dry run that is wanted). Raises: InputError for a wrong command line."""
-    values = parse(train_parser(kind, prog), argv).as_dict()  # type: ignore[arg-type]
+    try:
+        values = parse(train_parser(kind, prog), argv).as_dict()  # type: ignore[arg-type]
+    except InputError as error:
+        if "adm.attention" in str(error):  # in the recipes and run folders of earlier versions
+            raise InputError("adm.attention is adm.control now: none (was consensus), uniform or shuffled") from error
+        raise
     dry_run = dry_run_wanted(values.pop("dry_run"), values.pop("time"))
     values.pop("config", None)
     return kind(**values), dry_run

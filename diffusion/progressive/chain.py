@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,8 @@ def train(config: ProgressiveConfig) -> int:
     uninterrupted one.
     Raises: InputError, TrainingError.
     """
-    run = open_run(config.out, config.resolved(), MAY_CHANGE)
+    resolved = config.resolved()
+    run = open_run(config.out, resolved, MAY_CHANGE)
     if run is None:
         return DONE
     accelerator = make_accelerator(config.fit, run)
@@ -63,12 +64,12 @@ def train(config: ProgressiveConfig) -> int:
     run.write_environment(str(accelerator.device))
     started = time.perf_counter()
     if teacher is None:
-        base = _round(config, images, BASE, partial(base_distiller, config, images))
+        base = _round(config, resolved, images, BASE, partial(base_distiller, config, images))
         if base is None:
             return INTERRUPTED
         teacher = load_teacher(base)
     for steps in config.students:
-        student = _round(config, images, steps, partial(round_distiller, config, teacher, steps))
+        student = _round(config, resolved, images, steps, partial(round_distiller, config, teacher, steps))
         if student is None:
             return INTERRUPTED
         teacher = load_teacher(student)
@@ -156,15 +157,22 @@ def round_distiller(config: ProgressiveConfig, teacher: Student, steps: int) -> 
     )
 
 
-def _round(config: ProgressiveConfig, images: Tensor, label: int | str, make: Callable[[], Denoiser]) -> Path | None:
+def _round(
+    config: ProgressiveConfig,
+    resolved: Mapping[str, Any],
+    images: Tensor,
+    label: int | str,
+    make: Callable[[], Denoiser],
+) -> Path | None:
     """One call of ``fit`` in a folder of its own, unless it is finished: the base network's, or a student's.
 
-    ``label``: "base", or the student's steps. Returns: the folder of its network, None where it was interrupted.
+    Args: ``resolved``: the chain's config as it is written down; ``label``: "base", or the student's steps.
+    Returns: the folder of its network, None where it was interrupted.
     """
     base = label == BASE
     path = config.out / BASE if base else round_folder(config.out, int(label))
     exported = path / ("teacher" if base else "student")
-    run = RunFolder(path, config.resolved(), main=is_main_process(), may_change=MAY_CHANGE)
+    run = RunFolder(path, resolved, main=is_main_process(), may_change=MAY_CHANGE)
     settings = replace(config.fit, steps=config.base.steps if base else config.rounds.length(int(label)))
     accelerator = make_accelerator(settings, run)
     trained, written = run.finished, exported.exists()

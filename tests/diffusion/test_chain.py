@@ -197,7 +197,7 @@ def test_dry_run_prints_networks_and_an_estimate(tmp_path: Path, command: Comman
         (["--fit.accumulate", "32"], "cannot be cut into 32 parts"),
         (["--network.multipliers", "[1,2,2,2,2]"], "cannot be halved 4 times"),
         (["--adm.form", "classifier", "--adm.classifier", "resnet56:/nowhere"], "no weight file /nowhere"),
-        (["--adm.attention", "uniform"], "unknown option adm.attention"),
+        (["--adm.attention", "uniform"], "adm.attention is adm.control now"),
         (["--base.stepss", "3"], "did you mean base.steps?"),
         (["--data.name", "folder", "--data.root", "/nowhere"], "data folder /nowhere does not exist"),
         (["--teacher", "/nowhere"], "--teacher /nowhere holds no network"),
