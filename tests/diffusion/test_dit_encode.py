@@ -194,7 +194,7 @@ def test_full_disk(images: Path, vae: Path, tmp_path: Path, shell: Shell, monkey
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 1 and "cannot write" in err and "latents-00000.safetensors: File too large" in err, err
     assert sorted(content(tmp_path / "out")) == ["index.json"]
-    full = shutil.disk_usage(tmp_path)._replace(may_change=10_000)
+    full = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     code, _, err = shell(encode_latents.main, command(images, vae, tmp_path / "other"))
     assert code == 2 and "has room for 0.0 GB, the latents need" in err and not list((tmp_path / "other").iterdir())
