@@ -26,10 +26,11 @@ from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import get_external_models
 from mmseg.registry import DATASETS, MODELS
 
+from core.adm import ADMConfig
 from core.errors import InputError, first_line, unknown
 from core.training.command import LineParser
 from segmentation.distiller import ROLES, load_weights
-from segmentation.losses import ADMOptions, parse_method
+from segmentation.losses import adm_config, parse_method
 
 NEEDED = (
     "model", "train_dataloader", "val_dataloader", "val_evaluator", "train_cfg", "optim_wrapper", "param_scheduler",
@@ -63,7 +64,7 @@ def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> C
         except (TypeError, KeyError) as error:
             raise InputError(f"the option {key} does not fit the config: {' '.join(str(error).split())}") from error
     method, with_adm = parse_method(cfg.model.method)
-    cfg.model.adm = asdict(ADMOptions.of(cfg.model.get("adm") or {}, method, used=with_adm))
+    cfg.model.adm = asdict(adm_config(cfg.model.get("adm") or {}, method, used=with_adm))
     crop = tuple(cfg.crop_size)
     if len(crop) != 2 or not all(isinstance(side, int) and side > 0 for side in crop):
         raise InputError(f"crop_size {crop}: two positive numbers, height and width in pixels")
@@ -139,7 +140,7 @@ def _accepted(section: Mapping[str, Any] | Config, place: Sequence[str]) -> set[
     if not place:
         return set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"} | {"find_unused_parameters"}
     if tuple(place) == ("model", "adm"):
-        return {field.name for field in fields(ADMOptions)}
+        return {field.name for field in fields(ADMConfig)}
     if tuple(place) == ("run",):
         return set()
     if "type" not in section:

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from core.adm import spatial_similarity
 from core.distillation import full_precision
-from core.errors import InputError, first_line, require_positive, unknown
+from core.errors import InputError, require_positive, unknown
 from core.training.seed import random_state, restore_random_state, seed_everything
+from core.weights import read_state_dict
 from segmentation.losses import (
-    ADMOptions,
     DenseADM,
     Output,
     Pixels,
     Terms,
+    adm_config,
     cross_entropy,
     imitated,
     imitation_loss,
@@ -81,7 +82,7 @@ class DistillationSegmentor(BaseSegmentor):
     Args:
         teacher, student: configs of two ``EncoderDecoder``; their data preprocessors are left out.
         method: vanilla, dml, kdcl, switokd or kd (a fixed teacher), each also as ``dml+adm``.
-        adm: options of ADM, see ``ADMOptions``; without "+adm" they do nothing.
+        adm: options of ADM, see ``core.adm.ADMConfig`` and ``adm_config``; without "+adm" they do nothing.
         tau: temperature of the imitation losses.
         weight: lambda, the weight of the imitation losses, one for both networks or as ``dict(teacher=0.3)``.
         normalise: each loss over pixels is divided by the number of all pixels (mmseg's default), or "valid": of those
@@ -118,15 +119,15 @@ class DistillationSegmentor(BaseSegmentor):
             raise unknown("model.normalise", normalise, ("all", "valid"))
         if self.method == "kd" and teacher_weights is None:
             raise InputError("the method kd needs a trained teacher: give model.teacher_weights=FILE")
-        options = ADMOptions.of(adm or {}, self.method, used=self.with_adm)
+        config = adm_config(adm or {}, self.method, used=self.with_adm)
         self.tau, self.weights, self.normalise = tau, weights, normalise
         self.teacher_weights = teacher_weights
 
         self._seed = torch.initial_seed()
-        for role, config in zip(ROLES, (teacher, student), strict=True):
+        for role, settings in zip(ROLES, (teacher, student), strict=True):
             with self._drawn_for(role), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Default ``avg_non_ignore``")  # `normalise` decides
-                network = MODELS.build({**config, "data_preprocessor": None})
+                network = MODELS.build({**settings, "data_preprocessor": None})
             check_network(network, role)
             self.add_module(role, network)
         check_pair(self.teacher, self.student)
@@ -137,7 +138,7 @@ class DistillationSegmentor(BaseSegmentor):
         self.adm: DenseADM | None = None
         if self.with_adm:
             with self._drawn_for("adapter"):
-                self.adm = DenseADM(options, self.student.decode_head.channels, self.teacher.decode_head.channels)
+                self.adm = DenseADM(config, self.student.decode_head.channels, self.teacher.decode_head.channels)
         self._gates: list[Tensor] | None = None
         self.train()
 
@@ -378,19 +379,10 @@ def load_weights(network: nn.Module, file: Path, role: str) -> None:
 
     Raises: InputError where the file is absent, cannot be read safely or does not fit.
     """
-    if not file.is_file():
-        raise InputError(f"{role}: there is no file of weights {file}")
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: dict[str, Any] = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = first_line(error)
-        raise InputError(f"{role}: cannot read the weights {file}: {reason}") from error
-    state = state.get("state_dict", state)
+        state = read_state_dict(file)
+    except InputError as error:
+        raise InputError(f"{role}: {error}") from error
     prefix = f"{role}."
     if any(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -382,7 +382,7 @@ def test_the_export_of_a_full_size_student_loads_with_the_stock_config(tmp_path:
         (["RUN", "--data-root", "nowhere"], "no folder nowhere/leftImg8bit/val"),
         (["--config", "RUN/config.py", "--checkpoint", "RUN/student.pth"], "of one network alone? name it by --role"),
         (["--config", "RUN/config.py", "--checkpoint", "RUN/config.yaml"], "cannot read the checkpoint"),
-        (["--config", "RUN/student_config.py", "--checkpoint", "gone.pth"], "there is no file of weights gone.pth"),
+        (["--config", "RUN/student_config.py", "--checkpoint", "gone.pth"], "no weight file gone.pth"),
         (["RUN", "--role", "teacher", "--export", "x", "--rolle"], "unrecognized arguments: --rolle"),
     ],
 )

@@ -1,4 +1,4 @@
-# Teacher and student in one model. Options of ADM: segmentation/losses.py, ADMOptions.
+# Teacher and student in one model. Options of ADM: core/adm.py, ADMConfig; defaults: segmentation/losses.py, adm_config.
 model = dict(
     type="DistillationSegmentor",
     method="dml+adm",
