@@ -15,6 +15,7 @@ import torch
 from comparing import assert_same
 from mmseg.apis import inference_model, init_model
 from street import CONFIGS, DEEPLAB, ROOT, SHORT, SIZE, TINY, arguments, assert_same_runs, make_street, stop_at
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from segmentation.hooks import RunHook
 from segmentation.tools.evaluate import main as evaluate
@@ -42,13 +43,14 @@ def read(file: Path) -> Any:
 
 def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) -> None:
     out = tmp_path / "run"
-    code, said, log = train(arguments(street, out))
+    command = arguments(street, out, "run.trackers=['tensorboard']")
+    code, said, log = train(command)
     assert code == 0, log
     assert said == ""  # stdout is for results
     files = {path.name for path in out.iterdir()}
     assert files == {
         "config.py", "config.yaml", "environment.json", "metrics.jsonl", "log.txt", "curves.png", "summary.json",
-        "checkpoints", "mmengine", "student.pth", "student.safetensors", "student_config.py",
+        "checkpoints", "tensorboard", "mmengine", "student.pth", "student.safetensors", "student_config.py",
     }  # fmt: skip
     assert {path.name for path in (out / "checkpoints").iterdir()} == {
         "iter_3.pth", "iter_6.pth", "last.pth", "best.pth",
@@ -78,8 +80,14 @@ def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) 
     start = read(out / "environment.json")["starts"][0]
     assert start["versions"]["onedl-mmsegmentation"]
 
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    for kind in ("train", "evaluation"):
+        for name in (key for key in lines[-1 if kind == "evaluation" else 0] if key not in ("kind", "step", "split")):
+            shown = [(event.step, event.value) for event in board.Scalars(f"{kind}/{name}")]
+            assert shown == [(line["step"], pytest.approx(line[name])) for line in lines if line["kind"] == kind]
+
     before = (out / "metrics.jsonl").read_bytes()
-    code, _, log = train(arguments(street, out))
+    code, _, log = train(command)
     assert code == 0
     assert "is finished" in log
     assert (out / "metrics.jsonl").read_bytes() == before
