@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from mmengine.runner.checkpoint import get_external_models
 from mmseg.registry import DATASETS, MODELS
 
 from core.adm import ADMConfig
-from core.errors import InputError, first_line, unknown
+from core.errors import InputError, first_line, require_positive, unknown
 from core.training.command import LineParser
 from segmentation.distiller import ROLES, load_weights
 from segmentation.losses import adm_config, parse_method
@@ -36,6 +37,7 @@ NEEDED = (
     "model", "train_dataloader", "val_dataloader", "val_evaluator", "train_cfg", "optim_wrapper", "param_scheduler",
     "default_hooks", "env_cfg", "data_root", "crop_size", "batch_size", "seed", "run",
 )  # fmt: skip
+TRACKERS = ("tensorboard",)
 PAIR = "DistillationSegmentor"
 STOCK_CONFIGS = Path(mmseg.__file__).parent / ".mim" / "configs"
 
@@ -63,6 +65,10 @@ def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> C
             cfg.merge_from_dict({key: value})
         except (TypeError, KeyError) as error:
             raise InputError(f"the option {key} does not fit the config: {' '.join(str(error).split())}") from error
+    require_positive("run", log_every=cfg.run.log_every, keep=cfg.run.keep)
+    for tracker in cfg.run.setdefault("trackers", list(TRACKERS)):
+        if tracker not in TRACKERS:
+            raise unknown("tracker", str(tracker), TRACKERS)
     method, with_adm = parse_method(cfg.model.method)
     cfg.model.adm = asdict(adm_config(cfg.model.get("adm") or {}, method, used=with_adm))
     crop = tuple(cfg.crop_size)
@@ -243,17 +249,24 @@ def check_networks(cfg: Config, processes: int) -> None:
         _check_crop(role, network, tuple(cfg.crop_size))
 
 
+def map_size(network: Mapping[str, Any], crop: Sequence[int]) -> tuple[int, int]:
+    """(height, width) in cells of the map that a network makes of a crop (height, width) in pixels."""
+    stride = _stride(network)
+    return -(-crop[0] // stride), -(-crop[1] // stride)
+
+
+def _stride(network: Mapping[str, Any]) -> int:
+    return 4 * math.prod(network["backbone"].get("strides", ()))
+
+
 def _check_crop(role: str, network: Mapping[str, Any], crop: tuple[int, ...]) -> None:
-    stride = 4
-    for step in network["backbone"].get("strides", ()):
-        stride *= step
     head = network["decode_head"]
     cells = max(head.get("pool_scales", (2,)))
-    height, width = (-(-side // stride) for side in crop)
+    height, width = map_size(network, crop)
     if min(height, width) < cells:
         raise InputError(
             f"crop_size {crop} gives the {role}'s {head['type']} a map of {height} x {width} cells, it needs {cells} x "
-            f"{cells}: choose at least {(cells - 1) * stride + 1} pixels a side"
+            f"{cells}: choose at least {(cells - 1) * _stride(network) + 1} pixels a side"
         )
 
 

@@ -23,7 +23,6 @@ from core.training.seed import random_state, restore_random_state, seed_everythi
 from segmentation.checkpoint import BEST, LAST, checkpoint_path, point, prune
 from segmentation.export import export_network
 
-TRACKERS = ("tensorboard",)
 ADVICE = "lower the learning rate, clip gradients (--cfg-options optim_wrapper.clip_grad.max_norm=1.0) or train in fp32"
 
 
@@ -57,7 +56,7 @@ class RunHook(Hook):
         save_every: int | None,
         keep: int,
         select: str,
-        trackers: Sequence[str] = TRACKERS,
+        trackers: Sequence[str],
         summary: Mapping[str, Any],
     ) -> None:
         self.run, self.cfg, self.text, self.stop, self.resuming = run, cfg, text, stop, resuming

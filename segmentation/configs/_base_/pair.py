@@ -1,4 +1,4 @@
-# Teacher and student in one model. Options of ADM: core/adm.py, ADMConfig; defaults: segmentation/losses.py, adm_config.
+# Teacher and student in one model. Options of ADM: core/adm.py, ADMConfig; defaults: adm_config in segmentation/losses.py.
 model = dict(
     type="DistillationSegmentor",
     method="dml+adm",
