@@ -25,6 +25,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import get_external_models
+from mmseg import registry as mmseg_registry
 from mmseg.registry import DATASETS, MODELS
 
 from core.adm import ADMConfig
@@ -42,17 +43,25 @@ PAIR = "DistillationSegmentor"
 STOCK_CONFIGS = Path(mmseg.__file__).parent / ".mim" / "configs"
 
 
-def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> Config:
-    """A config with its networks in full, ``--cfg-options`` merged in, and our own keys put where mmengine reads them.
-
-    Raises: InputError for a file that is no config and options that do not fit.
-    """
+def read_config(file: str | Path) -> Config:
+    """A config as it stands. Raises: InputError for a file that is none."""
     if not Path(file).is_file():
         raise InputError(f"no config {file}")
     try:
         cfg = Config.fromfile(str(file))
     except Exception as error:  # a config is Python and can raise anything
         raise InputError(f"{file} is no config: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if "model" not in cfg:
+        raise InputError(f"{file} lacks model: start from one of segmentation/configs")
+    return cfg
+
+
+def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> Config:
+    """A config with its networks in full, ``--cfg-options`` merged in, and our own keys put where mmengine reads them.
+
+    Raises: InputError for a file that is no config and options that do not fit.
+    """
+    cfg = read_config(file)
     if missing := [key for key in NEEDED if key not in cfg]:
         raise InputError(f"{file} lacks {missing[0]}: start from one of segmentation/configs")
     init_default_scope("mmseg")
@@ -166,13 +175,9 @@ def _accepted(section: Mapping[str, Any] | Config, place: Sequence[str]) -> set[
 def _class_of(name: Any) -> Any:
     if not isinstance(name, str):
         return name
-    from mmseg import registry as own
-
-    for source in (own, registry):
-        for found in vars(source).values():
-            if isinstance(found, registry.Registry) and (owner := found.get(name)) is not None:
-                return owner
-    return None
+    registries = [value for source in (mmseg_registry, registry) for value in vars(source).values()]
+    owners = (value.get(name) for value in registries if isinstance(value, registry.Registry))
+    return next((owner for owner in owners if owner is not None), None)
 
 
 def complete(cfg: Config, processes: int, device: str) -> Config:
@@ -182,7 +187,9 @@ def complete(cfg: Config, processes: int, device: str) -> Config:
     """
     cfg = copy.deepcopy(cfg)
     cfg.randomness = {**cfg.get("randomness", {}), "seed": cfg.seed}
-    cfg.train_dataloader.batch_size = _share(cfg.batch_size, processes)
+    if cfg.batch_size < 1 or cfg.batch_size % processes:
+        raise InputError(f"batch_size {cfg.batch_size} cannot be shared by {processes} process(es)")
+    cfg.train_dataloader.batch_size = cfg.batch_size // processes
     for name in ("train_dataloader", "val_dataloader"):
         cfg[name] = ready_loader(cfg[name], cfg.data_root)
     if (data := cfg.train_dataloader.dataset).type == "NumberedDataset":
@@ -206,12 +213,6 @@ def ready_loader(loader: Any, root: str | None) -> Any:
     if root is not None:
         _datasets(loader.dataset)[-1].data_root = root
     return loader
-
-
-def _share(batch_size: int, processes: int) -> int:
-    if batch_size < 1 or batch_size % processes:
-        raise InputError(f"batch_size {batch_size} cannot be shared by {processes} process(es)")
-    return batch_size // processes
 
 
 def _datasets(dataset: Any) -> list[Any]:

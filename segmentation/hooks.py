@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from core.training.recorder import Recorder
 from core.training.run import RunFolder
 from core.training.seed import random_state, restore_random_state, seed_everything
 from segmentation.checkpoint import BEST, LAST, checkpoint_path, point, prune
-from segmentation.export import export_network
+from segmentation.export import as_text, export_network
 
 ADVICE = "lower the learning rate, clip gradients (--cfg-options optim_wrapper.clip_grad.max_norm=1.0) or train in fp32"
 
@@ -34,37 +34,22 @@ class RunHook(Hook):
 
     Args:
         run: the folder.
-        cfg: of the run; its seed is that of what training draws (dropout), with the process's number.
-        text: the same config as text, for the checkpoints.
+        cfg: of the run; its seed is that of what training draws (dropout), with the process's number, and its ``run``
+            says what to log, save, keep and select (``configs/_base_/runtime.py``).
         stop: says when to finish the iteration, save and leave.
-        resuming: whether the Runner resumes one of our checkpoints.
-        log_every, save_every, keep, select, trackers: as in ``configs/_base_/runtime.py``.
+        loaded: what this hook left in the checkpoint that the Runner resumes, None for a new run.
         summary: what to say in ``summary.json`` besides.
     """
 
     priority = "VERY_LOW"  # after the scheduler's step: what is saved is the state before the next iteration
 
     def __init__(
-        self,
-        run: RunFolder,
-        cfg: Config,
-        text: str,
-        stop: Stop,
-        *,
-        resuming: bool,
-        log_every: int,
-        save_every: int | None,
-        keep: int,
-        select: str,
-        trackers: Sequence[str],
-        summary: Mapping[str, Any],
+        self, run: RunFolder, cfg: Config, stop: Stop, *, loaded: dict[str, Any] | None, summary: Mapping[str, Any]
     ) -> None:
-        self.run, self.cfg, self.text, self.stop, self.resuming = run, cfg, text, stop, resuming
-        self.log_every, self.save_every, self.keep, self.select = log_every, save_every, keep, select
-        self.trackers, self.summary = trackers, summary
+        self.run, self.cfg, self.stop, self.summary = run, cfg, stop, summary
         self.result: dict[str, Any] = {}
         self.rank, self.processes = get_dist_info()
-        self._loaded: dict[str, Any] | None = None
+        self._loaded = loaded
         self._saving: dict[str, Any] = {}
         self._before_evaluation: dict[str, Any] = {}
         self._started = False
@@ -72,18 +57,10 @@ class RunHook(Hook):
 
     # Start
 
-    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        if not self.resuming:
-            return
-        ours, theirs = set(bare(runner.model).state_dict()), set(checkpoint["state_dict"])
-        if ours != theirs:
-            raise TrainingError(f"the checkpoint has other weights than this model, as {min(ours ^ theirs)}")
-        self._loaded = checkpoint["run"]
-
     def before_train(self, runner: Any) -> None:
         device = next(runner.model.parameters()).device
         self.run.write_environment(str(device))
-        self.board = tensorboard(self.run, runner.iter) if "tensorboard" in self.trackers else None
+        self.board = tensorboard(self.run, runner.iter) if "tensorboard" in self.cfg.run.trackers else None
 
         def track(values: dict[str, float], step: int) -> None:
             runner.visualizer.add_scalars(values, step=step)
@@ -94,7 +71,7 @@ class RunHook(Hook):
 
         self.recorder = Recorder(
             self.run, device, self.processes,
-            mean=self._mean, advice=ADVICE, total=runner.max_iters, unit="iteration", select=self.select, track=track,
+            mean=mean, advice=ADVICE, total=runner.max_iters, unit="iteration", select=self.cfg.run.select, track=track,
         )  # fmt: skip
         if (state := self._loaded) is None:
             self.recorder.restore(None, [])
@@ -124,17 +101,17 @@ class RunHook(Hook):
         self._rate = runner.optim_wrapper.get_lr()["lr"][0]
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        step = runner.iter + 1
+        step, save_every = runner.iter + 1, self.cfg.run.save_every
         terms = {name.replace("/loss_", "/"): value for name, value in outputs.items() if name != "loss"}
         self.recorder.losses.observe(terms)
         self.recorder.after_step(step, len(data_batch["inputs"]))
         stopping = self.processes == 1 and self.stop.requested
-        if step % self.log_every == 0 or step == runner.max_iters:
+        if step % self.cfg.run.log_every == 0 or step == runner.max_iters:
             self.recorder.log_point(step, self._rate)
-            stopping = self._any(self.stop.requested)
+            stopping = self._stopping()
         if stopping and step < runner.max_iters:
             runner.train_loop.stop_training = True
-        due = self.save_every is not None and step % self.save_every == 0
+        due = save_every is not None and step % save_every == 0
         if (due or stopping or step == runner.max_iters) and not _evaluates(runner, step):
             self.recorder.clock.pause()
             self._save(runner, step)
@@ -150,8 +127,8 @@ class RunHook(Hook):
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         values = {name: float(value) for name, value in (metrics or {}).items()}
         restore_random_state(self._before_evaluation)  # so that evaluating changes nothing in the training
-        if self.select not in values:
-            raise TrainingError(f"run.select = {self.select!r} is not evaluated: choose one of {', '.join(values)}")
+        if (select := self.cfg.run.select) not in values:
+            raise TrainingError(f"run.select = {select!r} is not evaluated: choose one of {', '.join(values)}")
         best = self.recorder.evaluated(runner.iter, {"split": "val", **values})
         self._save(runner, runner.iter, best)
         self.recorder.draw()
@@ -189,11 +166,11 @@ class RunHook(Hook):
             point(self.run.path, LAST, step)
             if best:
                 point(self.run.path, BEST, step)
-            prune(self.run.path, self.keep)
+            prune(self.run.path, self.cfg.run.keep)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self._saving
-        checkpoint["meta"]["cfg"] = self.text
+        checkpoint["meta"]["cfg"] = as_text(self.cfg)
         # Histories are objects that weights_only=True refuses, and numpy's scalars are too.
         hub = checkpoint["message_hub"]
         hub["log_scalars"] = type(hub["log_scalars"])()
@@ -201,22 +178,18 @@ class RunHook(Hook):
 
     def _share_buffers(self, runner: Any) -> None:
         # Between two forwards each process has BatchNorm statistics of its own; the first process's are those saved.
-        if self.processes > 1:
-            for buffer in bare(runner.model).buffers():
-                broadcast(buffer, 0)
+        for buffer in bare(runner.model).buffers():
+            broadcast(buffer, 0)
 
-    def _mean(self, values: Tensor) -> Tensor:
-        if self.processes > 1:
-            all_reduce(values, op="mean")
-        return values
-
-    def _any(self, flag: bool) -> bool:
+    def _stopping(self) -> bool:
         """Whether any process was told to stop: all leave after the same iteration."""
-        if self.processes == 1:
-            return flag
-        flags = torch.tensor(float(flag), device=self.recorder.device)
-        all_reduce(flags)
-        return bool(flags > 0)
+        return bool(mean(torch.tensor(float(self.stop.requested), device=self.recorder.device)) > 0)
+
+
+def mean(values: Tensor) -> Tensor:
+    """Over all processes; changes ``values``."""
+    all_reduce(values, op="mean")
+    return values
 
 
 def bare(model: Any) -> Any:

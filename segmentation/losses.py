@@ -23,7 +23,7 @@ from core.adm import (
     spatial_similarity,
 )
 from core.baselines import distances, epsilon, learning, min_logit_target
-from core.distillation import feature_loss, full_precision, kd_loss
+from core.distillation import feature_loss, full_precision
 from core.errors import InputError, parse_label, unknown
 
 Terms = dict[str, Tensor]
@@ -155,11 +155,6 @@ def imitated(method: str, outputs: Mapping[str, Output], pixels: Pixels) -> Term
         target = min_logit_target(torch.stack([teacher, student]), pixels.targets)
         return {"teacher": target, "student": target}
     return {"student": teacher} if method == "kd" else {}
-
-
-def imitation_loss(own: Tensor, other: Tensor, pixels: Pixels, tau: float) -> Tensor:
-    """``tau^2 KL(other || own)`` of each pixel's distribution, a scalar."""
-    return kd_loss(own, other, tau, pixels.weight)
 
 
 @torch.no_grad()

@@ -17,12 +17,14 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import CheckpointLoader, Runner, set_random_seed
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
+from torch import Tensor
 
-from core.errors import InputError
+from core.errors import InputError, TrainingError
 from core.files import write_atomically
 from core.training.command import DONE, Stop
+from core.training.distiller import Batch, Distiller, Losses, Progress
 from core.training.run import RunFolder
-from core.training.step import saved_bytes
+from core.training.step import memory_estimate
 from core.training.task import dry_run, estimate, exit_code, gigabytes, open_run
 from segmentation.checkpoint import LAST, latest_checkpoint, read_checkpoint
 from segmentation.config import build, check_data, check_pretrained, complete, load_config, map_size
@@ -90,14 +92,15 @@ def _run(run: RunFolder, cfg: Config, ready: Config, model: Any) -> int:
     if found is None:
         check_pretrained(ready, model.networks)
     else:
+        if other := set(model.state_dict()) ^ set(found["state_dict"]):
+            raise TrainingError(f"the checkpoint has other weights than this model, as {min(other)}")
         CheckpointLoader.register_scheme(RESUMED, lambda name, map_location: found, force=True)
         model.teacher_weights = None  # what it started from is not needed any more
         for role in ROLES:
             model.networks[role].backbone.init_cfg = None
-    text = as_text(cfg)
     run.open()
     if run.main:
-        write_atomically(run.path / "config.py", lambda path: path.write_text(text))
+        write_atomically(run.path / "config.py", lambda path: path.write_text(as_text(cfg)))
     launcher = "none" if processes == 1 else "pytorch"
     parts = ("train_dataloader", "val_dataloader", "train_cfg", "val_cfg", "optim_wrapper", "param_scheduler")
     others = ("default_hooks", "custom_hooks", "env_cfg", "log_level", "visualizer", "default_scope", "randomness")
@@ -115,7 +118,7 @@ def _run(run: RunFolder, cfg: Config, ready: Config, model: Any) -> int:
     stop = Stop()
     networks = {role: about(cfg, role, network) for role, network in model.networks.items()}
     summary = {"method": cfg.model.method, "seed": cfg.seed, "networks": networks}
-    hook = RunHook(run, cfg, text, stop, resuming=found is not None, summary=summary, **cfg.run)
+    hook = RunHook(run, cfg, stop, loaded=None if found is None else found["run"], summary=summary)
     runner.register_hook(hook)
     with stop.listening():
         runner.train()
@@ -177,28 +180,35 @@ def describe(model: Any, wrapper: Any, ready: Config) -> Iterator[str]:
         yield f"  decode head's map C x H x W: {network.decode_head.channels}x{cells[0]}x{cells[1]}"
     if model.adm is not None:
         yield f"adapter (phi): {sum(p.numel() for p in model.adm.parameters()):,} parameters"
-    yield gigabytes(memory_estimate(model, wrapper, ready))
+    yield gigabytes(memory(model, wrapper, ready))
 
 
-def memory_estimate(model: Any, wrapper: Any, ready: Config) -> int:
-    """Bytes of weights, gradients, the optimiser's moments and what an iteration keeps for its backward pass.
+class _Forward(Distiller):
+    """The pair as core's estimate calls it."""
 
-    A lower bound, from one forward of two small images: what is kept grows with their number and area.
-    """
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
+        return {"pair": self.model.loss(**batch)}, {}
+
+
+def memory(model: Any, wrapper: Any, ready: Config) -> int:
+    """Bytes that training needs, from one forward of two small images: what is kept grows with their area."""
     crop = tuple(min(side, SMALL) for side in ready.crop_size)
-    parameters = list(model.parameters())
-    device = parameters[0].device
+    device = next(model.parameters()).device
     channels = 6 if ready.model.data_preprocessor.type == "ViewsDataPreProcessor" else 3
-    images = torch.zeros(2, channels, *crop, device=device)
-    labels = torch.zeros(1, *crop, dtype=torch.long, device=device)
-    samples = [SegDataSample(gt_sem_seg=PixelData(data=labels)) for _ in images]
+    labels = PixelData(data=torch.zeros(1, *crop, dtype=torch.long, device=device))
+    batch = {
+        "inputs": torch.zeros(2, channels, *crop, device=device),
+        "data_samples": [SegDataSample(gt_sem_seg=labels)] * 2,
+    }
+    images = ready.train_dataloader.batch_size * math.prod(ready.crop_size) / math.prod(crop)
+    defaults = wrapper.optimizer.defaults
+    moments = 2 if "betas" in defaults else int(defaults.get("momentum", 0) > 0)
     with wrapper.optim_context(model):
-        kept = saved_bytes(lambda: model.train().loss(images, samples), [*parameters, *model.buffers()])
-    area = math.prod(ready.crop_size) / math.prod(crop)
-    moments = 2 if "betas" in wrapper.optimizer.defaults else int(wrapper.optimizer.defaults.get("momentum", 0) > 0)
-    trained = sum(p.nbytes for p in parameters if p.requires_grad)
-    weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
-    return round(weights + trained * (1 + moments) + kept / len(images) * ready.train_dataloader.batch_size * area)
+        return memory_estimate(_Forward(model), batch, round(images), moments=moments)
 
 
 def seconds(model: Any, wrapper: Any, ready: Config) -> Iterator[str]:
