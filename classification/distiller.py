@@ -269,10 +269,10 @@ class ClassificationDistiller(Distiller):
 
 def build_networks(
     configs: Mapping[str, NetworkConfig],
-    files: Mapping[str, Path],
     num_classes: int,
     seed: int,
     *,
+    files: Mapping[str, Path] | None = None,
     in_chans: int = 3,
 ) -> dict[str, nn.Module]:
     """The networks by role, each initialised from (seed, role) alone: a student starts alike whatever trains beside it.
@@ -286,7 +286,7 @@ def build_networks(
             raise InputError(f"unknown role {role!r}: networks are teacher, teacher_2, ..., student, student_2, ...")
         seed_everything(seed, "network", role)
         networks[role] = create_network(config.name, num_classes, in_chans=in_chans, pretrained=config.pretrained)
-        if (file := files.get(role)) is not None:
+        if (file := (files or {}).get(role)) is not None:
             check_weights(file, role, config.name, num_classes, config.sha256)
             load_weights(networks[role], file)
     return networks

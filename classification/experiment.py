@@ -124,7 +124,7 @@ def build(command: Command, roles: Sequence[str] | None = None, *, check: bool =
         method.check(config, list(networks), pretrained)
     files = {role: file for role, file in command.weight_files.items() if role in networks}
     distiller = ClassificationDistiller(
-        build_networks(networks, files, datasets.num_classes, config.seed, in_chans=datasets.channels),
+        build_networks(networks, datasets.num_classes, config.seed, files=files, in_chans=datasets.channels),
         networks,
         {role: _normalisation(c, files.get(role), datasets) for role, c in networks.items()},
         method,

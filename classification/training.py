@@ -167,12 +167,11 @@ def look(command: Command) -> int:
             accumulate=config.fit.accumulate,
             clip=config.fit.clip,
         )
-        yield f"{len(loader):,} steps an epoch"
         yield from estimate(steps, seconds, accelerator.device)
 
     return dry_run(
         command.resolved(),
-        describe(experiment, accelerator),
+        [*describe(experiment, accelerator), f"{len(loader):,} steps an epoch, {steps:,} in all"],
         timed if command.dry_run == "time" else None,
     )
 

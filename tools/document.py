@@ -4,35 +4,39 @@ results/notes.md is the beginning, and its block ``sections`` names the folders 
 fenced block is replaced by what it stands for, and says in YAML what that is:
 
 - ``table``: ``rows`` (texts, or mappings of variables; or ``each``, a mapping of variables to lists, for their product)
-  and ``columns`` by their heads. A column that is a text stands for itself; in texts, ``runs``, ``file`` and ``where``,
-  ``{row}`` and the row's other variables are filled in. Else it is a mapping, with what it lacks taken from the table:
-  ``runs``, the folders ``<runs>-<seed>``; ``read``, a dotted key (or a list: their values with a slash between) of
-  ``file`` (summary.json) or of the one of its rows that agrees with ``where``. The cell is the mean and the sample
-  standard deviation over seeds, or, with ``less``, the difference from those other runs, paired by seed, with its 95 %
-  t interval. ``scale`` is a factor, ``digits`` those after the point, ``sign`` writes a plus, ``count`` the number of
-  runs alone (``only``) or behind the value; ``missing`` stands where there is nothing.
+  and ``columns`` by their heads. A column that is a text stands for itself; in texts, ``runs`` and ``where``, ``{row}``
+  and the row's other variables are filled in. Else it is a mapping, with what it lacks taken from the table: ``runs``,
+  the runs ``<runs>-<seed>`` (or the run of that very name); ``read``, a query of theirs (or a list: their values with a
+  slash between) with its ``where``, as tools/runs.py explains. The cell is the mean and the sample standard deviation
+  over seeds, or, with ``less``, the difference from those other runs, paired by seed, with its 95 % t interval.
+  ``scale`` is a factor, ``digits`` those after the point, ``sign`` writes a plus, ``count`` the number of runs alone
+  (``only``) or behind the value; ``missing`` stands where there is nothing; ``partial`` takes unfinished runs too.
 - ``compare``: a table of tools/compare.py over ``runs``: ``show: scores``, or ``differences`` from ``baseline``.
 - ``paper``: a ``table`` of the paper, as table01, and ours at ``scale`` (proxy): from the folder's own
   ``table01/<scale>/<run>-<seed>``, else from the runs that the table says are kept; with ``finished: true`` without the
   numbers that were not run.
-- ``benchmark``: rows of tools/benchmark.py: a mapping of files to their rows' names.
+- ``benchmark``: rows of tools/benchmark: a mapping of files to their rows' names.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import yaml
 
-from tools import compare
-from tools.compare import WrongInput
-from tools.tables import load_table
+from core.errors import InputError
+from tools.compare import difference_rows, score_rows
+from tools.groups import compare_runs
+from tools.ours import gather, grids, numbers
+from tools.paper_files import load_table
+from tools.runs import Run, read_run, seeds_of
+from tools.stats import markdown, paired, spread
 
 NOTE = (
     "<!-- Made by `python tools/reproduce.py report --document` from results/: edit the notes.md there, not this. -->"
@@ -41,183 +45,115 @@ BLOCK = re.compile(r"^```(table|compare|paper|benchmark|sections)\n(.*?)^```\n",
 
 
 def render(results: Path) -> str:
-    """The whole document. Raises: WrongInput naming the notes.md whose block is wrong or whose runs are not there."""
+    """The whole document. Raises: InputError naming the notes.md whose block is wrong or whose runs are not there."""
     sections = {folder.parent.name for folder in results.glob("*/notes.md")}
     text = fill(results)
-    for name in _blocks(results, "sections"):
+    blocks = [match for match in BLOCK.finditer((results / "notes.md").read_text()) if match[1] == "sections"]
+    for name in (name for match in blocks for name in yaml.safe_load(match[2])):
         if name not in sections:
-            raise WrongInput(f"{results}/notes.md names the section {name}: there is no {results}/{name}/notes.md")
+            raise InputError(f"{results}/notes.md names the section {name}: there is no {results}/{name}/notes.md")
         sections.discard(name)
         text += "\n" + fill(results / name)
     if sections:
-        raise WrongInput(f"{results}/notes.md does not name the section {min(sections)}")
+        raise InputError(f"{results}/notes.md does not name the section {min(sections)}")
     return f"{NOTE}\n\n{text}"
 
 
-def _blocks(folder: Path, kind: str) -> list[Any]:
-    return [item for m in BLOCK.finditer((folder / "notes.md").read_text()) if m[1] == kind for item in _yaml(m[2])]
-
-
-def _yaml(text: str) -> Any:
-    return yaml.safe_load(text)
-
-
 def fill(folder: Path) -> str:
-    """A folder's notes.md with its blocks replaced. Raises: WrongInput."""
+    """A folder's notes.md with its blocks replaced. Raises: InputError."""
 
     def replace(match: re.Match[str]) -> str:
         if match[1] == "sections":
             return ""
         try:
-            made = KINDS[match[1]](folder, yaml.safe_load(match[2]))
-        except (KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
+            return BLOCKS[match[1]](folder, yaml.safe_load(match[2])) + "\n"
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
             what = f"lacks {error}" if type(error) is KeyError else str(error).splitlines()[0]
-            raise WrongInput(f"{folder}/notes.md, block {match[1]} {_first(match[2])}: {what}") from error
-        return made + "\n"
+            first = match[2].partition("\n")[0][:40]
+            raise InputError(f"{folder}/notes.md, block {match[1]} {first!r}: {what}") from error
 
     return BLOCK.sub(replace, (folder / "notes.md").read_text()).rstrip() + "\n"
 
 
-def _first(text: str) -> str:
-    return repr(text.partition("\n")[0][:40])
-
-
-def table(folder: Path, spec: Mapping[str, Any]) -> str:
+def table_block(folder: Path, spec: Mapping[str, Any]) -> str:
     """The block ``table``."""
     if "each" in spec:
         rows = [dict(zip(spec["each"], v, strict=True)) for v in itertools.product(*spec["each"].values())]
     else:
         rows = [row if isinstance(row, dict) else {"row": row} for row in spec["rows"]]
-    shared = {key: value for key, value in spec.items() if key not in ("rows", "each", "columns")}
-    lines = [list(spec["columns"])]
-    for row in rows:
-        lines.append([cell(folder, _column(column, shared), row) for column in spec["columns"].values()])
-    return markdown(lines)
-
-
-def _column(column: Any, shared: Mapping[str, Any]) -> Any:
-    return {**shared, **column} if isinstance(column, Mapping) else column
+    given = {key: value for key, value in spec.items() if key not in ("rows", "each", "columns")}
+    columns = [{**given, **column} if isinstance(column, Mapping) else column for column in spec["columns"].values()]
+    return markdown([list(spec["columns"]), *([cell(folder, column, row) for column in columns] for row in rows)])
 
 
 def cell(folder: Path, column: Any, row: Mapping[str, Any]) -> str:
     """A cell of a table: a text, or the mean, spread or difference of what is read from runs."""
     if not isinstance(column, Mapping):
         return str(column).format_map(row)
-    keys = column["read"] if isinstance(column["read"], list) else [column["read"]]
-    ours = [values(folder, column["runs"].format_map(row), key, column, row) for key in keys]
-    missing = column.get("missing")
+    runs, digits = column["runs"].format_map(row), column.get("digits", 2)
+    queries = column["read"] if isinstance(column["read"], list) else [column["read"]]
+    ours = [values(folder, runs, query, column, row) for query in queries]
     if not all(ours):
-        if missing is None:
-            raise ValueError(f"no run {column['runs'].format_map(row)}-<seed> holds {' or '.join(keys)}")
-        return str(missing)
+        if "missing" not in column:
+            raise ValueError(f"no run {runs}-<seed> holds {' or '.join(queries)}")
+        return str(column["missing"])
     if column.get("count") == "only":
         return str(len(ours[0]))
     if "less" in column:
         other = column["less"].format_map(row)
-        if other == column["runs"].format_map(row):
-            return ""
-        return difference(ours[0], values(folder, other, keys[0], column, row), column)
-    told = " / ".join(spread(list(found.values()), column) for found in ours)
+        difference = paired(ours[0], values(folder, other, queries[0], column, row))
+        if not difference.by_seed:
+            raise ValueError(f"no seed in common with {column['less']}")
+        return "" if other == runs else difference.told(digits)
+    told = " / ".join(spread(found.values(), digits, "+" if column.get("sign") else "") for found in ours)
     return f"{told} ({len(ours[0])})" if column.get("count") else told
 
 
-def values(folder: Path, runs: str, key: str, column: Mapping[str, Any], row: Mapping[str, Any]) -> dict[int, float]:
-    """By seed, what the runs hold under ``key``. Raises: ValueError for a run that is not finished."""
+def values(folder: Path, runs: str, query: str, column: Mapping[str, Any], row: Mapping[str, Any]) -> dict[int, float]:
+    """By seed, what the runs hold. Raises: ValueError for a run that is not finished."""
+    where = {key: yaml.safe_load(str(value).format_map(row)) for key, value in column.get("where", {}).items()}
     found = {}
     for seed, run in find(folder, runs).items():
-        document = read(run / str(column.get("file", "summary.json")).format_map(row))
-        if document.get("status", "finished") != "finished":
-            raise ValueError(f"{run} is not finished")
-        if "where" in column:
-            where = {k: yaml.safe_load(str(v).format_map(row)) for k, v in column["where"].items()}
-            fits = [line for line in document.get("rows", ()) if all(line.get(k) == v for k, v in where.items())]
-            document = fits[0] if len(fits) == 1 else {}
-        value = look_up(document, key)
+        if run.summary.get("status", "finished") != "finished" and not column.get("partial"):
+            raise ValueError(f"{run.path} is not finished")
+        value = run.number(query, where)
         if value is not None:
             found[seed] = column.get("scale", 1) * value
     return found
 
 
-def find(folder: Path, runs: str) -> dict[int, Path]:
-    """By seed the folders ``<runs>-<seed>``; else the folder of that very name, as seed 0."""
-    return numbered(folder / runs) or ({0: folder / runs} if (folder / runs).is_dir() else {})
+def find(folder: Path, name: str) -> dict[int, Run]:
+    """By seed the runs ``<name>-<seed>``; else the run of that very name, as seed 0."""
+    runs = {seed: read_run(path) for seed, path in seeds_of(folder / name).items()}
+    if not runs:
+        with contextlib.suppress(InputError):
+            runs = {0: read_run(folder / name)}
+    return runs
 
 
-def numbered(stem: Path) -> dict[int, Path]:
-    """The folders ``<stem>-<number>`` by their numbers."""
-    folders = stem.parent.iterdir() if stem.parent.is_dir() else ()
-    matches = ((re.fullmatch(re.escape(stem.name) + r"-(\d+)", folder.name), folder) for folder in folders)
-    return dict(sorted((int(match[1]), folder) for match, folder in matches if match))
-
-
-def read(file: Path) -> dict[str, Any]:
-    """A JSON document; the evaluations of a ``.jsonl`` as its ``rows``; nothing where there is no such file."""
-    if not file.is_file():
-        return {}
-    if file.suffix != ".jsonl":
-        return json.loads(file.read_text())
-    lines = map(json.loads, file.read_text().splitlines())
-    return {"rows": [line for line in lines if line.get("kind") == "evaluation"]}
-
-
-def look_up(document: Any, key: str) -> Any:
-    """The value under a dotted key, whose parts may hold dots themselves; None where there is none."""
-    if not key:
-        return document
-    if not isinstance(document, Mapping):
-        return None
-    parts = key.split(".")
-    for n in range(len(parts), 0, -1):
-        name, rest = ".".join(parts[:n]), ".".join(parts[n:])
-        if name in document and (found := look_up(document[name], rest)) is not None:
-            return found
-    return None
-
-
-def spread(numbers: Sequence[float], column: Mapping[str, Any]) -> str:
-    digits, sign = column.get("digits", 2), "+" if column.get("sign") else ""
-    mean = f"{fmean(numbers):{sign}.{digits}f}"
-    return f"{mean} ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else mean
-
-
-def difference(ours: Mapping[int, float], theirs: Mapping[int, float], column: Mapping[str, Any]) -> str:
-    """Paired by seed, with its 95 % t interval."""
-    pairs = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
-    if not pairs:
-        raise ValueError(f"no seed in common with {column['less']}")
-    digits = column.get("digits", 2)
-    if len(pairs) == 1:
-        return f"{pairs[0]:+.{digits}f} (one seed)"
-    low, high = compare.interval(pairs)
-    return f"{fmean(pairs):+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
-
-
-def compared(folder: Path, spec: Mapping[str, Any]) -> str:
+def compare_block(folder: Path, spec: Mapping[str, Any]) -> str:
     """The block ``compare``."""
-    runs = [compare.read_run(path) for name in spec["runs"] for path in find(folder, name).values()]
-    roles, groups = compare.common_roles(runs), compare.make_groups(runs)
+    runs = [run for name in spec["runs"] for run in find(folder, name).values()]
     if spec["show"] == "scores":
-        return markdown(compare.score_rows(groups, roles))
-    return markdown(compare.difference_rows(compare.differences_from(spec["baseline"], groups, roles)))
+        return markdown(score_rows(compare_runs(runs)))
+    return markdown(difference_rows(compare_runs(runs, baseline=spec["baseline"]).versus))
 
 
-def paper(folder: Path, spec: Mapping[str, Any]) -> str:
+def paper_block(folder: Path, spec: Mapping[str, Any]) -> str:
     """The block ``paper``."""
-    from tools import report  # takes in this module
-
-    of, scale = load_table(spec["table"]), spec.get("scale", "proxy")
-    lines = report.paper_lines(of, scale, report.gather(of, scale, folder, folder.parent)[0])
-    if not any(line.by_seed for line in lines):
+    table, scale = load_table(spec["table"]), spec.get("scale", "proxy")
+    found = numbers(table, scale, gather(table, scale, folder, folder.parent)[0])
+    if not any(one.by_seed for one in found):
         raise ValueError(f"no run of {spec['table']} is kept")
-    grids = report.paper_grids(of, scale, [line for line in lines if line.by_seed or not spec.get("finished")])
-    return "\n\n".join(f"{grid.caption}:\n\n{markdown(grid.rows)}" for grid in grids)
+    made = grids(table, scale, [one for one in found if one.by_seed or not spec.get("finished")])
+    return "\n\n".join(f"{one.caption}:\n\n{markdown(one.grid)}" for one in made)
 
 
-def benchmark(folder: Path, spec: Mapping[str, Sequence[str]]) -> str:
+def benchmark_block(folder: Path, spec: Mapping[str, Sequence[str]]) -> str:
     """The block ``benchmark``."""
     lines = [["row", "what", "median", "quartiles", "95 % of the median", "target", "reached", "on"]]
     for file, names in spec.items():
-        rows = {row["row"]: row for row in read(folder / file)["rows"]}
+        rows = {row["row"]: row for row in json.loads((folder / file).read_text())["rows"]}
         for row in map(rows.__getitem__, names):
             quartiles, interval = (f"{low:.3f} to {high:.3f}" for low, high in (row["quartiles"], row["interval"]))
             target = "" if row["target"] is None else f"{'>=' if row['at_least'] else '<='} {row['target']:g}"
@@ -229,10 +165,4 @@ def benchmark(folder: Path, spec: Mapping[str, Sequence[str]]) -> str:
     return markdown(lines)
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first line its head."""
-    rows = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
-
-
-KINDS = {"table": table, "compare": compared, "paper": paper, "benchmark": benchmark}
+BLOCKS = {"table": table_block, "compare": compare_block, "paper": paper_block, "benchmark": benchmark_block}

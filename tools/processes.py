@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO
+
+from core.training.command import Stop
 
 POLL = 0.1  # seconds
 FINISHED, FAILED, INTERRUPTED, ELSEWHERE, BLOCKED = "finished", "failed", "interrupted", "running elsewhere", "blocked"
@@ -95,7 +96,7 @@ def gpus() -> list[str]:
     return [word for word in done.stdout.split() if word.isdecimal()] if done.returncode == 0 else []
 
 
-def places(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
+def slots(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
     """The environment of each process that runs at the same time: its GPU, and its share of the cores.
 
     One process a GPU, or one on the CPU, unless ``jobs`` says how many: then the GPUs are dealt out in turn.
@@ -109,33 +110,24 @@ def places(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
     ]
 
 
-class Stop:
-    """The first Ctrl-C, SIGTERM or lost terminal asks to stop; the second Ctrl-C or SIGTERM to leave at once."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[Stop]:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-            numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, self._handle) for number in numbers}
+@contextlib.contextmanager
+def _stopping() -> Iterator[Stop]:
+    """Ctrl-C, SIGTERM or, but under nohup, a lost terminal asks to stop; a second Ctrl-C interrupts."""
+    with Stop().listening() as stop:
+        before = signal.getsignal(signal.SIGHUP)
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
         try:
-            yield self
+            yield stop
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            signal.signal(signal.SIGHUP, before)
 
 
 class _Running:
     """A job's process, one after the other of its commands. ``log``: open and locked."""
 
-    def __init__(self, job: Job, place: Mapping[str, str], log: IO[bytes], folder: Path) -> None:
-        self.job, self.place, self.log, self.folder = job, place, log, folder
+    def __init__(self, job: Job, slot: Mapping[str, str], log: IO[bytes], folder: Path) -> None:
+        self.job, self.slot, self.log, self.folder = job, slot, log, folder
         self.rest = list(job.commands)
         self.started = time.monotonic()
         self.next()
@@ -147,7 +139,7 @@ class _Running:
         self.process = subprocess.Popen(
             [sys.executable, *command],
             cwd=self.folder,
-            env={**os.environ, **self.place},
+            env={**os.environ, **self.slot},
             stdin=subprocess.DEVNULL,
             stdout=self.log,  # with its lock, which thus outlives us where we are killed
             stderr=subprocess.STDOUT,
@@ -169,32 +161,33 @@ class _Running:
 def run_jobs(
     jobs: Sequence[Job], where: Sequence[Mapping[str, str]], folder: Path, say: Callable[[str], None]
 ) -> dict[str, Outcome]:
-    """Runs the jobs, as many at once as there are places, and returns how each went; a failure stops no other.
+    """Runs the jobs, as many at once as there are slots, and returns how each went; a failure stops no other.
 
     Ctrl-C and SIGTERM are passed on to the processes, which save and leave; the rest is then not started.
 
-    Args: the jobs, in order; the environment of each place; the folder in which commands run; where lines go.
+    Args: the jobs, in order; the environment of each slot; the folder in which commands run; where lines go.
     Raises: OSError where a log cannot be written.
     """
     pool = _Pool(jobs, where, folder, say)
-    asked = 0
-    with Stop().listening() as stop:
+    told = False
+    with _stopping() as stop:
         try:
-            while pool.running or (pool.waiting and not stop.count):
-                if stop.count > asked:
-                    asked = stop.count
-                    for one in pool.running:
-                        one.stop(hard=asked > 1)
-                    say("stopping: the runs save and leave (again: at once, unsaved)" if asked == 1 else "killed")
-                if not stop.count:
+            while pool.running or (pool.waiting and not stop.requested):
+                if stop.requested and not told:
+                    told = True
+                    pool.stop(hard=False)
+                    say("stopping: the runs save and leave (Ctrl-C again: at once, unsaved)")
+                if not stop.requested:
                     pool.start()
-                pool.collect(stopping=stop.count > 0)
+                pool.collect(stopping=stop.requested)
                 if pool.running:
                     time.sleep(POLL)
+        except KeyboardInterrupt:
+            pool.stop(hard=True, wait=True)
+            say("killed")
+            pool.collect(stopping=True)
         finally:  # where something went wrong: nothing stays behind
-            for one in pool.running:
-                one.stop(hard=False)
-                one.process.wait()
+            pool.stop(hard=False, wait=True)
     return pool.outcomes
 
 
@@ -229,10 +222,17 @@ class _Pool:
                 log.close()
                 self._end(job, Outcome(FINISHED))
             else:
-                place = self.free.pop()
-                on = f" on GPU {place['CUDA_VISIBLE_DEVICES']}" if "CUDA_VISIBLE_DEVICES" in place else ""
+                slot = self.free.pop()
+                on = f" on GPU {slot['CUDA_VISIBLE_DEVICES']}" if "CUDA_VISIBLE_DEVICES" in slot else ""
                 self.say(f"started{on}: {job.name}, log {job.log}")
-                self.running.append(_Running(job, place, log, self.folder))
+                self.running.append(_Running(job, slot, log, self.folder))
+
+    def stop(self, *, hard: bool, wait: bool = False) -> None:
+        """Asks what runs to save and leave; ``hard``: ends it at once."""
+        for one in self.running:
+            one.stop(hard=hard)
+        for one in self.running if wait else ():
+            one.process.wait()
 
     def collect(self, *, stopping: bool) -> None:
         """Takes in the processes that have ended, and starts the next commands of their jobs."""
@@ -245,7 +245,7 @@ class _Pool:
                 one.write(f"{_END}{outcome.state}")
                 one.log.close()
                 self.running.remove(one)
-                self.free.append(one.place)
+                self.free.append(one.slot)
                 self._end(one.job, outcome, time.monotonic() - one.started)
 
     def _runs(self, names: Sequence[str]) -> bool:

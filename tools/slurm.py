@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.compare import WrongInput
+from core.errors import InputError
+from core.training.command import missing_extra
 
 DEFAULTS: dict[str, Any] = {"gpus_per_node": 1, "cpus_per_task": 8, "time": 24 * 60, "stderr_to_stdout": True}
 """What each job asks for unless the command line says otherwise: submitit's names of sbatch's options; minutes."""
@@ -50,32 +51,32 @@ class Resumable:
 
 
 def make_executor(folder: Path, options: Sequence[str]) -> Any:
-    """submitit's executor. Raises: WrongInput where there is no SLURM or no submitit, or for an unknown option."""
+    """submitit's executor. Raises: InputError where there is no SLURM or no submitit, or for an unknown option."""
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise WrongInput("no SLURM on this machine (no sbatch): leave out --cluster slurm to run here")
+        raise InputError("no SLURM on this machine (no sbatch): leave out --cluster slurm to run here")
     try:
         import submitit
     except ImportError as error:
-        raise WrongInput("submitit is not installed: pip install -e '.[cluster]'") from error
+        raise missing_extra(error, "cluster") from error
     parameters = dict(DEFAULTS)
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
-            raise WrongInput(f"--slurm {option}: write KEY=VALUE, as partition=gpu or time=1440 (minutes)")
+            raise InputError(f"--slurm {option}: write KEY=VALUE, as partition=gpu or time=1440 (minutes)")
         parameters[key] = int(value) if value.isdecimal() else value
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=20)
         executor.update_parameters(**parameters)
     except (ValueError, TypeError, NameError) as error:
-        raise WrongInput(f"--slurm: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--slurm: {str(error).splitlines()[0]}") from error
     return executor
 
 
 def submit(executor: Any, name: str, command: Sequence[str], root: Path, after: Sequence[str]) -> str:
-    """Queues the command, to begin when the jobs ``after`` have succeeded; returns its id. Raises: WrongInput."""
+    """Queues the command, to begin when the jobs ``after`` have succeeded; returns its id. Raises: InputError."""
     extra: Mapping[str, Any] = {"dependency": f"afterok:{':'.join(after)}"} if after else {"dependency": None}
     executor.update_parameters(job_name=name, **extra)
     try:
         return str(executor.submit(Resumable(list(command), str(root))).job_id)
     except Exception as error:  # submitit has errors of its own, and passes on those of sbatch
-        raise WrongInput(f"SLURM refuses {name}: {str(error).splitlines()[-1]}") from error
+        raise InputError(f"SLURM refuses {name}: {str(error).splitlines()[-1]}") from error

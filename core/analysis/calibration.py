@@ -68,13 +68,6 @@ class Calibration(RunningSums):
         return 100.0 * ((correct - confidence).abs().sum() / count.sum()).item()
 
 
-def expected_calibration_error(logits: Tensor, target: Tensor, bins: int = 15, *, probabilities: bool = False) -> float:
-    """``Calibration.ece`` in percent of one set: logits or probabilities ``[N, K]``, class indices ``[N]``."""
-    calibration = Calibration(bins, device=logits.device)
-    calibration.update(logits, target, probabilities=probabilities)
-    return calibration.ece()
-
-
 def draw_reliability(calibrations: Mapping[str, Calibration], path: str | Path) -> None:
     """Figure 10: a reliability diagram for each name (role), side by side, over the share of samples per bin.
 

@@ -1,11 +1,9 @@
-"""Sums over a data set that grow on the device and merge by addition."""
+"""Sums over a data set that grow on the device and reduce by addition."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from ..errors import InputError
 
 
 def _precision(device: torch.device) -> torch.dtype:
@@ -28,12 +26,6 @@ class RunningSums:
         if self.sums.device != values.device:  # the first batch decides
             self.sums = self.sums.to(values.device, _precision(values.device))
         self.sums += values.sum(dim=-1, dtype=self.sums.dtype)
-
-    def merge(self, other: RunningSums) -> None:
-        """Add what ``other`` has summed. Raises: InputError where it sums something else (e.g. other bins)."""
-        if type(other) is not type(self) or other.sums.shape != self.sums.shape:
-            raise InputError(f"cannot merge sums of shapes {tuple(self.sums.shape)} and {tuple(other.sums.shape)}")
-        self.sums += other.sums.to(self.sums)
 
     def state(self) -> dict[str, Tensor]:
         """``{"sums": tensor}``, to be reduced by SUM. The tensor itself, not a copy: reducing it in place is enough."""

@@ -53,7 +53,7 @@ def dry_run(resolved: Mapping[str, Any], lines: Iterable[str], seconds: Callable
 def estimate(steps: int, seconds: float, device: object, unit: str = "step") -> list[str]:
     """What ``--dry-run --time`` says of a run of so many steps."""
     return [
-        f"{seconds:.3f} s a {unit} on {device}, {steps:,} in all",
+        f"{seconds:.3f} s a {unit} on {device}",
         f"estimate: {steps * seconds / 3600:.2f} hours, evaluation not counted",
     ]
 

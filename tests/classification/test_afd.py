@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from test_methods import START, TinyNet, batch_of, distiller_around, images
 from torch import Tensor, nn
 
+from classification.config import TrainConfig
 from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
 from classification.experiment import load_checkpoint
-from classification.methods import METHODS, ADMConfig, Method
+from classification.methods import METHODS, Method
 from classification.methods.afd import AFD, AFDOptions, discriminator, discriminator_loss, generator_loss
 from classification.methods.dml import DML
+from core.adm import ADMConfig
 from core.errors import InputError
 from core.network import as_network
 from core.training.checkpoint import save_checkpoint
@@ -615,12 +617,12 @@ def test_wrong_options_are_refused(options: dict[str, float], said: str) -> None
 def test_what_it_cannot_train_is_refused() -> None:
     assert METHODS["afd"] is AFD
     with pytest.raises(InputError, match="AFD needs at least 2 networks"):
-        distiller_of(AFD(), members={"student": (4, 2)})
+        AFD().check(TrainConfig(), ["student"], [])
     with pytest.raises(InputError, match=r"fp16.*--fit.precision bf16"):
-        AFD().check_loop(FitConfig(precision="fp16"))
+        AFD().check(TrainConfig(fit=FitConfig(precision="fp16")), ["teacher", "student"], [])
     with pytest.raises(InputError, match=r"leave fit\.compile off"):
-        AFD().check_loop(FitConfig(compile=True))
-    AFD().check_loop(FitConfig(precision="bf16", accumulate=2, clip=1.0))
+        AFD().check(TrainConfig(fit=FitConfig(compile=True)), ["teacher", "student"], [])
+    AFD().check(TrainConfig(fit=FitConfig(precision="bf16", accumulate=2, clip=1.0)), ["teacher", "student"], [])
 
 
 def test_a_weight_of_zero_leaves_the_imitation_out() -> None:

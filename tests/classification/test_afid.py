@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from classification.config import TrainConfig
 from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
 from classification.methods.afid import (
     AFID,
@@ -554,7 +555,7 @@ def test_a_network_alone_is_not_afids_and_says_so(tmp_path: Path) -> None:
 def test_other_than_two_networks_are_refused(count: int) -> None:
     roles = ("teacher", "student", "student_2")[3 - count :]
     with pytest.raises(InputError, match=f"AFID trains exactly two networks, and there are {count}"):
-        distiller_of(dict.fromkeys(roles, "cifar_resnet8"))
+        AFID().check(TrainConfig(), roles, [])
 
 
 def test_unknown_stems_are_refused() -> None:

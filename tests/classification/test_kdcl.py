@@ -15,10 +15,10 @@ from running import arguments
 from test_methods import START, HostReads, batch_of, distiller_of, images, make_step, reached
 from torch import Tensor
 
-from classification.config import parse_command
+from classification.config import TrainConfig, parse_command
 from classification.distiller import ClassificationDistiller
 from classification.experiment import build
-from classification.methods import METHODS, ADMConfig
+from classification.methods import METHODS
 from classification.methods.kdcl import (
     KDCL,
     KDCLOptions,
@@ -29,6 +29,7 @@ from classification.methods.kdcl import (
     min_logit_target,
     naive_target,
 )
+from core.adm import ADMConfig
 from core.errors import InputError
 from core.training.distiller import Progress
 
@@ -269,7 +270,7 @@ def test_options_and_networks_that_make_no_sense_are_refused() -> None:
         with pytest.raises(InputError, match=r"kdcl\.(tau|weight) must"):
             KDCLOptions(**options)
     with pytest.raises(InputError, match="KDCL needs at least 2 networks"):
-        distiller_of(KDCL(), roles=("student",))
+        KDCL().check(TrainConfig(), ("student",), [])
 
 
 def test_options_on_the_command_line(tmp_path: Path) -> None:

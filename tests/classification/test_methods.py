@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
-from classification.methods import ADMConfig, Method, parse_method
+from classification.methods import Method, parse_method
 from classification.methods.base import pairs_of
 from classification.methods.dml import DML, DMLOptions
 from classification.methods.vanilla import Vanilla
+from core.adm import ADMConfig
 from core.errors import InputError
 from core.training.distiller import Losses, Progress
 

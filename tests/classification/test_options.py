@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 import yaml
-from running import RECIPE, arguments
+from running import RECIPE, ROOT, arguments
 
-from classification.config import make_parser, parse_command
+from classification.config import ONLINE, Task, make_parser, parse_command
 from classification.experiment import build
 from classification.methods import METHODS
 from classification.methods.base import NoOptions
 from core.errors import InputError
+from core.files import plain
+from core.training.run import flatten
+from offline_kd.config import OFFLINE
 
 pytestmark = pytest.mark.usefixtures("quick")
 OTHERS = [name for name in METHODS if name != "dml"]
@@ -82,9 +85,21 @@ def test_adms_options_on_the_command_line_need_adm(flags: list[str], monkeypatch
 
 
 def test_adms_options_in_a_recipe_serve_its_runs_without_adm() -> None:
-    assert "adm" in yaml.safe_load(RECIPE.read_text())
-    command = parse_command(["--config", str(RECIPE), "--method", "dml", "--out", "adm"])
+    recipe = RECIPE.with_name("imagenet.yaml")
+    assert "adm" in yaml.safe_load(recipe.read_text())
+    command = parse_command(["--config", str(recipe), "--method", "dml", "--out", "adm"])
     assert "adm" not in command.resolved()
+
+
+@pytest.mark.parametrize("task", [ONLINE, OFFLINE], ids=lambda task: task.name)
+def test_recipes_hold_only_what_differs_from_the_defaults_of_their_task(task: Task) -> None:
+    defaults = flatten(
+        {"task": "", **asdict(task.config()), **{n: asdict(m.Options()) for n, m in task.methods.items()}}
+    )
+    for recipe in sorted((ROOT / task.name / "recipes").glob("*.yaml")):
+        said = flatten(yaml.safe_load(recipe.read_text()))
+        same = {key for key, value in said.items() if key in defaults and plain(defaults[key]) == value}
+        assert same <= {"data.name"}, recipe  # a recipe names its data in any case
 
 
 def test_messages_and_help_name_every_method() -> None:

@@ -440,8 +440,8 @@ def test_a_teacher_without_weights_is_refused(tmp_path: Path) -> None:
     assert "shake needs a pre-trained teacher: give --networks.teacher.weights" in said
     assert said.endswith("or --shake.online_teacher true")
     build(parse_command(arguments(tmp_path / "run", "--shake.online_teacher", "true", method="shake")))
-    SHAKE().check_start(["teacher"])
-    SHAKE(ONLINE).check_start([])
+    SHAKE().check(TrainConfig(), ["teacher", "student"], ["teacher"])
+    SHAKE(ONLINE).check(TrainConfig(), ["teacher", "student"], [])
 
 
 # --- through the command ----------------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from classification.config import TrainConfig, parse_command
 from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
-from classification.methods import ADMConfig, Output
+from classification.methods import Output
 from classification.methods.switokd import SwitOKD, SwitOKDOptions, distances, epsilon, learning, mean_over_all
 from classification.methods.vanilla import Vanilla
+from core.adm import ADMConfig
 from core.errors import InputError
 from core.training.distiller import Losses
 
@@ -483,7 +484,8 @@ def test_wrong_options_are_refused() -> None:
         with pytest.raises(InputError, match=r"switokd\.(tau|weight) must"):
             SwitOKDOptions(**options)
     with pytest.raises(InputError, match=r"switokd.official_quirks .* no ADM"):
-        distiller_of(SwitOKD(SwitOKDOptions(official_quirks=True), with_adm=True), ADMConfig())
+        quirks = SwitOKD(SwitOKDOptions(official_quirks=True), with_adm=True)
+        quirks.check(TrainConfig(), ["teacher", "student"], [])
 
 
 def test_the_command_line_knows_it() -> None:

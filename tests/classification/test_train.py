@@ -218,7 +218,27 @@ def test_dry_run_prints_and_writes_nothing(
     resolved = yaml.safe_load(printed.partition("\nteacher:")[0])
     assert resolved["adm"]["alpha"] == 0.01 and resolved["networks"]["student"]["name"] == "cifar_resnet8"
     assert "student: cifar_resnet8, 77" in printed and "stage maps C x H x W: 16x8x8, 32x4x4, 64x2x2" in printed
+    assert "3 steps an epoch, 12 in all" in printed and "GiB" in printed
+    assert "hours" not in printed and "--dry-run --time" in printed
+
+
+def test_timed_dry_run_takes_the_parts_that_training_takes(
+    tmp_path: Path, command: Callable[[list[str]], tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = ClassificationDistiller.forward
+
+    def forward(self: ClassificationDistiller, batch: Any, *rest: Any) -> Any:
+        seen.append(len(batch["target"]))
+        return real(self, batch, *rest)
+
+    monkeypatch.setattr(ClassificationDistiller, "forward", forward)
+    code, printed, said = command(arguments(tmp_path / "run", "--dry-run", "--time", "--fit.accumulate", "3"))
+    assert code == 0 and not (tmp_path / "run").exists(), said
+    assert seen[-12:] == [4] * 12  # four steps of a batch of 12 in three parts
     assert "3 steps an epoch, 12 in all" in printed and "hours" in printed
+    code, _, said = command(arguments(tmp_path / "run", "--time"))
+    assert code == 2 and "--dry-run --time" in said
 
 
 def test_bf16_runs_on_the_cpu(tmp_path: Path, command: Callable[[list[str]], tuple[int, str, str]]) -> None:

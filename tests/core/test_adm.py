@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import core
-from core.adm import attend, resize_similarity
+from core import InputError
+from core.adm import (
+    ADMConfig,
+    ADMLoss,
+    Control,
+    attend,
+    consensus_attention,
+    control,
+    divergence_attention,
+    resize_similarity,
+    spatial_similarity,
+)
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 B, C, H, W, K = 3, 4, 3, 5, 6
@@ -757,3 +768,83 @@ def test_exports() -> None:
     program = torch.export.export(step, (s.detach(), t.detach(), y))
     other_s, other_t, other_y = (x.detach() for x in step_inputs())
     torch.testing.assert_close(program.module()(other_s, other_t, other_y), step(other_s, other_t, other_y))
+
+
+# --- controls ---------------------------------------------------------------------------------------------------------
+
+
+def pair(batch: int = 6, channels: int = 5, size: int = 4) -> tuple[Tensor, Tensor, Tensor, nn.Module, nn.Module]:
+    """Maps with gradient, class indices, and a linear head behind average pooling for each, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(batch, channels, size, size, generator=generator, dtype=torch.float64) for _ in range(2)]
+    target = torch.randint(3, (batch,), generator=generator)
+    torch.manual_seed(1)
+    heads = [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 3)).double() for _ in range(2)]
+    return maps[0].requires_grad_(), maps[1].requires_grad_(), target, heads[0], heads[1]
+
+
+def test_uniform_is_a_second_cross_entropy() -> None:
+    student, teacher, target, student_head, teacher_head = pair()
+    alpha, beta = 0.2, 0.6
+    terms = ADMLoss(alpha, beta, control="uniform").terms(student, teacher, target, student_head, teacher_head)
+    plain = F.cross_entropy(student_head(student), target), F.cross_entropy(teacher_head(teacher), target)
+    # Of the whole loss, its own cross-entropies with it; Algorithm 1's guard makes the attention 1 / (1 + 1e-5).
+    both = plain[0] + plain[1]
+    torch.testing.assert_close(
+        both + terms["consensus"] + terms["divergence"], both + alpha * plain[0] + beta * plain[1], rtol=1e-6, atol=0
+    )
+    assert terms["consensus"].item() != pytest.approx(
+        ADMLoss(alpha, beta).terms(student, teacher, target, student_head, teacher_head)["consensus"].item(), rel=1e-4
+    )
+
+
+def test_shuffled_keeps_each_images_values_and_moves_them() -> None:
+    similarity = torch.rand(8, 5, 7) * 2 - 1
+    shuffled = control(similarity, "shuffled")
+    assert shuffled.shape == similarity.shape and not torch.equal(shuffled, similarity)
+    assert torch.equal(shuffled.flatten(1).sort().values, similarity.flatten(1).sort().values)
+    # Of a batch in another order, the values stay with their images.
+    order = torch.randperm(8)
+    again = control(similarity[order], "shuffled")
+    assert torch.equal(again.flatten(1).sort().values, similarity[order].flatten(1).sort().values)
+    assert control(similarity) is similarity
+    assert control(similarity, "uniform").count_nonzero() == 0
+    with pytest.raises(ValueError, match="'none', 'uniform' or 'shuffled'"):
+        control(similarity, "other")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["ce", "kd"])
+@pytest.mark.parametrize("kind", ["uniform", "shuffled"])
+def test_under_a_control_gradients_go_where_they_go_without(form: Literal["ce", "kd"], kind: Control) -> None:
+    def reached(control: Control) -> list[bool]:
+        student, teacher, target, student_head, teacher_head = pair()
+        loss = ADMLoss(0.5, 0.5, consensus=form, control=control)
+        loss(student, teacher, target, student_head, teacher_head).backward()
+        owners = [student, teacher, student_head[-1].weight, teacher_head[-1].weight]  # type: ignore[index]
+        return [owner.grad is not None and bool(owner.grad.any()) for owner in owners]
+
+    assert reached(kind) == reached("none")
+
+
+def test_one_permutation_serves_both_terms_of_a_pair() -> None:
+    student, teacher, target, *_ = pair()
+    seen: list[Tensor] = []
+
+    def head(feature_map: Tensor) -> Tensor:
+        seen.append(feature_map.mean(dim=1))
+        return feature_map.mean(dim=(2, 3))[:, :3]
+
+    loss = ADMLoss(1.0, 1.0, control="shuffled")
+    torch.manual_seed(0)
+    expected = control(spatial_similarity(student, teacher), "shuffled")
+    torch.manual_seed(0)
+    loss.terms(student, teacher, target, head, head)
+    consensus, divergence = seen
+    torch.testing.assert_close(consensus, (consensus_attention(expected) * student).mean(dim=1))
+    torch.testing.assert_close(divergence, (divergence_attention(expected) * teacher).mean(dim=1))
+
+
+def test_a_config_refuses_words_that_it_does_not_know() -> None:
+    for field in ("control", "consensus", "divergence", "feature_filter", "phi_loss"):
+        with pytest.raises(InputError, match=f"adm.{field}"):
+            ADMConfig(**{field: "unifrom"})

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from core.analysis import curves
 from core.analysis.attention import KEYS, AttentionStatistics
-from core.analysis.calibration import Calibration, draw_reliability, expected_calibration_error
+from core.analysis.calibration import Calibration, draw_reliability
 from core.analysis.curves import draw_curves
 from core.analysis.figures import save_figure
 from core.analysis.maps import (
@@ -147,16 +147,20 @@ def with_confidence(confidence: Tensor, classes: int = 40) -> Tensor:
     return torch.cat([confidence[:, None], rest], dim=1)
 
 
+def ece_of(logits: Tensor, target: Tensor, bins: int = 15, *, probabilities: bool = False) -> float:
+    calibration = Calibration(bins)
+    calibration.update(logits, target, probabilities=probabilities)
+    return calibration.ece()
+
+
 @pytest.mark.parametrize("bins", [1, 10, 15])
 def test_ece_equals_loops(bins: int) -> None:
     logits, target = logits_and_target(500)
     expected = ece_by_loops(logits, target, bins)
     assert 1.0 < expected < 50.0
-    assert expected_calibration_error(logits, target, bins) == pytest.approx(expected, abs=1e-4)
+    assert ece_of(logits, target, bins) == pytest.approx(expected, abs=1e-4)
     probabilities = logits.softmax(dim=1)
-    assert expected_calibration_error(probabilities, target, bins, probabilities=True) == pytest.approx(
-        expected, abs=1e-4
-    )
+    assert ece_of(probabilities, target, bins, probabilities=True) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -186,35 +190,33 @@ def test_certainty_falls_into_the_last_bin() -> None:
 def test_perfect_calibration_is_zero_and_a_known_gap_is_itself() -> None:
     confidence = torch.tensor([0.75] * 4 + [0.5] * 2)
     target = torch.tensor([0, 0, 0, 1, 0, 1])  # 3 of 4 and 1 of 2 right
-    assert expected_calibration_error(with_confidence(confidence), target, probabilities=True) == 0.0
+    assert ece_of(with_confidence(confidence), target, probabilities=True) == 0.0
     # All six wrong: 4/6 of the samples are off by 0.75, 2/6 by 0.5.
-    assert expected_calibration_error(
-        with_confidence(confidence), torch.ones(6, dtype=torch.long), probabilities=True
-    ) == pytest.approx(100 * (4 * 0.75 + 2 * 0.5) / 6)
+    assert ece_of(with_confidence(confidence), torch.ones(6, dtype=torch.long), probabilities=True) == pytest.approx(
+        100 * (4 * 0.75 + 2 * 0.5) / 6
+    )
 
 
 def test_gaps_of_one_bin_cancel_and_those_of_two_do_not() -> None:
     probabilities = with_confidence(torch.tensor([0.75, 0.75]))
     right_and_wrong = torch.tensor([0, 1])
-    assert expected_calibration_error(probabilities, right_and_wrong, probabilities=True) == pytest.approx(25.0)
+    assert ece_of(probabilities, right_and_wrong, probabilities=True) == pytest.approx(25.0)
     apart = with_confidence(torch.tensor([0.75, 0.25]))
-    assert expected_calibration_error(apart, right_and_wrong, probabilities=True) == pytest.approx(25.0)
-    assert expected_calibration_error(apart, right_and_wrong, bins=1, probabilities=True) == pytest.approx(0.0)
+    assert ece_of(apart, right_and_wrong, probabilities=True) == pytest.approx(25.0)
+    assert ece_of(apart, right_and_wrong, bins=1, probabilities=True) == pytest.approx(0.0)
 
 
-def test_merged_halves_equal_the_whole() -> None:
+def test_summed_halves_equal_the_whole() -> None:
     logits, target = logits_and_target(301)
     whole, first, second = Calibration(15), Calibration(15), Calibration(15)
     whole.update(logits, target)
     first.update(logits[:100], target[:100])
     for batch, labels in zip(logits[100:].split(64), target[100:].split(64), strict=True):
         second.update(batch, labels)
-    first.merge(second)
+    first.load_state({"sums": first.state()["sums"] + second.state()["sums"]})
     assert torch.equal(first.reliability().samples, whole.reliability().samples)
     torch.testing.assert_close(first.sums, whole.sums, rtol=1e-12, atol=0)
     assert first.ece() == pytest.approx(whole.ece(), rel=1e-9)
-    with pytest.raises(InputError, match="cannot merge"):
-        first.merge(Calibration(10))
 
 
 def test_half_precision_logits_are_softened_in_float32() -> None:

@@ -397,7 +397,6 @@ def test_options_that_do_not_apply_are_refused(tmp_path: Path, teacher: Path) ->
     base = arguments(tmp_path / "run", teacher)
     said = refusal(*base, "--adm.beta", "0.5")
     assert said == "the teacher is fixed, and adm.beta is the weight of a loss that trains it: 0.5; set it to 0"
-    assert "beta" in refusal("--config", str(ROOT / "classification/recipes/digits.yaml"), *base)
     assert refusal(*base, "--dkd.beta", "2") == "dkd.beta does not apply to kd: its options are kd.ce, kd.kd, kd.tau"
     assert refusal(*base, "--method", "kd", "--adm.alpha", "1").startswith("adm.alpha counts only with +adm")
     said = refusal(*base, "--method", "0123456789")

@@ -1,0 +1,188 @@
+"""Which runs a table of the paper needs, where they go, and what they read."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from core.errors import InputError
+from tools.paper import ROOT, Scale, Table
+from tools.processes import Job
+from tools.runs import read_run
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs go and data sets come from, as the commands say it, which are called in the repository's root."""
+
+    out: Path
+    data: Path
+    sets: Mapping[str, Path]
+    """What lies elsewhere: data sets by the name that they have below ``data``, other folders by theirs (weights)."""
+
+    def read(self, word: str) -> tuple[str, Path | None]:
+        """A word as what stands before its path, and the path of what it reads; None where it is none of these."""
+        key, equals, value = word.rpartition("=")  # mmengine's KEY=VALUE, or the value alone
+        path = Path(value)
+        known = path.parts[:1] in (("data",), ("weights",)) and not path.is_relative_to(self.out)
+        return key + equals, path if known else None
+
+    def located(self, word: str) -> str:
+        """A word of a command, with a path as the tables have it moved to where it is here."""
+        before, path = self.read(word)
+        if path is None:
+            return word
+        for name, folder in self.sets.items():
+            for begin in (Path("data", name), Path(name)):
+                if path.is_relative_to(begin):
+                    return f"{before}{folder / path.relative_to(begin)}"
+        return f"{before}{self.data / path.relative_to('data')}" if path.parts[0] == "data" else word
+
+
+def make_place(out: str, data: Sequence[str] = ()) -> Place:
+    """Raises: InputError for data that is neither FOLDER nor NAME=FOLDER."""
+    here = Path.cwd() == ROOT
+
+    def seen_from_root(path: str) -> Path:
+        return Path(path) if here else Path(path).absolute()
+
+    folder, sets = Path("data"), {}
+    for word in data:
+        name, equals, path = word.partition("=")
+        if equals and not (name and path):
+            raise InputError(f"--data {word}: write FOLDER, or NAME=FOLDER for one data set")
+        if equals:
+            sets[name] = seen_from_root(path)
+        else:
+            folder = seen_from_root(word)
+    return Place(seen_from_root(out), folder, sets)
+
+
+def find_table(name: str, tables: Mapping[str, Table]) -> Table:
+    """By its name, or a table by its number alone. Raises: InputError."""
+    asked = f"table{int(name):02d}" if name.isdecimal() else name
+    if asked not in tables:
+        near = [] if name.isdecimal() else difflib.get_close_matches(asked, tables, n=1)
+        raise InputError(f"no table {name}: " + (f"did you mean {near[0]}?" if near else "list names them"))
+    return tables[asked]
+
+
+def select(
+    table: Table,
+    scale: Scale,
+    rows: Sequence[str] | None,
+    columns: Sequence[str] | None,
+    runs: Sequence[str] | None,
+    *,
+    several: bool = False,
+) -> list[str]:
+    """The runs, at this scale, of the cells in these rows and columns, in the table's order.
+
+    Raises: InputError for what is in none of them (of several tables, one may lack it).
+    """
+    wanted: dict[str, list[str]] = {}
+    for kind, asked, there in (
+        ("row", rows, [row.name for row in table.rows]),
+        ("column", columns, list(table.columns)),
+        ("run", runs, list(table.runs)),
+    ):
+        wanted[kind] = there if asked is None else []
+        for pattern in asked or ():
+            found = [name for name in there if name == pattern] or fnmatch.filter(there, pattern)
+            if not found and not several:
+                near = difflib.get_close_matches(pattern, there, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, there)) or 'none'}"
+                raise InputError(f"{table.name} has no {kind} {pattern!r}: {hint}")
+            wanted[kind] += found
+    in_cells = {c.run for row, c in table.cells() if row.name in wanted["row"] and c.column in wanted["column"]}
+    # A run that no cell reads is there for others, and may be named all the same.
+    named = set(wanted["run"]) if runs is not None and rows is None and columns is None else in_cells
+    return [r for r, settings in table.runs.items() if r in named and r in wanted["run"] and scale in settings]
+
+
+def make_job(table: Table, run_id: str, scale: Scale, seed: int, place: Place) -> Job:
+    """Raises: InputError where there is no such run."""
+    setting = table.setting(run_id, scale)
+    folder = setting.folder(seed, place.out)
+    return Job(
+        name=f"{setting.table}/{scale}/{folder.name}",
+        folder=ROOT / folder,
+        commands=[[place.located(word) for word in command] for command in setting.commands(seed, place.out)],
+        finished=partial(is_finished, table, run_id, ROOT / folder),
+        needs=tuple(f"{needed}/{scale}/{other}-{seed}" for needed, other in setting.needs),
+    )
+
+
+def is_finished(table: Table, run_id: str, folder: Path) -> bool:
+    """Whether the run has ended, and all that the table reads or shows of it is there."""
+    try:
+        return folder.is_dir() and table.complete(run_id, read_run(folder))
+    except InputError:  # only begun, or damaged
+        return False
+
+
+def known_jobs(table: Table, scale: Scale, place: Place) -> list[Job]:
+    """A table's runs of seed 0, and of any other seed that has been begun."""
+    found = []
+    for run_id, settings in table.runs.items():
+        if scale not in settings:
+            continue
+        beside = ROOT / settings[scale].stem(place.out).parent
+        names = [path.name for path in beside.iterdir()] if beside.is_dir() else []
+        begun = (re.fullmatch(rf"{re.escape(settings[scale].run)}-(\d+)(\.log)?", name) for name in names)
+        seeds = {0} | {int(match[1]) for match in begun if match}
+        found += [make_job(table, run_id, scale, seed, place) for seed in sorted(seeds)]
+    return found
+
+
+class Plan:
+    """What to run, in order: each run once, behind the runs that it starts from."""
+
+    def __init__(self, tables: Mapping[str, Table], scale: Scale, place: Place) -> None:
+        self.tables, self.scale, self.place = tables, scale, place
+        self.jobs: dict[str, Job] = {}
+        self.origins: dict[str, list[tuple[Table, str, int]]] = {}
+        """By the job's name: the tables whose run it is, with its id there and its seed."""
+
+    def add(self, table: Table, run_id: str, seed: int) -> None:
+        job = make_job(table, run_id, self.scale, seed, self.place)
+        origins = self.origins.setdefault(job.name, [])
+        if (table, run_id, seed) in origins:
+            return
+        origins.append((table, run_id, seed))
+        for name, needed in table.setting(run_id, self.scale).needs:
+            self.add(self.tables[name], needed, seed)
+        same = self.jobs.get(job.name)
+        if same is not None:  # another table's too, which may draw or score it in another way
+            more = [command for command in job.commands if command not in same.commands]
+            both = (same.finished, job.finished)
+            job = replace(same, commands=[*same.commands, *more], finished=lambda: all(done() for done in both))
+        self.jobs[job.name] = job
+
+    def check_sets(self) -> None:
+        """Raises: InputError for ``--data NAME=FOLDER`` of which no run reads anything."""
+        words = [Path(w.rpartition("=")[2]) for job in self.jobs.values() for words in job.commands for w in words]
+        for name, folder in self.place.sets.items():
+            if not any(word.is_relative_to(folder) for word in words):
+                raise InputError(f"--data {name}={folder}: no run here reads data/{name} (nor {name}/)")
+
+    def check_data(self, names: Iterable[str]) -> None:
+        """Raises: InputError where a folder or file that one of these jobs reads is not there."""
+        for name in names:
+            table, run_id, seed = self.origins[name][0]
+            setting = table.setting(run_id, self.scale)
+            download = setting.overrides.get("data.download") is True
+            for word in (word for command in setting.commands(seed, self.place.out) for word in command):
+                _, path = self.place.read(word)
+                here = None if path is None else self.place.located(str(path))
+                if here is None or (path == Path("data") and download) or (ROOT / here).exists():
+                    continue
+                needs = f"; {table.label} needs {table.needs[self.scale]}" if self.scale in table.needs else ""
+                raise InputError(
+                    f"{name} reads {here}, which is not there: --data says where, --rows leaves runs out{needs}"
+                )
