@@ -246,39 +246,26 @@ def check_networks(cfg: Config, processes: int) -> None:
             f"batch_size {cfg.batch_size} over {processes} process(es) gives BatchNorm one image at a time, and the "
             f"heads pool it to one value: choose batch_size {2 * processes} or more"
         )
+    crop = tuple(cfg.crop_size)
     for role, network in networks.items():
-        _check_crop(role, network, tuple(cfg.crop_size))
+        head, stride = network.decode_head, map_stride(network)
+        cells = max(head.get("pool_scales", (2,)))
+        height, width = (-(-side // stride) for side in crop)
+        if min(height, width) < cells:
+            raise InputError(
+                f"crop_size {crop} gives the {role}'s {head.type} a map of {height} x {width} cells, it needs {cells} "
+                f"x {cells}: choose at least {(cells - 1) * stride + 1} pixels a side"
+            )
 
 
-def map_size(network: Mapping[str, Any], crop: Sequence[int]) -> tuple[int, int]:
-    """(height, width) in cells of the map that a network makes of a crop (height, width) in pixels."""
-    stride = _stride(network)
-    return -(-crop[0] // stride), -(-crop[1] // stride)
-
-
-def _stride(network: Mapping[str, Any]) -> int:
+def map_stride(network: Mapping[str, Any]) -> int:
+    """Pixels a side of a crop for each cell of the map that a network makes of it."""
     return 4 * math.prod(network["backbone"].get("strides", ()))
 
 
-def _check_crop(role: str, network: Mapping[str, Any], crop: tuple[int, ...]) -> None:
-    head = network["decode_head"]
-    cells = max(head.get("pool_scales", (2,)))
-    height, width = map_size(network, crop)
-    if min(height, width) < cells:
-        raise InputError(
-            f"crop_size {crop} gives the {role}'s {head['type']} a map of {height} x {width} cells, it needs {cells} x "
-            f"{cells}: choose at least {(cells - 1) * _stride(network) + 1} pixels a side"
-        )
-
-
-def check_data(cfg: Config) -> None:
-    """Raises: InputError where images or labels are not where the config says, or classes do not fit the networks."""
-    for loader in (cfg.train_dataloader, cfg.val_dataloader):
-        check_images(loader, cfg.model.student.decode_head.num_classes)
-
-
 def check_images(loader: Any, classes: int) -> None:
-    """As ``check_data``, of one loader and networks of so many classes."""
+    """Raises: InputError where images or labels are not where a loader's config says, or the networks that tell so many
+    ``classes`` apart do not fit them."""
     config = _datasets(loader.dataset)[-1]
     root = Path(config.get("data_root") or ".")
     images, labels = (root / config.data_prefix[key] for key in ("img_path", "seg_map_path"))

@@ -27,7 +27,7 @@ from core.training.run import RunFolder
 from core.training.step import memory_estimate
 from core.training.task import dry_run, estimate, exit_code, gigabytes, open_run
 from segmentation.checkpoint import LAST, latest_checkpoint, read_checkpoint
-from segmentation.config import build, check_data, check_pretrained, complete, load_config, map_size
+from segmentation.config import build, check_images, check_pretrained, complete, load_config, map_stride
 from segmentation.distiller import ROLES
 from segmentation.export import as_text
 from segmentation.hooks import RunHook
@@ -72,7 +72,8 @@ def train(
         ready = complete(cfg, processes, device)
         set_random_seed(cfg.seed)
         model = build(ready.model)
-        check_data(ready)
+        for loader in (ready.train_dataloader, ready.val_dataloader):
+            check_images(loader, ready.model.student.decode_head.num_classes)
         with _one_line():
             if run is not None:
                 return _run(run, cfg, ready, model)
@@ -176,8 +177,8 @@ def describe(model: Any, wrapper: Any, ready: Config) -> Iterator[str]:
         told = about(ready, role, network)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         yield f"{role}: {told['name']}, {told['parameters']:,} parameters ({trained:,} trained)"
-        cells = map_size(ready.model[role], ready.crop_size)
-        yield f"  decode head's map C x H x W: {network.decode_head.channels}x{cells[0]}x{cells[1]}"
+        height, width = (-(-side // map_stride(ready.model[role])) for side in ready.crop_size)
+        yield f"  decode head's map C x H x W: {network.decode_head.channels}x{height}x{width}"
     if model.adm is not None:
         yield f"adapter (phi): {sum(p.numel() for p in model.adm.parameters()):,} parameters"
     yield gigabytes(memory(model, wrapper, ready))
@@ -221,5 +222,6 @@ def seconds(model: Any, wrapper: Any, ready: Config) -> Iterator[str]:
         log = model.train_step(next(batches), optim_wrapper=wrapper)
         log["loss"].item()
         times.append(time.perf_counter() - started)
-    yield f"{ready.train_dataloader.batch_size} images an iteration and process"
-    yield from estimate(ready.train_cfg.max_iters, min(times[1:]), next(model.parameters()).device)
+    iterations = ready.train_cfg.max_iters
+    yield f"{iterations:,} iterations of {ready.train_dataloader.batch_size} images a process"
+    yield from estimate(iterations, min(times[1:]), next(model.parameters()).device)

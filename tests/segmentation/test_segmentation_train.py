@@ -354,11 +354,11 @@ def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(
     assert "decode head's map C x H x W: 4x6x8" in said  # of the student, at 1/8 of 48 x 64
     assert ("adapter (phi): 32 parameters" in said) == (method == "dml+adm")
     assert "GiB a process" in said
-    assert "an iteration and process" not in said
+    assert "iterations of" not in said
 
     code, said, log = train([*command, "--time"])
     assert code == 0, log
-    assert "2 images an iteration and process" in said
+    assert "6 iterations of 2 images a process" in said
     assert "estimate: " in said
     assert not (tmp_path / "run").exists()
 
