@@ -35,7 +35,7 @@ TINY = [
     "model.student.decode_head.channels=4",
     "model.student.auxiliary_head.channels=4",
 ]
-SHORT = ["train_cfg.max_iters=6", "train_cfg.val_interval=3", "run.log_every=2"]
+SHORT = ["train_cfg.max_iters=6", "train_cfg.val_interval=3", "run.log_every=2", "run.trackers=[]"]
 
 
 def make_street(root: Path, train: int = 8, val: int = 4) -> Path:
