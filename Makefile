@@ -48,7 +48,7 @@ test-gpu: env  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -q
 
 bench: env  ## speed and memory as ratios to the bare computation
-	$(BIN)/python tools/benchmark.py --out runs/benchmark
+	$(BIN)/python tools/benchmark/run.py --out runs/benchmark
 
 clean:  ## remove the environment and caches; runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -22,11 +22,11 @@ Values = tuple[list[float], str]
 
 
 @dataclass(frozen=True)
-class Row:
+class Measure:
     """What is measured, in ``unit`` (a ratio has none), and the value it must not exceed (``at_least``: reach)."""
 
     what: str
-    measure: Callable[[Any], Values]
+    values: Callable[[Any], Values]
     target: float | None = None
     at_least: bool = False
     unit: str = ""
@@ -111,14 +111,14 @@ def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, flo
     return medians[round(0.025 * resamples)], medians[round(0.975 * resamples) - 1]
 
 
-def summary(name: str, row: Row, values: Sequence[float], on: str) -> dict[str, Any]:
-    """A row's results. ``reached`` judges the median, ``certain`` says whether the whole interval agrees."""
+def summary(name: str, measure: Measure, values: Sequence[float], on: str) -> dict[str, Any]:
+    """A row of the benchmark. ``reached`` judges the median, ``certain`` says whether the whole interval agrees."""
     low, high = interval(values)
     middle = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {
-        "row": name, "what": row.what, "unit": row.unit, "target": row.target, "at_least": row.at_least,
+        "row": name, "what": measure.what, "unit": measure.unit, "target": measure.target, "at_least": measure.at_least,
         "median": middle[1], "quartiles": [middle[0], middle[2]], "interval": [low, high],
-        "reached": row.good(middle[1]), "certain": row.good(low) == row.good(high),
+        "reached": measure.good(middle[1]), "certain": measure.good(low) == measure.good(high),
         "pairs": len(values), "on": on, "values": list(values),
     }  # fmt: skip
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from tools.ratios import Values, paired, peak_bytes, ratios
+from tools.benchmark.ratios import Values, paired, ratios
+from tools.benchmark.steps import Settings
 
-CONFIGS = Path(__file__).resolve().parents[1] / "segmentation" / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "segmentation" / "configs"
 CLASSES = 19
 ITERATIONS, WARM = 14, 2  # of a measured run of the training command; so many of them before it counts
 TINY = {
@@ -36,17 +37,17 @@ TINY = {
 }
 
 
-def shape(settings: Any) -> tuple[int, tuple[int, int]]:
+def shape(settings: Settings) -> tuple[int, tuple[int, int]]:
     """(batch, crop): the paper's crop on a GPU, not on a CPU, where one of its steps takes a minute."""
-    return (4, (512, 1024)) if settings.device.type == "cuda" and not settings.quick else (2, (64, 128))
+    return settings.pick((2, (64, 128)), (2, (64, 128)), (4, (512, 1024)))
 
 
-def said(settings: Any, on: str) -> str:
+def sizes(settings: Settings) -> str:
     batch, (height, width) = shape(settings)
-    return f"batch {batch}, {height} x {width} px, {on}"
+    return f"batch {batch}, {height} x {width} px"
 
 
-def options_of(method: str, settings: Any) -> dict[str, Any]:
+def options_of(method: str, settings: Settings) -> dict[str, Any]:
     """What is changed of a stock config: random weights, ``shape``; in a quick run narrow networks too."""
     batch, crop = shape(settings)
     return {
@@ -59,7 +60,7 @@ def options_of(method: str, settings: Any) -> dict[str, Any]:
     }
 
 
-def make_model(architecture: str, settings: Any, method: str) -> Any:
+def make_model(architecture: str, settings: Settings, method: str) -> Any:
     from segmentation.config import build, complete, load_config
 
     cfg = load_config(CONFIGS / f"{architecture}_cityscapes_mmseg.py", options_of(method, settings))
@@ -67,7 +68,7 @@ def make_model(architecture: str, settings: Any, method: str) -> Any:
     return build(complete(cfg, 1, settings.device.type).model).to(settings.device).train()
 
 
-def make_batch(settings: Any) -> tuple[torch.Tensor, list[Any]]:
+def make_batch(settings: Settings) -> tuple[torch.Tensor, list[Any]]:
     """Normalised images and their labels, a quarter of them ignored."""
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
@@ -81,38 +82,36 @@ def make_batch(settings: Any) -> tuple[torch.Tensor, list[Any]]:
     return torch.randn(batch, 3, *crop, device=device), samples
 
 
-def make_step(model: Any, settings: Any, repeat: int = 1) -> Callable[[], None]:
+def make_steps(model: Any, settings: Settings, repeat: int) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
     images, samples = make_batch(settings)
 
-    def step() -> None:
+    def steps() -> None:
         for _ in range(repeat):
             loss, _ = model.parse_losses(model.loss(images, samples))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
-    return step
+    return steps
 
 
-def step_ratio(architecture: str, settings: Any) -> Values:
+def step_ratio(architecture: str, settings: Settings) -> Values:
     """A step of DML + ADM over one of DML."""
-    a, b = (make_step(make_model(architecture, settings, method), settings) for method in ("dml+adm", "dml"))
+    a, b = (make_steps(make_model(architecture, settings, method), settings, 1) for method in ("dml+adm", "dml"))
     values, on = ratios(paired(settings.timer(a), settings.timer(b), settings.pairs), "s a step", 1.0)
-    return values, said(settings, on)
+    return values, f"{sizes(settings)}, {on}"
 
 
-def memory_ratio(architecture: str, settings: Any) -> Values:
+def memory_ratio(architecture: str, settings: Settings) -> Values:
     """Peak bytes of DML + ADM over DML, from building the networks to the end of their second step."""
 
     def two_steps(method: str) -> Callable[[], None]:
-        step = make_step(make_model(architecture, settings, method), settings, repeat=2)
-        step()
-        return step
+        steps = make_steps(make_model(architecture, settings, method), settings, repeat=2)
+        steps()
+        return steps
 
-    (a, _), (b, _) = (peak_bytes(partial(two_steps, method), settings.device) for method in ("dml+adm", "dml"))
-    values, on = ratios([(a, b)], "MiB", 2**-20)
-    return values, said(settings, on)
+    return settings.memory_ratio((partial(two_steps, "dml+adm"), partial(two_steps, "dml")), sizes(settings))
 
 
 def make_street(root: Path, height: int, width: int) -> None:
@@ -132,7 +131,7 @@ def make_street(root: Path, height: int, width: int) -> None:
             cv2.imwrite(str(labels / f"ulm_{number:06}_000019_gtFine_labelTrainIds.png"), classes)
 
 
-def loop_ratio(architecture: str, settings: Any) -> Values:
+def loop_ratio(architecture: str, settings: Settings) -> Values:
     """Images per second of the training command, mmseg's pipeline included, over those of the two networks bare.
 
     Bare is forward, cross-entropies (auxiliary heads' too), backward and step, on one batch that is in memory. The
@@ -141,7 +140,7 @@ def loop_ratio(architecture: str, settings: Any) -> Values:
     """
     settings, (batch, crop) = replace(settings, now=time.perf_counter), shape(settings)
     networks = make_model(architecture, settings, "vanilla")
-    bare = settings.timer(make_step(networks, settings, repeat=ITERATIONS - WARM))
+    bare = settings.timer(make_steps(networks, settings, repeat=ITERATIONS - WARM))
     from segmentation.training import train
 
     options = {
@@ -165,4 +164,4 @@ def loop_ratio(architecture: str, settings: Any) -> Values:
             rates = [line["images_per_second"] for line in lines if line["kind"] == "train"][1:]
             times.append((bare() / (ITERATIONS - WARM), batch / statistics.mean(rates)))
     values, on = ratios(times, "s a step", 1.0)
-    return values, said(settings, f"bare : whole {on}")
+    return values, f"{sizes(settings)}, bare : whole {on}"

@@ -1,0 +1,113 @@
+"""The benchmark's rows of diffusion: steps of progressive and of DiT distillation, and sampling, over bare networks."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from core.training.distiller import Losses
+from tools.benchmark.ratios import Values, paired, ratios
+from tools.benchmark.steps import Settings, bare_steps, own_steps
+
+STEPS = 4  # of the student: its round is one in which ADM acts
+
+
+def make_unet(settings: Settings) -> Any:
+    """CIFAR-10's U-Net: whole on a GPU, a quarter as wide on the CPU."""
+    from diffusion.progressive.network import UNetConfig, build_unet
+
+    if settings.quick:
+        config = UNetConfig(width=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0, groups=4)
+    else:
+        config = UNetConfig(width=128 if settings.on_gpu else 32, dropout=0.0)
+    return build_unet(config, 3, 32).to(settings.device)
+
+
+def step_ratio(with_adm: bool, settings: Settings) -> Values:
+    """A step of a round over two forwards of the teacher and forward, MSE, backward and Adam of the student."""
+    from diffusion.progressive.distiller import ADMConfig, ProgressiveDistiller
+    from diffusion.schedule import CosineSchedule
+
+    teacher, count = make_unet(settings), settings.pick(2, 8, 128)
+    options: dict[str, Any] = {"prediction": "x", "weighting": "snr_trunc", "lr": 5e-5, "weight_decay": 0.0}
+    adm = ADMConfig() if with_adm else None
+    distiller = ProgressiveDistiller(
+        teacher, copy.deepcopy(teacher), CosineSchedule(), STEPS, adm, None, **options
+    ).to(settings.device)  # fmt: skip
+    image = torch.randn(count, 3, 32, 32, device=settings.device)
+    optimizer = torch.optim.Adam(distiller.parameter_groups())
+    own = own_steps(distiller, optimizer, {"image": image}, settings.repeat)
+    fixed, student = copy.deepcopy(teacher).eval(), copy.deepcopy(teacher).requires_grad_(True).train()
+    t = torch.full((count,), 512, device=settings.device)
+
+    def forward() -> Losses:
+        with torch.no_grad():
+            fixed(image, t)
+            fixed(image, t)
+        return {"student": {"mse": F.mse_loss(student(image, t, return_dict=False)[0], image)}}
+
+    bare = bare_steps({"student": student}, forward, settings.repeat, partial(torch.optim.Adam, lr=5e-5))
+    return settings.step_ratio(own, bare, f"batch {count}, 32 px")
+
+
+def sampling_ratio(settings: Settings) -> Values:
+    """Images per second of sampling in 4 steps, noise and uint8 included, over those of 4 bare forwards."""
+    from diffusion.sampling import sample
+    from diffusion.schedule import CosineSchedule
+
+    network, count = make_unet(settings).eval(), 2 * settings.pick(2, 8, 128)
+    schedule = CosineSchedule().to(settings.device)
+    z = torch.randn(count, 3, 32, 32, device=settings.device)
+    t = torch.full((count,), 512, device=settings.device)
+
+    @torch.no_grad()
+    def bare() -> None:
+        for _ in range(STEPS):
+            network(z, t)
+
+    def whole() -> None:
+        sample(network, schedule, "x", STEPS, range(count), 0, (3, 32, 32), batch_size=count, device=settings.device)
+
+    values, on = ratios(paired(settings.timer(bare), settings.timer(whole), settings.pairs), "ms", 1e3)
+    return values, f"{count} images of 32 px in {STEPS} steps, bare : whole {on}"
+
+
+def dit_pair(settings: Settings) -> tuple[Any, Any, int]:
+    """DiT-B/2 and DiT-S/2 for ImageNet's latents, and images a step; on the CPU half as wide and a third as deep."""
+    from diffusion.dit.model import DiT, DiTConfig
+
+    quick = DiTConfig(None, 24, 2, 3, 2), DiTConfig(None, 16, 2, 2, 2), 8, 2
+    cpu = DiTConfig(None, 384, 4, 6, 2), DiTConfig(None, 192, 4, 3, 2), 32, 8
+    teacher, student, size, count = settings.pick(quick, cpu, (DiTConfig("B/2"), DiTConfig("S/2"), 32, 128))
+    networks = [DiT(config, 4, size, 1000).to(settings.device) for config in (teacher, student)]
+    return networks[0], networks[1], count
+
+
+def dit_step_ratio(with_adm: bool, settings: Settings) -> Values:
+    """A distillation step over the teacher's forward and the student's forward, MSE, backward and AdamW.
+
+    The step's own part: noise and times, task and distillation losses, the moving average; ADM's with phi.
+    """
+    from diffusion.dit.distiller import ADMConfig, DiTDistiller
+
+    teacher, student, count = dit_pair(settings)
+    size, bare_student = student.input_size, copy.deepcopy(student)
+    distiller = DiTDistiller(student, teacher, adm=ADMConfig() if with_adm else None).to(settings.device)
+    image = torch.randn(count, 4, size, size, device=settings.device)
+    t, label = torch.full((count,), 500, device=settings.device), torch.arange(count, device=settings.device)
+    optimizer = torch.optim.AdamW(distiller.parameter_groups())
+    own = own_steps(distiller, optimizer, {"image": image, "label": label}, settings.repeat)
+
+    def forward() -> Losses:
+        with torch.no_grad():
+            target = teacher(image, t, label)
+        return {"student": {"mse": F.mse_loss(bare_student(image, t, label), target)}}
+
+    bare = bare_steps(
+        {"student": bare_student}, forward, settings.repeat, partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0)
+    )
+    return settings.step_ratio(own, bare, f"batch {count}, {size} x {size} latents")

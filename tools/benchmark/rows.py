@@ -1,0 +1,317 @@
+"""The benchmark's rows: every measure by its name; those of classification, of the loop and of the loader are here."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from classification.methods import METHODS, Method
+from core.adm import ADMConfig
+from core.training.distiller import Batch, Distiller, Losses, Progress
+from offline_kd.methods import METHODS as OFFLINE_METHODS
+from tools.benchmark import dense_rows, diffusion_rows
+from tools.benchmark.ratios import Measure, Values, paired, ratios
+from tools.benchmark.steps import PROGRESS, Settings, bare_steps, own_steps, sgd
+
+EPOCH = 391  # steps of a CIFAR epoch at batch 128, after which fit() saves a checkpoint and draws the curves
+MEAN_STD = ((0.5,) * 3, (0.25,) * 3)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Teacher and student, the ADM weights and forms of their recipe, and the sizes to measure at."""
+
+    networks: dict[str, str]
+    adm: ADMConfig
+    classes: int
+    size: int
+    batch: int
+
+    def batch_for(self, settings: Settings) -> dict[str, Any]:
+        """One random batch as a loader yields it."""
+        count, size = settings.pick(2, self.batch, 128), settings.pick(32, self.size, self.size)
+        images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=settings.device)
+        target = torch.randint(0, self.classes, (count,), device=settings.device)
+        index = torch.arange(count, device=settings.device)
+        return {"image": images, "target": target, "index": index, "weight": 1.0}
+
+    def sizes(self, settings: Settings) -> str:
+        count, _, size, _ = self.batch_for(settings)["image"].shape
+        return f"batch {count}, {size} px"
+
+
+CIFAR = Pair({"teacher": "cifar_resnet32x4", "student": "cifar_resnet8x4"}, ADMConfig(), classes=100, size=32, batch=32)
+IMAGENET_ADM = ADMConfig(alpha=0.2, beta=0.6, gamma=0.01, consensus="kd")
+IMAGENET = Pair({"teacher": "resnet34", "student": "resnet18"}, IMAGENET_ADM, classes=1000, size=224, batch=8)
+TINY = {"teacher": "cifar_resnet14", "student": "cifar_resnet8"}
+PAIRS = {"resnet34_18": IMAGENET, "resnet32x4_8x4": CIFAR}
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def make_distiller(
+    pair: Pair,
+    settings: Settings,
+    adm: ADMConfig | None = None,
+    channels_last: bool = False,
+    method: type[Method] = METHODS["dml"],
+) -> Any:
+    """A method with ADM (its config) or without (None)."""
+    from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
+
+    configs = {role: NetworkConfig(name) for role, name in (TINY if settings.quick else pair.networks).items()}
+    networks = build_networks(configs, pair.classes, seed=0)
+    images = pair.batch_for(settings)["image"][:2].cpu()
+    made = ClassificationDistiller(
+        networks, configs, dict.fromkeys(configs, MEAN_STD), method(with_adm=adm is not None), adm, OptimizerConfig(),
+        images, num_classes=pair.classes, channels_last=channels_last,
+    )  # fmt: skip
+    return made.to(settings.device).train()
+
+
+def make_steps(
+    pair: Pair,
+    settings: Settings,
+    adm: ADMConfig | None = None,
+    variant: str = "",
+    repeat: int | None = None,
+    method: type[Method] = METHODS["dml"],
+) -> Callable[[], None]:
+    """Training's own steps of a method on one batch. ``variant``: "bf16", "channels_last" or "compile"."""
+    distiller = make_distiller(pair, settings, adm, variant == "channels_last", method)
+    if variant == "compile":
+        distiller.compile()
+    batch = pair.batch_for(settings)
+    if distiller.method.views == "separate":
+        batch["image"] = torch.stack([batch["image"]] * len(distiller.networks), dim=1)  # [B, V, C, H, W]
+    optimizer = sgd(distiller.parameter_groups())
+    return own_steps(distiller, optimizer, batch, repeat or settings.repeat, bf16=variant == "bf16")
+
+
+def method_ratio(method: type[Method], pair: Pair, settings: Settings, bare: bool = False) -> Values:
+    """A step of a method over one of DML, or over the bare cross-entropy step of the same networks."""
+    if bare:
+        networks, batch = make_distiller(pair, settings).networks, pair.batch_for(settings)
+        view, target = batch["image"].float() / 255.0, batch["target"]
+        forward = lambda: {r: {"ce": F.cross_entropy(n(view), target)} for r, n in networks.items()}  # noqa: E731
+        other = bare_steps(networks, forward, settings.repeat)
+    else:
+        other = make_steps(pair, settings)
+    return settings.step_ratio(make_steps(pair, settings, method=method), other, pair.sizes(settings))
+
+
+def offline_ratio(method: type[Method], adm: ADMConfig | None, pair: Pair, settings: Settings) -> Values:
+    """A step of an offline method over the teacher's forward and the student's bare cross-entropy step."""
+    networks, batch = make_distiller(pair, settings, method=method).networks, pair.batch_for(settings)
+    teacher, student = networks["teacher"], networks["student"]
+    view, target = batch["image"].float() / 255.0, batch["target"]
+
+    def forward() -> Losses:
+        with torch.no_grad():
+            teacher(view)
+        return {"student": {"ce": F.cross_entropy(student(view), target)}}
+
+    other = bare_steps({"student": student}, forward, settings.repeat)
+    return settings.step_ratio(make_steps(pair, settings, adm, method=method), other, pair.sizes(settings))
+
+
+def adm_ratio(pair: Pair, settings: Settings, variant: str = "", against_fp32: bool = False) -> Values:
+    """A step of DML + ADM over one of DML, or over one of DML + ADM in fp32."""
+    other = make_steps(pair, settings, pair.adm) if against_fp32 else make_steps(pair, settings, variant=variant)
+    return settings.step_ratio(make_steps(pair, settings, pair.adm, variant), other, pair.sizes(settings))
+
+
+def memory_ratio(pair: Pair, settings: Settings, **changes: Any) -> Values:
+    """Peak bytes of DML + ADM over DML, from building the networks to the end of their second step."""
+
+    def two_steps(adm: ADMConfig | None) -> Callable[[], None]:
+        steps = make_steps(pair, settings, adm, repeat=2)
+        steps()
+        return steps
+
+    sides = (partial(two_steps, replace(pair.adm, **changes)), partial(two_steps, None))
+    return settings.memory_ratio(sides, pair.sizes(settings))
+
+
+# --- the loop and the loader ------------------------------------------------------------------------------------------
+
+
+class Marked:
+    """Data that notes when ``fit`` takes the first batch and when it saves."""
+
+    def __init__(self, data: Any, now: Callable[[], float]) -> None:
+        self.data, self.now = data, now
+        self.times: list[float] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.times.append(self.now())
+        yield from self.data
+
+    def state_dict(self) -> dict[str, Any]:
+        self.times.append(self.now())
+        return {}
+
+
+def fit_seconds(distiller: Distiller, data: Any, steps: int, settings: Settings) -> tuple[float, float]:
+    """Durations within one run of ``fit``: its steps with their log points; one checkpoint and one drawing."""
+    from accelerate.state import AcceleratorState
+
+    from core.training.fit import FitConfig, fit, make_accelerator
+    from core.training.run import RunFolder
+
+    marked: Any = Marked(data, settings.now)
+
+    class Folder(RunFolder):
+        def draw(self) -> None:
+            super().draw()
+            marked.times.append(settings.now())
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # or it refuses another device in the same process
+    config = FitConfig(steps=steps, device="auto" if settings.on_gpu else "cpu")
+    with tempfile.TemporaryDirectory() as path, contextlib.redirect_stderr(io.StringIO()):
+        run = Folder(Path(path, "run"), {})
+        accelerator = make_accelerator(config, run)
+        fit(distiller, marked, sgd, lambda epochs: 1.0, config, run, accelerator, progress_bar=False)
+    start, saving, drawn, *_ = marked.times
+    return saving - start, drawn - saving
+
+
+def fit_ratio(settings: Settings) -> Values:
+    """Images per second of ``fit`` with the in-memory loader over the bare loop's, for an epoch of CIFAR."""
+    from classification.data import Arrays, InMemoryLoader
+    from core.distillation import mutual_loss
+
+    steps = settings.pick(2, 4, 100)
+    batch = CIFAR.batch_for(settings)
+    target, size = batch["target"], len(batch["target"])
+    images = torch.randint(0, 256, (EPOCH * size, 3, 32, 32), dtype=torch.uint8)
+    arrays = Arrays(images, target.cpu().repeat(EPOCH), torch.arange(len(images)), "crop_flip", 4)
+    loader = InMemoryLoader(arrays, size, train=True, device=settings.device)
+    fitted, other = (make_distiller(CIFAR, settings) for _ in range(2))
+    view, networks = other.views(batch["image"])["teacher"], other.networks
+    forward = lambda: mutual_loss({r: n(view) for r, n in networks.items()}, target)  # noqa: E731
+    bare = settings.timer(bare_steps(networks, forward, steps))
+    saving: list[float] = []
+
+    def fit_epoch() -> float:
+        loop, rest = fit_seconds(fitted, loader, steps, settings)
+        saving.append(rest)
+        return loop / steps * EPOCH + rest
+
+    times = paired(lambda: bare() / steps * EPOCH, fit_epoch, settings.pairs)
+    values, on = ratios(times, f"s an epoch, {statistics.median(saving):.2g} s of it for checkpoint and curves")
+    return values, f"{CIFAR.sizes(settings)}, {steps} steps at a time, bare : fit {on}"
+
+
+class TwoLinear(Distiller):
+    """The smallest thing that ``fit`` can train: what is left of a step is the loop's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict({role: nn.Linear(64, 10) for role in ("teacher", "student")})
+
+    def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
+        return {r: {"ce": F.cross_entropy(n(batch["image"]), batch["target"])} for r, n in self.networks.items()}, {}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(network.parameters())} for network in self.networks.values()]
+
+
+def fit_overhead(settings: Settings) -> Values:
+    """Milliseconds that ``fit`` adds to each step of a bare loop on the CPU: log points count, the checkpoint not."""
+    settings = replace(settings, device=torch.device("cpu"))
+    steps = 20 if settings.quick else 500
+    batch = {"image": torch.randn(64, 64), "target": torch.arange(64) % 10, "index": torch.arange(64), "weight": 1.0}
+    fitted, other = TwoLinear(), TwoLinear()
+    bare = bare_steps(other.networks, lambda: other(batch, PROGRESS)[0], steps)
+    fit_loop = lambda: fit_seconds(fitted, [batch] * steps, steps, settings)[0]  # noqa: E731
+    times = paired(fit_loop, settings.timer(bare), settings.pairs)
+    _, on = ratios(times, "ms a step", 1e3 / steps)
+    return [1e3 * (a - b) / steps for a, b in times], f"two linear layers, batch 64, {on}"
+
+
+def loader_ratio(settings: Settings) -> Values:
+    """Images per second of the in-memory loader over those of torchvision's transforms in one worker process."""
+    from torchvision.datasets import CIFAR100
+    from torchvision.transforms import Compose, PILToTensor, RandomCrop, RandomHorizontalFlip
+
+    from classification.data import Arrays, InMemoryLoader
+
+    settings = Settings(torch.device("cpu"), settings.pairs, settings.quick)  # wall time: a worker is another process
+    count, epochs = (256, 2) if settings.quick else (5120, 10)
+    images, target = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 100
+    ours = InMemoryLoader(Arrays(images, target, torch.arange(count), "crop_flip", 4), 128, train=True)
+    cifar = CIFAR100.__new__(CIFAR100)  # its way of handing out images, without its files
+    cifar.data, cifar.targets, cifar.target_transform = images.permute(0, 2, 3, 1).numpy(), target.tolist(), None
+    cifar.transform = Compose([RandomCrop(32, padding=4), RandomHorizontalFlip(), PILToTensor()])
+    theirs = torch.utils.data.DataLoader(cifar, 128, shuffle=True, num_workers=1, persistent_workers=True)
+
+    epoch_of_theirs = settings.timer(lambda: [None for _ in theirs])
+    epochs_of_ours = settings.timer(lambda: [None for _ in range(epochs) for _ in ours])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = paired(epoch_of_theirs, lambda: epochs_of_ours() / epochs, settings.pairs)
+    torch.set_num_threads(threads)
+    values, on = ratios(times, "us an image", 1e6 / count)
+    return values, f"batch 128, one thread, torchvision : ours {on}"
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+ADM_DML = "DML + ADM / DML"
+ROWS = {
+    "step_resnet34_18": Measure(f"time of a step, {ADM_DML}", partial(adm_ratio, IMAGENET), 1.02),
+    "step_resnet32x4_8x4": Measure(f"time of a step, {ADM_DML}", partial(adm_ratio, CIFAR), 1.02),
+    "memory_resnet34_18": Measure(f"peak memory, {ADM_DML}", partial(memory_ratio, IMAGENET), 1.02),
+    "memory_resnet32x4_8x4_adm": Measure(
+        f"peak memory, {ADM_DML}, gamma 0", partial(memory_ratio, CIFAR, gamma=0.0), 1.02
+    ),
+    "memory_resnet32x4_8x4_feature": Measure(f"peak memory, {ADM_DML}, gamma 1", partial(memory_ratio, CIFAR), 1.09),
+    "fit_cifar": Measure("images/s, fit() / bare loop", fit_ratio, 0.97, at_least=True),
+    "fit_overhead_ms": Measure("time of a step, fit() - bare loop", fit_overhead, 0.10, unit="ms"),
+    "loader": Measure("images/s, in-memory loader / torchvision's transforms", loader_ratio, 30.0, at_least=True),
+}
+for _name, _method in METHODS.items():
+    _of = partial(method_ratio, _method, replace(CIFAR, batch=16))
+    if _name != "dml":
+        ROWS[f"method_{_name}"] = Measure(f"time of a step, {_name} / DML", _of)
+    ROWS[f"bare_{_name}"] = Measure(f"time of a step, {_name} / bare cross-entropy", partial(_of, bare=True))
+_what = "time of a step, {} / teacher's forward and the student's bare step"
+for _name in ("kd", "dkd", "diswot", "norm"):
+    ROWS[f"offline_{_name}"] = Measure(_what.format(_name), partial(offline_ratio, OFFLINE_METHODS[_name], None, CIFAR))
+_of = partial(offline_ratio, OFFLINE_METHODS["kd"], ADMConfig(alpha=1.0, beta=0.0, gamma=0.0), CIFAR)
+ROWS["offline_kd+adm"] = Measure(_what.format("kd + ADM"), _of, 1.03)
+for _name in ("deeplabv3", "pspnet") if importlib.util.find_spec("mmseg") else ():  # its extra is installed
+    _what = f"{_name}, R101 + R18, {ADM_DML}"
+    ROWS[f"step_{_name}"] = Measure(f"time of a step, {_what}", partial(dense_rows.step_ratio, _name), 1.03)
+    ROWS[f"memory_{_name}"] = Measure(f"peak memory, {_what}", partial(dense_rows.memory_ratio, _name), 1.05)
+    _loop = f"images/s, training command / bare loop, {_name}, R101 + R18"
+    ROWS[f"loop_{_name}"] = Measure(_loop, partial(dense_rows.loop_ratio, _name), 0.95, at_least=True)
+if importlib.util.find_spec("diffusers"):
+    _what = "/ two forwards of the teacher and the student's bare step"
+    ROWS["step_pd"] = Measure(f"time of a step, PD {_what}", partial(diffusion_rows.step_ratio, False), 1.03)
+    ROWS["step_pd+adm"] = Measure(f"time of a step, PD + ADM {_what}", partial(diffusion_rows.step_ratio, True), 1.05)
+    _what = "time of a step, DiT {} / the teacher's forward and the student's bare step"
+    ROWS["step_dit_mse"] = Measure(_what.format("MSE"), partial(diffusion_rows.dit_step_ratio, False), 1.03)
+    ROWS["step_dit_adm"] = Measure(_what.format("MSE + ADM"), partial(diffusion_rows.dit_step_ratio, True), 1.05)
+    ROWS["sampling"] = Measure("images/s, sampling / bare forwards", diffusion_rows.sampling_ratio, 0.97, at_least=True)
+GPU_ROWS = {}
+for (_name, _pair), _variant in itertools.product(PAIRS.items(), ("bf16", "channels_last", "compile")):
+    _what = f"time of a step in {_variant}, DML + ADM"
+    _of = partial(adm_ratio, _pair, variant=_variant)
+    GPU_ROWS[f"step_{_name}_{_variant}"] = Measure(f"{_what} / DML", _of)
+    GPU_ROWS[f"speed_{_name}_{_variant}"] = Measure(f"{_what} / the same in fp32", partial(_of, against_fp32=True))
