@@ -102,13 +102,72 @@ def early_imports(root: Path) -> list[str]:
     return found
 
 
-def test_import_core_loads_torch_and_nothing_heavier() -> None:
-    code = "import sys, core; print(core.__file__); print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+def loaded(code: str) -> set[str]:
+    """The top-level packages in a fresh Python after it ran ``code`` in the checkout."""
+    code = f"import sys; {code}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    file, names = done.stdout.splitlines()
-    assert Path(file) == ROOT / "core/__init__.py"
-    assert "torch" in names.split()
-    assert not (HEAVY - {"tqdm"}) & set(names.split())  # torch itself loads tqdm where there is one
+    return set(done.stdout.split())
+
+
+def test_core_loads_torch_when_its_maths_is_asked_for_and_nothing_heavier() -> None:
+    shared = "import core.errors, core.files, core.training.command, core.training.run; from core import InputError"
+    assert not {"torch", "numpy", *HEAVY} & loaded(shared)
+    names = loaded("import core; assert all(getattr(core, name) for name in core.__all__)")
+    assert "torch" in names
+    assert not (HEAVY - {"tqdm"}) & names  # torch itself loads tqdm where there is one
+
+
+def cycles(root: Path) -> list[list[str]]:
+    """Modules that import each other in a circle when they are imported (imports for type checkers do not count)."""
+    known = {path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path, _ in files(root)}
+    edges: dict[str, set[str]] = {}
+    for path, tree in files(root):
+        module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        package = module if path.endswith("__init__.py") else module.rpartition(".")[0]
+        found: set[str] = set()
+        pending = [tree.body]
+        while pending:
+            for node in pending.pop():
+                if isinstance(node, ast.Import):
+                    found |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                    base = ".".join([*above, *([node.module] if node.module else [])])
+                    names = {f"{base}.{alias.name}" for alias in node.names}
+                    found |= (names & known) or {base}
+                elif not runs_later(node):
+                    pending += [getattr(node, part, []) for part in ("body", "orelse", "finalbody")]
+        edges[module] = {name for name in found if name in known and name != module}
+    circles = []
+    for start in edges:
+        reached, todo = set(), [start]
+        while todo:
+            for following in edges.get(todo.pop(), set()) - reached:
+                reached.add(following)
+                todo.append(following)
+        if start in reached:
+            circles.append([start, *sorted(reached & {m for m in edges if start in edges[m]})])
+    return circles
+
+
+def test_no_modules_import_each_other_in_a_circle(tmp_path: Path) -> None:
+    assert cycles(ROOT) == []
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core/a.py").write_text("from .b import f")
+    (tmp_path / "core/b.py").write_text("from core.a import g")
+    assert [circle[0] for circle in cycles(tmp_path)] == ["core.a", "core.b"]
+
+
+def test_core_imports_itself_by_relative_names() -> None:
+    """So that its folder works under another name."""
+    absolute = [
+        f"{path}:{node.lineno}"
+        for path, tree in files(ROOT)
+        if path.startswith("core/")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").partition(".")[0] == "core"
+    ]
+    assert absolute == []
 
 
 def test_rooms_import_one_way() -> None:

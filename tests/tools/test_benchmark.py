@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.image import imread
+from tools.ratios import Row, changes, interval, line, paired, peak_bytes, ratios, summary
 
 from core.errors import InputError
 from tools import benchmark
-from tools.ratios import Row, changes, interval, line, paired, peak_bytes, ratios, summary
 
 KEYS = {
     "row", "what", "unit", "target", "at_least", "median", "quartiles", "interval", "reached", "certain", "pairs", "on",

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from tools.tables import load_table
 
 from tools import compare, document, report
 from tools.compare import WrongInput
-from tools.tables import load_table
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = """

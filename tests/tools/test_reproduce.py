@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tools.tables import PAPER, load_tables
 
 from tools import processes, reproduce, step_times
 from tools.compare import WrongInput
 from tools.processes import Job, Outcome, run_jobs, state
-from tools.tables import PAPER, load_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = """

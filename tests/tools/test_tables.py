@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
+from tools.tables import ROOT, SCALES, Cell, Setting, Table, TableError, load_table, load_tables
 
 from core.training.run import flatten
 from tools.document import numbered
-from tools.tables import ROOT, SCALES, Cell, Setting, Table, TableError, load_table, load_tables
 
 TABLES = load_tables()
 
