@@ -85,6 +85,7 @@ def wait_for_lines(process: subprocess.Popen[str], run: Path, count: int) -> Non
     raise AssertionError(f"no {count} lines of metrics: {process.communicate()}")
 
 
+@pytest.mark.slow
 def test_killed_then_terminated_then_resumed_equals_uninterrupted(
     tmp_path: Path, command: Callable[[list[str]], tuple[int, str, str]]
 ) -> None:
