@@ -11,6 +11,9 @@ import pytest
 import torch
 from runs import undrawn
 
+# Data workers that a stopped run left are waited for where garbage is collected, be it in another test: not 5 s each.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
+
 Shell = Callable[[Callable[[list[str]], int], list[str]], tuple[int, str, str]]
 
 

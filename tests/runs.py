@@ -69,10 +69,12 @@ def undrawn() -> Iterator[pytest.MonkeyPatch]:
 
     from core.training.run import RunFolder
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda self: None)
-        yield patch
-    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunFolder, "draw", lambda self: None)
+            yield patch
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train_whole(main: Callable[[list[str]], int], argv: list[str]) -> None:

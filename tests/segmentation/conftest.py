@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from street import make_street
 
 pytest.importorskip("mmseg", reason="needs the [segmentation] extra")
@@ -18,15 +16,6 @@ pytest.importorskip("mmseg", reason="needs the [segmentation] extra")
 def street(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder laid out like Cityscapes: 8 images to train on, 4 to evaluate on, 48 x 64 pixels."""
     return make_street(tmp_path_factory.mktemp("street") / "data")
-
-
-@pytest.fixture
-def brief_workers() -> Iterator[None]:
-    """Data workers that a run leaves behind end within its own test, and do not make a later one wait for them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # 5 s a worker otherwise
-        yield
-        gc.collect()
 
 
 @pytest.fixture

@@ -89,7 +89,6 @@ def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) 
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.usefixtures("brief_workers")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     street: Path, tmp_path: Path, run: Path, train: Train, workers: int
@@ -210,7 +209,6 @@ def wrong_labels(root: Path) -> Path:
     return root
 
 
-@pytest.mark.usefixtures("brief_workers")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_labels_outside_the_classes_end_in_one_line(tmp_path: Path, train: Train, workers: int) -> None:
     street = wrong_labels(make_street(tmp_path / "street"))
