@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.adm import consensus_attention, spatial_similarity
+from core.adm import Control, consensus_attention, control, spatial_similarity
 from core.distillation import full_precision, kd_loss
 from core.errors import InputError, require_not_negative
 from core.network import Network, Split
 from diffusion.proxies import load_resnet
 
 Form = Literal["output", "head", "feature", "classifier"]
-Attention = Literal["consensus", "uniform", "shuffled"]
 Head = Callable[[Tensor], Tensor]
 
 
@@ -41,8 +40,8 @@ class ConsensusConfig:
             minimum stays where student and target are equal (default). "head" compares what both heads make of their
             reweighted maps, the letter of Eq. 11. "feature" weighs the squared difference of the maps, a feature loss
             that plain distillation does not have. "classifier" is Eq. 11 through a frozen image classifier.
-        attention: "consensus" is ADM. Two controls, without which no gain may be called ADM's, for the term also raises
-            the weight of the gated times: "uniform" sets A = 1, "shuffled" permutes A over the places of each image.
+        control: none is ADM. Two controls, without which no gain may be called ADM's, for the term also raises the
+            weight of the gated times: uniform sets A = 1, shuffled permutes S over the places of each image.
         centre: subtract each channel's spatial mean before the similarity. Off, Eq. 6 as written (default), although A
             then stays within a few percent of 1 (docs/results.md), so that it weighs hardly anything.
         gate: the loss acts at times below this share of T; the paper's t < 400 of 1000.
@@ -51,7 +50,7 @@ class ConsensusConfig:
 
     alpha: float = 1.0
     form: Form = "output"
-    attention: Attention = "consensus"
+    control: Control = "none"
     centre: bool = False
     gate: float = 0.4
     classifier: str | None = None
@@ -83,23 +82,6 @@ def similarity(map_student: Tensor, map_teacher: Tensor, centre: bool = False) -
     return spatial_similarity(map_student, map_teacher)
 
 
-def attention(
-    s: Tensor, kind: Attention = "consensus", weigh: Callable[[Tensor], Tensor] = consensus_attention
-) -> Tensor:
-    """A ``[B, 1, h, w]`` from S ``[B, h, w]``: ADM's, all ones, or ADM's at permuted places.
-
-    ``weigh``: Eq. 7's attention, or Eq. 8's where it is the divergence loss that is weighed. Raises: ValueError.
-    """
-    if kind == "uniform":
-        return torch.ones_like(s).unsqueeze(1)
-    if kind == "shuffled":
-        places = torch.rand_like(s).flatten(1).argsort(dim=1)  # a permutation for each image
-        s = s.flatten(1).gather(1, places).view_as(s)
-    elif kind != "consensus":
-        raise ValueError(f"unknown attention {kind!r}: 'consensus', 'uniform' or 'shuffled'")
-    return weigh(s)
-
-
 def output_loss(output: Tensor, target: Tensor, a: Tensor, factor: Tensor) -> Tensor:
     """Form "output": ``1/B sum_i factor_i mean (A_i (o_i - y*_i)^2)``, a scalar; factor ``[B]`` is g w.
 
@@ -126,7 +108,7 @@ def feature_loss(map_student: Tensor, map_teacher: Tensor, a: Tensor, factor: Te
 
 
 def classifier_loss(
-    output: Tensor, target: Tensor, network: Network, factor: Tensor, kind: Attention = "consensus"
+    output: Tensor, target: Tensor, network: Network, factor: Tensor, kind: Control = "none"
 ) -> tuple[Tensor, Tensor]:
     """Form "classifier": Eq. 11 through a frozen classifier of images in [-1, 1]. Returns: (a scalar, S).
 
@@ -137,7 +119,7 @@ def classifier_loss(
         map_target = network.forward_features(target.detach())
     map_output = network.forward_features(output)
     s = similarity(map_output, map_target)
-    a = attention(s, kind)
+    a = consensus_attention(control(s, kind))
     with torch.no_grad():
         logits = network.forward_head(a.to(map_target.dtype) * map_target)
     return kd_loss(network.forward_head(a.to(map_output.dtype) * map_output), logits, weight=factor), s

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from core.errors import InputError, first_line
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+from core.errors import InputError
+from core.images import EXTENSIONS, image_files, open_image
+from core.training.order import EpochOrder
 
 
 @dataclass(frozen=True)
@@ -53,51 +50,35 @@ class DataConfig:
 
 def load_images(config: DataConfig) -> Tensor:
     """All images of a set, uint8 ``[N, C, H, W]``. Raises: InputError where there are none, naming file or folder."""
-    load = {"cifar10": _cifar10, "folder": _folder, "digits": _digits}[config.name]
-    return load(config)[: config.limit].contiguous()
-
-
-def _digits(config: DataConfig) -> Tensor:
-    return read_digits()[0]
-
-
-def _cifar10(config: DataConfig) -> Tensor:
-    return read_cifar10(config.root, config.download)[0]
+    if config.name == "folder":
+        return _folder(config)[: config.limit].contiguous()
+    return read_named(config.name, config.root, config.download)[0][: config.limit].contiguous()
 
 
 def _folder(config: DataConfig) -> Tensor:
     root = Path(config.root)
     if not root.is_dir():
         raise InputError(f"data folder {root} does not exist: set --data.root")
-    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in EXTENSIONS)[: config.limit]
+    files = [root / file for file in sorted(map(Path, image_files(root)))[: config.limit]]
     if not files:
         raise InputError(f"no image ({', '.join(EXTENSIONS)}) in {root} or below it")
     return read_files(files, config.image_size)
 
 
-def read_digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's digits: (images uint8 ``[1797, 1, 8, 8]``, labels int64 ``[1797]``)."""
-    from sklearn.datasets import load_digits
+def read_named(name: str, root: str, download: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """cifar10 (training part, uint8 ``[50000, 3, 32, 32]``) or digits (all, ``[1797, 1, 8, 8]``), labels int64, names.
 
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
-    return images, torch.from_numpy(digits.target).long()
-
-
-def read_cifar10(root: str, download: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """torchvision's CIFAR-10, training part: (images uint8 ``[50000, 3, 32, 32]``, labels int64, class names).
-
-    Raises: InputError where it is not in ``root``.
+    Raises: InputError where CIFAR-10 is not in ``root``.
     """
-    from torchvision.datasets import CIFAR10
+    from classification.data import Arrays, load_datasets
+    from classification.data import DataConfig as NamedConfig
 
-    try:
-        found = CIFAR10(root, train=True, download=download)
-    except (RuntimeError, OSError) as error:
-        hint = "" if download else "; --data.download true fetches it"
-        raise InputError(f"no CIFAR-10 in {root}: {first_line(error)}{hint}") from error
-    images = torch.from_numpy(found.data).permute(0, 3, 1, 2)  # of [N, H, W, C]
-    return images, torch.tensor(found.targets), tuple(found.classes)
+    digits = name == "digits"
+    found = load_datasets(NamedConfig(name, root, download, image_size=8 if digits else None))
+    parts = [part for part in (found.train, found.test if digits else None) if isinstance(part, Arrays)]
+    order = torch.cat([part.indices for part in parts]).argsort()
+    images, labels = torch.cat([part.images for part in parts]), torch.cat([part.targets for part in parts])
+    return images[order, : 1 if digits else 3], labels[order], found.class_names
 
 
 def read_files(files: Sequence[Path], size: int | None) -> Tensor:
@@ -131,25 +112,8 @@ def _decode(file: Path, size: int | None) -> Any:
     return np.asarray(decoded)
 
 
-def open_image(file: Path) -> Image:
-    """The decoded image, RGB. Raises: InputError naming a file that is broken or no image."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # unknown, truncated and damaged files
-        raise InputError(f"cannot decode {file}: broken or no image; replace or delete it") from error
-
-
-def check_parts(batch_size: int, processes: int, accumulate: int) -> None:
-    """Raises: InputError where a process has fewer images of a step than parts to take one after the other."""
-    if batch_size // processes < accumulate:
-        raise InputError(f"batch_size {batch_size} cannot be cut into {accumulate} parts a process")
-
-
-class Shuffled:
-    """The order of a loader's batches, and where it stands in it. The short last batch of an epoch is left out.
+class Shuffled(EpochOrder):
+    """The order of a loader's batches and flips, and where it stands in it. The short last batch is left out.
 
     Order and flips come from (seed, epoch) alone: a batch does not depend on the number of processes, of which each
     takes every ``world``-th image, and stopping loses nothing.
@@ -164,32 +128,21 @@ class Shuffled:
             raise InputError(f"batch_size {batch_size} cannot be shared by {world} process(es)")
         if count < batch_size:
             raise InputError(f"{count} images are fewer than one batch of {batch_size}: lower --batch_size")
-        self.count, self.batch_size, self.flip, self.seed = count, batch_size, flip, seed
-        self.rank, self.world = rank, world
-        self.epoch = self.position = 0
+        super().__init__(count, batch_size, seed=seed, rank=rank, world=world)
+        self.flip = flip
 
-    def __len__(self) -> int:
-        return self.count // self.batch_size
-
-    def begin(self) -> tuple[Tensor, Tensor]:
+    def drawn(self) -> tuple[Tensor, Tensor]:
         """The current epoch's order int64 ``[N]`` and, for each place in it, whether it is mirrored, bool ``[N]``.
 
         Where the current epoch is over, that of the next one, which is then the current one.
         """
-        if self.position >= len(self):
-            self.epoch, self.position = self.epoch + 1, 0
-        # Numbers far apart, so that no two (seed, epoch) share a stream.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order = torch.randperm(self.count, generator=generator)
-        return order, torch.rand(self.count, generator=generator) < (0.5 if self.flip else 0.0)
-
-    def share(self, step: int) -> slice:
-        """The places of this process's images of a step in the epoch's order."""
-        return slice(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
+        self.begin()
+        generator = self.generator(self.epoch)
+        return self.shuffled(generator), torch.rand(self.size, generator=generator) < (0.5 if self.flip else 0.0)
 
     def pixels(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The rest of the current epoch of images uint8 ``[N, C, H, W]``: indices int64 ``[B]``, batches in [-1, 1]."""
-        order, mirrored = (values.to(images.device) for values in self.begin())
+        order, mirrored = (values.to(images.device) for values in self.drawn())
         for step in range(self.position, len(self)):
             own = self.share(step)
             batch = images[order[own]]
@@ -197,14 +150,6 @@ class Shuffled:
                 batch = mirror(batch, mirrored[own])
             self.position = step + 1
             yield order[own], scaled(batch)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        if state["position"] > len(self):
-            raise InputError("the saved run stood at a batch that the data no longer have: resume with the same data")
-        self.epoch, self.position = state["epoch"], state["position"]
 
 
 class ImageLoader(Shuffled):
@@ -214,18 +159,8 @@ class ImageLoader(Shuffled):
     Raises: InputError as ``Shuffled``.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        batch_size: int,
-        *,
-        flip: bool,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(len(images), batch_size, flip=flip, seed=seed, rank=rank, world=world)
+    def __init__(self, images: Tensor, batch_size: int, *, device: torch.device | str = "cpu", **order: Any) -> None:
+        super().__init__(len(images), batch_size, **order)
         self.images = images.to(device)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

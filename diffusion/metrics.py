@@ -21,7 +21,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.errors import InputError, first_line
+from core.images import open_image
+from core.weights import read_torch
 from diffusion import proxies
+from diffusion.files import make_folder
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -161,12 +164,9 @@ def _check_inception(file: str | None) -> None:
     if file is None:
         return
     try:
-        torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:
-        try:  # files older than the zip format cannot be mapped
-            torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle can raise anything
-            raise InputError(f"{file} is not {INCEPTION_FILE} of {INCEPTION_URL}: {first_line(error)}") from error
+        read_torch(file)
+    except InputError as error:
+        raise InputError(f"{file} is not {INCEPTION_FILE} of {INCEPTION_URL}: {error}") from error
 
 
 class InMemory(Dataset):
@@ -210,12 +210,9 @@ class InFolder(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        from torch_fidelity.datasets import ImagesPathDataset
+        import numpy as np
 
-        try:
-            image = ImagesPathDataset([self.files[index]])[0]
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"cannot decode {self.files[index]}: broken or no image") from error
+        image = torch.from_numpy(np.array(open_image(self.files[index]))).permute(2, 0, 1)
         self.size = self.size or tuple(image.shape)
         if tuple(image.shape) != self.size:
             width, height = self.size[2], self.size[1]
@@ -313,11 +310,7 @@ def real_statistics(
     if file.is_file():
         return read_statistics(file)
     found = statistics(extractor(images)[extractor.distance_layer], name)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {cache} (--cache): {error.strerror}") from error
-
+    make_folder(cache, "--cache")
     beside = file.with_suffix(f".{os.getpid()}.npz")  # several commands may find it missing at once
     try:
         np.savez(beside, mu=found.mu, sigma=found.sigma, count=np.array(found.count))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.errors import InputError
+from core.weights import read_state_dict
+from diffusion.data import read_named
 
 WIDTHS = (16, 32, 64)
 
@@ -75,25 +76,16 @@ class CifarResNet(nn.Module):
 
 def load_resnet(depth: int, file: str | Path) -> CifarResNet:
     """Raises: InputError for a missing, unreadable or unfitting file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = Path(file)
-    if not file.is_file():
+    if not Path(file).is_file():
         raise InputError(
             f"no weight file {file} for --features resnet{depth}: the CIFAR-10 ResNets are in pretrained_models of "
             "github.com/akamaster/pytorch_resnet_cifar10; .th or .safetensors"
         )
     try:
-        if file.suffix == ".safetensors":
-            state: Any = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
-        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+        state = read_state_dict(file)
         network = CifarResNet(depth, len(state["linear.bias"]))
         network.load_state_dict(state)
-    except (SafetensorError, OSError, RuntimeError, KeyError, AttributeError, ValueError) as error:
+    except (RuntimeError, KeyError, InputError) as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:2])
         raise InputError(f"{file} does not hold a CIFAR ResNet-{depth}: {reason}") from error
     return network
@@ -125,11 +117,7 @@ def train_digits() -> tuple[DigitsClassifier, float]:
 
     Returns: the network (once trained, the same object), and its accuracy in percent on the last fifth.
     """
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels / 16.0 * 255.0).round().to(torch.uint8).view(-1, 1, 8, 8)
-    target = torch.from_numpy(labels).long()
+    images, target, _ = read_named("digits", "", False)
     threads = torch.get_num_threads()
     try:
         with torch.random.fork_rng(devices=[]):

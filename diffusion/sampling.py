@@ -9,7 +9,6 @@ batch size changes an image by more than the last bits of a convolution, at most
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, TrainingError, first_line
+from diffusion.files import read_json
 from diffusion.schedule import CosineSchedule, Prediction
 
 LastStep = Literal["noisy", "clean"]
@@ -175,25 +175,29 @@ def load_student(folder: str | Path, device: torch.device | str = "cpu") -> Stud
 
     Raises: InputError where it is no such folder, or of a schedule or prediction that our sampler does not know.
     """
-    from diffusers import UNet2DModel
-
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no network: name a round's folder, with config.json and adm.json in it")
     try:
-        said = json.loads((folder / "adm.json").read_text())
+        said = read_json(folder / "adm.json")
         prediction, timesteps = said["prediction"], said["timesteps"]
         schedule, steps = said["schedule"], said["steps"]
-    except (OSError, ValueError, KeyError) as error:
+    except (InputError, KeyError) as error:
         raise InputError(
             f"{folder} has no adm.json that says prediction, timesteps, schedule and steps: only networks that "
             "diffusion/tools/train.py wrote can be sampled here"
         ) from error
     if schedule != "cosine" or prediction not in ("x", "v"):
         raise InputError(f"{folder}: prediction {prediction!r} on a {schedule!r} schedule; known are x and v on cosine")
-    try:
-        model = UNet2DModel.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot read the network of {folder}: {first_line(error)}") from error
-    model.to(device).eval().requires_grad_(False)
+    model = read_unet(folder, str(folder)).to(device).eval().requires_grad_(False)
     return Student(folder, model, CosineSchedule(timesteps).to(device), prediction, steps)
+
+
+def read_unet(folder: str | Path, name: str, **options: Any) -> Any:
+    """diffusers' ``UNet2DModel`` of a folder. Raises: InputError where there is none, calling it ``name``."""
+    from diffusers import UNet2DModel
+
+    try:
+        return UNet2DModel.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot read the network of {name}: {first_line(error)}") from error

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from core.errors import InputError, first_line
+from core.errors import InputError
 from core.files import leftover
 from core.training.checkpoint import link
+from core.weights import read_torch
 
 LAST, BEST = "last.pth", "best.pth"
 
@@ -42,12 +41,9 @@ def prune(run: Path, keep: int) -> None:
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """Raises: InputError for a file that is missing, cut off, no checkpoint, or holds more than plain values."""
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"no checkpoint {file}") from error
-    except Exception as error:  # a damaged file can raise anything
-        raise InputError(f"cannot read the checkpoint {file}: {first_line(error)}") from error
+    if not file.is_file():
+        raise InputError(f"no checkpoint {file}")
+    checkpoint = read_torch(file)
     if not isinstance(checkpoint, dict):
         raise InputError(f"{file} is no checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,19 +25,35 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import get_external_models
+from mmseg import registry as mmseg_registry
 from mmseg.registry import DATASETS, MODELS
 
-from core.errors import InputError, first_line, unknown
+from core.adm import ADMConfig
+from core.errors import InputError, first_line, require_positive, unknown
 from core.training.command import LineParser
 from segmentation.distiller import ROLES, load_weights
-from segmentation.losses import ADMOptions, parse_method
+from segmentation.losses import adm_config, parse_method
 
 NEEDED = (
     "model", "train_dataloader", "val_dataloader", "val_evaluator", "train_cfg", "optim_wrapper", "param_scheduler",
     "default_hooks", "env_cfg", "data_root", "crop_size", "batch_size", "seed", "run",
 )  # fmt: skip
+TRACKERS = ("tensorboard",)
 PAIR = "DistillationSegmentor"
 STOCK_CONFIGS = Path(mmseg.__file__).parent / ".mim" / "configs"
+
+
+def read_config(file: str | Path) -> Config:
+    """A config as it stands. Raises: InputError for a file that is none."""
+    if not Path(file).is_file():
+        raise InputError(f"no config {file}")
+    try:
+        cfg = Config.fromfile(str(file))
+    except Exception as error:  # a config is Python and can raise anything
+        raise InputError(f"{file} is no config: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if "model" not in cfg:
+        raise InputError(f"{file} lacks model: start from one of segmentation/configs")
+    return cfg
 
 
 def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> Config:
@@ -44,12 +61,7 @@ def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> C
 
     Raises: InputError for a file that is no config and options that do not fit.
     """
-    if not Path(file).is_file():
-        raise InputError(f"no config {file}")
-    try:
-        cfg = Config.fromfile(str(file))
-    except Exception as error:  # a config is Python and can raise anything
-        raise InputError(f"{file} is no config: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    cfg = read_config(file)
     if missing := [key for key in NEEDED if key not in cfg]:
         raise InputError(f"{file} lacks {missing[0]}: start from one of segmentation/configs")
     init_default_scope("mmseg")
@@ -62,8 +74,12 @@ def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> C
             cfg.merge_from_dict({key: value})
         except (TypeError, KeyError) as error:
             raise InputError(f"the option {key} does not fit the config: {' '.join(str(error).split())}") from error
+    require_positive("run", log_every=cfg.run.log_every, keep=cfg.run.keep)
+    for tracker in cfg.run.setdefault("trackers", list(TRACKERS)):
+        if tracker not in TRACKERS:
+            raise unknown("tracker", str(tracker), TRACKERS)
     method, with_adm = parse_method(cfg.model.method)
-    cfg.model.adm = asdict(ADMOptions.of(cfg.model.get("adm") or {}, method, used=with_adm))
+    cfg.model.adm = asdict(adm_config(cfg.model.get("adm") or {}, method, used=with_adm))
     crop = tuple(cfg.crop_size)
     if len(crop) != 2 or not all(isinstance(side, int) and side > 0 for side in crop):
         raise InputError(f"crop_size {crop}: two positive numbers, height and width in pixels")
@@ -139,7 +155,7 @@ def _accepted(section: Mapping[str, Any] | Config, place: Sequence[str]) -> set[
     if not place:
         return set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"} | {"find_unused_parameters"}
     if tuple(place) == ("model", "adm"):
-        return {field.name for field in fields(ADMOptions)}
+        return {field.name for field in fields(ADMConfig)}
     if tuple(place) == ("run",):
         return set()
     if "type" not in section:
@@ -159,13 +175,9 @@ def _accepted(section: Mapping[str, Any] | Config, place: Sequence[str]) -> set[
 def _class_of(name: Any) -> Any:
     if not isinstance(name, str):
         return name
-    from mmseg import registry as own
-
-    for source in (own, registry):
-        for found in vars(source).values():
-            if isinstance(found, registry.Registry) and (owner := found.get(name)) is not None:
-                return owner
-    return None
+    registries = [value for source in (mmseg_registry, registry) for value in vars(source).values()]
+    owners = (value.get(name) for value in registries if isinstance(value, registry.Registry))
+    return next((owner for owner in owners if owner is not None), None)
 
 
 def complete(cfg: Config, processes: int, device: str) -> Config:
@@ -175,7 +187,9 @@ def complete(cfg: Config, processes: int, device: str) -> Config:
     """
     cfg = copy.deepcopy(cfg)
     cfg.randomness = {**cfg.get("randomness", {}), "seed": cfg.seed}
-    cfg.train_dataloader.batch_size = _share(cfg.batch_size, processes)
+    if cfg.batch_size < 1 or cfg.batch_size % processes:
+        raise InputError(f"batch_size {cfg.batch_size} cannot be shared by {processes} process(es)")
+    cfg.train_dataloader.batch_size = cfg.batch_size // processes
     for name in ("train_dataloader", "val_dataloader"):
         cfg[name] = ready_loader(cfg[name], cfg.data_root)
     if (data := cfg.train_dataloader.dataset).type == "NumberedDataset":
@@ -199,12 +213,6 @@ def ready_loader(loader: Any, root: str | None) -> Any:
     if root is not None:
         _datasets(loader.dataset)[-1].data_root = root
     return loader
-
-
-def _share(batch_size: int, processes: int) -> int:
-    if batch_size < 1 or batch_size % processes:
-        raise InputError(f"batch_size {batch_size} cannot be shared by {processes} process(es)")
-    return batch_size // processes
 
 
 def _datasets(dataset: Any) -> list[Any]:
@@ -238,32 +246,26 @@ def check_networks(cfg: Config, processes: int) -> None:
             f"batch_size {cfg.batch_size} over {processes} process(es) gives BatchNorm one image at a time, and the "
             f"heads pool it to one value: choose batch_size {2 * processes} or more"
         )
+    crop = tuple(cfg.crop_size)
     for role, network in networks.items():
-        _check_crop(role, network, tuple(cfg.crop_size))
+        head, stride = network.decode_head, map_stride(network)
+        cells = max(head.get("pool_scales", (2,)))
+        height, width = (-(-side // stride) for side in crop)
+        if min(height, width) < cells:
+            raise InputError(
+                f"crop_size {crop} gives the {role}'s {head.type} a map of {height} x {width} cells, it needs {cells} "
+                f"x {cells}: choose at least {(cells - 1) * stride + 1} pixels a side"
+            )
 
 
-def _check_crop(role: str, network: Mapping[str, Any], crop: tuple[int, ...]) -> None:
-    stride = 4
-    for step in network["backbone"].get("strides", ()):
-        stride *= step
-    head = network["decode_head"]
-    cells = max(head.get("pool_scales", (2,)))
-    height, width = (-(-side // stride) for side in crop)
-    if min(height, width) < cells:
-        raise InputError(
-            f"crop_size {crop} gives the {role}'s {head['type']} a map of {height} x {width} cells, it needs {cells} x "
-            f"{cells}: choose at least {(cells - 1) * stride + 1} pixels a side"
-        )
-
-
-def check_data(cfg: Config) -> None:
-    """Raises: InputError where images or labels are not where the config says, or classes do not fit the networks."""
-    for loader in (cfg.train_dataloader, cfg.val_dataloader):
-        check_images(loader, cfg.model.student.decode_head.num_classes)
+def map_stride(network: Mapping[str, Any]) -> int:
+    """Pixels a side of a crop for each cell of the map that a network makes of it."""
+    return 4 * math.prod(network["backbone"].get("strides", ()))
 
 
 def check_images(loader: Any, classes: int) -> None:
-    """As ``check_data``, of one loader and networks of so many classes."""
+    """Raises: InputError where images or labels are not where a loader's config says, or the networks that tell so many
+    ``classes`` apart do not fit them."""
     config = _datasets(loader.dataset)[-1]
     root = Path(config.get("data_root") or ".")
     images, labels = (root / config.data_prefix[key] for key in ("img_path", "seg_map_path"))

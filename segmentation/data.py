@@ -59,7 +59,7 @@ class NumberedDataset(Dataset):
 
     With plain indices (validation) nothing is seeded.
 
-    Args: the config of the data set; the seed; the number of classes (those of the data set unless given).
+    Args: the data set or its config; the seed.
     """
 
     def __init__(self, dataset: Mapping[str, Any] | BaseDataset, seed: int = 0) -> None:
@@ -69,9 +69,6 @@ class NumberedDataset(Dataset):
     @property
     def metainfo(self) -> dict[str, Any]:
         return self.dataset.metainfo
-
-    def full_init(self) -> None:
-        self.dataset.full_init()
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -19,18 +19,18 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from core.adm import spatial_similarity
-from core.distillation import full_precision
-from core.errors import InputError, first_line, require_positive, unknown
+from core.distillation import full_precision, kd_loss
+from core.errors import InputError, require_positive, unknown
 from core.training.seed import random_state, restore_random_state, seed_everything
+from core.weights import read_state_dict
 from segmentation.losses import (
-    ADMOptions,
     DenseADM,
     Output,
     Pixels,
     Terms,
+    adm_config,
     cross_entropy,
     imitated,
-    imitation_loss,
     parse_method,
     pixels_of,
     resize,
@@ -81,7 +81,7 @@ class DistillationSegmentor(BaseSegmentor):
     Args:
         teacher, student: configs of two ``EncoderDecoder``; their data preprocessors are left out.
         method: vanilla, dml, kdcl, switokd or kd (a fixed teacher), each also as ``dml+adm``.
-        adm: options of ADM, see ``ADMOptions``; without "+adm" they do nothing.
+        adm: options of ADM, see ``core.adm.ADMConfig`` and ``adm_config``; without "+adm" they do nothing.
         tau: temperature of the imitation losses.
         weight: lambda, the weight of the imitation losses, one for both networks or as ``dict(teacher=0.3)``.
         normalise: each loss over pixels is divided by the number of all pixels (mmseg's default), or "valid": of those
@@ -118,15 +118,15 @@ class DistillationSegmentor(BaseSegmentor):
             raise unknown("model.normalise", normalise, ("all", "valid"))
         if self.method == "kd" and teacher_weights is None:
             raise InputError("the method kd needs a trained teacher: give model.teacher_weights=FILE")
-        options = ADMOptions.of(adm or {}, self.method, used=self.with_adm)
+        config = adm_config(adm or {}, self.method, used=self.with_adm)
         self.tau, self.weights, self.normalise = tau, weights, normalise
         self.teacher_weights = teacher_weights
 
         self._seed = torch.initial_seed()
-        for role, config in zip(ROLES, (teacher, student), strict=True):
+        for role, settings in zip(ROLES, (teacher, student), strict=True):
             with self._drawn_for(role), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Default ``avg_non_ignore``")  # `normalise` decides
-                network = MODELS.build({**config, "data_preprocessor": None})
+                network = MODELS.build({**settings, "data_preprocessor": None})
             check_network(network, role)
             self.add_module(role, network)
         check_pair(self.teacher, self.student)
@@ -137,7 +137,7 @@ class DistillationSegmentor(BaseSegmentor):
         self.adm: DenseADM | None = None
         if self.with_adm:
             with self._drawn_for("adapter"):
-                self.adm = DenseADM(options, self.student.decode_head.channels, self.teacher.decode_head.channels)
+                self.adm = DenseADM(config, self.student.decode_head.channels, self.teacher.decode_head.channels)
         self._gates: list[Tensor] | None = None
         self.train()
 
@@ -215,7 +215,7 @@ class DistillationSegmentor(BaseSegmentor):
 
         for role, other in imitated(self.method, outputs, pixels).items():
             if scale := self.weights.get(role, 1.0):
-                losses[role]["kd"] = scale * imitation_loss(outputs[role].full, other, pixels, self.tau)
+                losses[role]["kd"] = scale * kd_loss(outputs[role].full, other, self.tau, pixels.weight)
         if self.adm is not None:
             for role, terms in self.adm(outputs["student"], outputs["teacher"], pixels).items():
                 losses[role].update(terms)
@@ -358,39 +358,28 @@ def splits(head: BaseDecodeHead) -> bool:
 
 def check_pair(teacher: Any, student: Any) -> None:
     """Raises: InputError where the two do not tell the same classes apart."""
-    t, s = teacher.decode_head, student.decode_head
-    if t.num_classes != s.num_classes:
-        raise InputError(
-            f"the teacher has {t.num_classes} classes and the student {s.num_classes}: give both decode heads the same "
-            "num_classes"
-        )
+    s = student.decode_head
     for role, network in (("teacher", teacher), ("student", student)):
         for head in [network.decode_head, *auxiliary_heads(network)]:
             if (head.num_classes, head.ignore_index) != (s.num_classes, s.ignore_index):
                 raise InputError(
                     f"{role}: {type(head).__name__} has {head.num_classes} classes and ignores label "
-                    f"{head.ignore_index}, the student's decode head has {s.num_classes} and ignores {s.ignore_index}"
+                    f"{head.ignore_index}, the student's decode head has {s.num_classes} and ignores {s.ignore_index}: "
+                    "give all heads the same num_classes and ignore_index"
                 )
 
 
-def load_weights(network: nn.Module, file: Path, role: str) -> None:
+def load_weights(network: nn.Module, file: Path, role: str | None = None) -> None:
     """Loads an mmseg checkpoint, a state dict, a ``.safetensors``, or this role's part of a run's own checkpoint.
 
+    ``role``: None for a pair, whose both networks are loaded.
     Raises: InputError where the file is absent, cannot be read safely or does not fit.
     """
-    if not file.is_file():
-        raise InputError(f"{role}: there is no file of weights {file}")
+    whose = "" if role is None else f"{role}: "
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: dict[str, Any] = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = first_line(error)
-        raise InputError(f"{role}: cannot read the weights {file}: {reason}") from error
-    state = state.get("state_dict", state)
+        state = read_state_dict(file)
+    except InputError as error:
+        raise InputError(f"{whose}{error}") from error
     prefix = f"{role}."
     if any(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -398,5 +387,9 @@ def load_weights(network: nn.Module, file: Path, role: str) -> None:
     wrong = [key for key in own if key not in state or own[key].shape != state[key].shape]
     wrong += [key for key in state if key not in own]
     if wrong:
-        raise InputError(f"{role}: the weights {file} are of another network: {wrong[0]} and {len(wrong) - 1} more")
+        pair = role is not None or any(key.startswith("student.") for key in state)
+        hint = "" if pair else "; are they of one network alone? name it by --role"
+        raise InputError(
+            f"{whose}the weights {file} are of another network: {wrong[0]} and {len(wrong) - 1} more{hint}"
+        )
     network.load_state_dict(state)

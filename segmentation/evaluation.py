@@ -64,19 +64,13 @@ def evaluate(model: Any, loader: Any, evaluator: Sequence[Mapping[str, Any]]) ->
 
 def table(values: Mapping[str, float]) -> str:
     """mIoU, pixel accuracy and IoU of each class in percent, a column for each network."""
-    roles = [name.removesuffix("/mIoU") for name in values if name.endswith("/mIoU")]
     rows = list(dict.fromkeys(name.partition("/")[2] for name in values))
-    cells = [
-        ["%", *roles],
-        *([r.removeprefix("IoU."), *(_cell(values, f"{role}/{r}") for role in roles)] for r in rows),
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for first, *others in cells:
-        numbers = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *numbers]))
-    return "\n".join(lines)
-
-
-def _cell(values: Mapping[str, float], name: str) -> str:
-    return f"{values[name]:.2f}" if name in values else "-"
+    columns = [["%", *(row.removeprefix("IoU.") for row in rows)]]
+    for role in (name.removesuffix("/mIoU") for name in values if name.endswith("/mIoU")):
+        numbers = (values.get(f"{role}/{row}") for row in rows)
+        columns.append([role, *("-" if number is None else f"{number:.2f}" for number in numbers)])
+    widths = [max(map(len, column)) for column in columns]
+    lines = (
+        (first.ljust(widths[0]), *map(str.rjust, others, widths[1:])) for first, *others in zip(*columns, strict=True)
+    )
+    return "\n".join("  ".join(line) for line in lines)

@@ -14,8 +14,8 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from core.errors import InputError
-from segmentation.checkpoint import find_checkpoint, read_checkpoint
-from segmentation.config import PAIR, build, check_images, load_config, ready_loader
+from segmentation.checkpoint import find_checkpoint
+from segmentation.config import PAIR, build, check_images, load_config, read_config, ready_loader
 from segmentation.distiller import load_weights
 from segmentation.export import network_model
 
@@ -45,8 +45,10 @@ def restore(
             raise InputError(f"{run} is no run folder of segmentation: it has no config.py")
         cfg, file = load_config(folder / "config.py"), find_checkpoint(folder, checkpoint or "last")
     else:
-        cfg, file = _any_config(Path(config or "")), Path(checkpoint or "")
-    pair = cfg.model.type == PAIR
+        cfg, file = read_config(config or ""), Path(checkpoint or "")
+        if cfg.model.get("type") == PAIR:
+            cfg = load_config(config or "")
+    pair = cfg.model.get("type") == PAIR
     if not pair and role is None:
         role = "student"
     init_default_scope("mmseg")
@@ -58,38 +60,13 @@ def restore(
         networks = {role: model}
     else:
         model = build({**cfg.model, "teacher_weights": cfg.model.get("teacher_weights")})
-        state = read_checkpoint(file)
-        _load_pair(model, state.get("state_dict", state), file)
+        load_weights(model, file)
         networks = model.networks
     source = cfg.get("val_dataloader") or cfg.get("test_dataloader")
     if source is None:
         raise InputError(f"{config} has neither val_dataloader nor test_dataloader: what is to be evaluated?")
     loader = ready_loader(source, root or cfg.get("data_root"))
-    check_images(loader, model_classes(networks))
+    check_images(loader, next(iter(networks.values())).decode_head.num_classes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = revert_sync_batchnorm(model).to(device).eval()
     return Restored(cfg, file, model, networks, Runner.build_dataloader(loader), device)
-
-
-def model_classes(networks: dict[str, Any]) -> int:
-    """The number of classes that the networks tell apart."""
-    return next(iter(networks.values())).decode_head.num_classes
-
-
-def _any_config(file: Path) -> Config:
-    try:
-        ours = file.is_file() and Config.fromfile(str(file)).model.type == PAIR
-    except Exception as error:  # a config is Python and can raise anything
-        raise InputError(f"{file} is no config: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    if ours or not file.is_file():
-        return load_config(file)
-    return Config.fromfile(str(file))
-
-
-def _load_pair(model: Any, state: dict[str, Any], file: Path) -> None:
-    own = model.state_dict()
-    wrong = sorted(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
-    if wrong:
-        alone = "" if any(key.startswith("student.") for key in state) else ": of one network alone? name it by --role"
-        raise InputError(f"{file} does not fit the config, as {wrong[0]}{alone}")
-    model.load_state_dict(state)

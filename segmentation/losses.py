@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -13,10 +13,18 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
 from core.adapter import Adapter, smaller_size
-from core.adm import consensus_kd_loss, consensus_loss, divergence_loss, phi_loss, spatial_similarity
+from core.adm import (
+    ADMConfig,
+    consensus_kd_loss,
+    consensus_loss,
+    control,
+    divergence_loss,
+    phi_loss,
+    spatial_similarity,
+)
 from core.baselines import distances, epsilon, learning, min_logit_target
-from core.distillation import feature_loss, full_precision, kd_loss
-from core.errors import InputError, parse_label, require_not_negative, require_positive, unknown
+from core.distillation import feature_loss, full_precision
+from core.errors import InputError, parse_label, unknown
 
 Terms = dict[str, Tensor]
 
@@ -29,64 +37,32 @@ def parse_method(label: str) -> tuple[str, bool]:
     return parse_label(label, METHODS)
 
 
-@dataclass(frozen=True)
-class ADMOptions:
-    """Weights and forms of ADM on the two decode heads' maps.
+def adm_config(options: Mapping[str, Any], method: str, *, used: bool) -> ADMConfig:
+    """The options of ADM on the two decode heads' maps, from a config's dict.
 
-    Args:
-        alpha: weight of the consensus loss (trains the student).
-        beta: weight of the divergence loss (trains the teacher); 0 with a fixed teacher.
-        gamma: weight of the feature loss (Eq. 5, trains the student).
-        consensus: ce (Eq. 7) or kd (Eq. 11).
-        divergence: ce (Eq. 8); the kd form (Eq. 12) would keep a prediction for every pixel and is refused.
-        tau: temperature of the kd form of consensus.
-        feature_filter: Table 18's noise filters of the feature loss: none, norm, relu or drop.
-        phi_loss: own trains the adapter by its own relative residual; feature by the feature loss (the paper's letter).
+    What it leaves out is ImageNet's (alpha 0.2, beta 0.6, gamma 0.01) or, with a fixed teacher (method "kd"), the
+    paper's offline 0.1 / 0 / 0; the paper gives none for segmentation.
+
+    Raises: InputError for an unknown option or value and for the kd form of divergence; where ADM is ``used``, for a
+        beta that would train a fixed teacher.
     """
-
-    alpha: float = 0.2
-    beta: float = 0.6
-    gamma: float = 0.01
-    consensus: Literal["ce", "kd"] = "ce"
-    divergence: Literal["ce"] = "ce"
-    tau: float = 1.0
-    feature_filter: Literal["none", "norm", "relu", "drop"] = "none"
-    phi_loss: Literal["own", "feature"] = "own"
-
-    def __post_init__(self) -> None:
-        require_not_negative("adm", alpha=self.alpha, beta=self.beta, gamma=self.gamma)
-        require_positive("adm", tau=self.tau)
-        if self.divergence == "kd":
-            raise InputError(
-                "adm.divergence 'kd' imitates what the teacher said in the epoch before, and there would be one "
-                "prediction to keep for every pixel of every image: use 'ce'"
-            )
-        for name, known in (
-            ("consensus", ("ce", "kd")),
-            ("divergence", ("ce",)),
-            ("feature_filter", ("none", "norm", "relu", "drop")),
-            ("phi_loss", ("own", "feature")),
-        ):
-            if getattr(self, name) not in known:
-                raise unknown(f"value of adm.{name}", str(getattr(self, name)), known)
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any], method: str, *, used: bool) -> ADMOptions:
-        """The options of a config's dict; with a fixed teacher the defaults are the paper's offline ones, 0.1 / 0 / 0.
-
-        Raises: InputError for an unknown option, and, where ADM is ``used``, for a beta that trains a fixed teacher.
-        """
-        names = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in names:
-                raise unknown("option of adm", name, names)
-        offline = {"alpha": 0.1, "beta": 0.0, "gamma": 0.0} if method == "kd" else {}
-        options = cls(**{**offline, **values})
-        if used and method == "kd" and options.beta > 0:
-            raise InputError(
-                f"the teacher is fixed, and adm.beta is the weight of a loss that trains it: {options.beta}; give 0"
-            )
-        return options
+    known = [field.name for field in fields(ADMConfig)]
+    for name in options:
+        if name not in known:
+            raise unknown("option of adm", name, known)
+    fixed = method == "kd"
+    defaults = {"alpha": 0.1, "beta": 0.0, "gamma": 0.0} if fixed else {"alpha": 0.2, "beta": 0.6, "gamma": 0.01}
+    config = ADMConfig(**{**defaults, **options})
+    if config.divergence == "kd":
+        raise InputError(
+            "adm.divergence 'kd' imitates what the teacher said in the epoch before, and there would be one "
+            "prediction to keep for every pixel of every image: use 'ce'"
+        )
+    if used and fixed and config.beta > 0:
+        raise InputError(
+            f"the teacher is fixed, and adm.beta is the weight of a loss that trains it: {config.beta}; give 0"
+        )
+    return config
 
 
 @dataclass(frozen=True)
@@ -181,11 +157,6 @@ def imitated(method: str, outputs: Mapping[str, Output], pixels: Pixels) -> Term
     return {"student": teacher} if method == "kd" else {}
 
 
-def imitation_loss(own: Tensor, other: Tensor, pixels: Pixels, tau: float) -> Tensor:
-    """``tau^2 KL(other || own)`` of each pixel's distribution, a scalar."""
-    return kd_loss(own, other, tau, pixels.weight)
-
-
 @torch.no_grad()
 def teacher_learns(outputs: Mapping[str, Output], pixels: Pixels) -> Tensor:
     """SwitOKD: 1 where this batch trains the teacher, 0 where it pauses; alike on all processes, a scalar.
@@ -209,11 +180,11 @@ class DenseADM(nn.Module):
     Args: the options; the channels of both maps.
     """
 
-    def __init__(self, options: ADMOptions, student_channels: int, teacher_channels: int) -> None:
+    def __init__(self, config: ADMConfig, student_channels: int, teacher_channels: int) -> None:
         super().__init__()
-        self.options = options
+        self.config = config
         self.adapter = Adapter(student_channels, teacher_channels)
-        if options.phi_loss == "feature" and options.gamma == 0:
+        if config.phi_loss == "feature" and config.gamma == 0:
             self.adapter.requires_grad_(False)  # no loss reaches it
 
     def project(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -222,46 +193,31 @@ class DenseADM(nn.Module):
 
     def forward(self, student: Output, teacher: Output, pixels: Pixels) -> dict[str, Terms]:
         """``{role: {term: weighted scalar}}``; phi's own loss stands with the student's."""
-        options = self.options
+        config = self.config
         losses: dict[str, Terms] = {"student": {}, "teacher": {}}
         projected = self.project(student.feature, teacher.feature)
-        similarity = spatial_similarity(projected, teacher.feature)  # [B, h, w]
+        similarity = control(spatial_similarity(projected, teacher.feature), config.control)  # [B, h, w]
 
-        if options.alpha > 0 and options.consensus == "ce":
-            value = consensus_loss(
-                similarity,
-                student.reweighable(),
-                pixels.labels,
-                student.finish,
-                lambda logits, _: cross_entropy(logits, pixels, student.head),
-            )
-            losses["student"]["consensus"] = options.alpha * value
-        elif options.alpha > 0:
-            value = consensus_kd_loss(
-                similarity,
-                student.reweighable(),
-                teacher.reweighable(),
-                student.finish,
-                teacher.finish,
-                options.tau,
-                pixels.weight,
-            )
-            losses["student"]["consensus"] = options.alpha * value
-        if options.beta > 0:
-            value = divergence_loss(
-                similarity,
-                teacher.reweighable(),
-                pixels.labels,
-                teacher.finish,
-                lambda logits, _: cross_entropy(logits, pixels, teacher.head),
-            )
-            losses["teacher"]["divergence"] = options.beta * value
-        if options.gamma > 0:
-            frozen = options.phi_loss == "own"
+        def attended(loss: Callable[..., Tensor], output: Output) -> Tensor:
+            def criterion(logits: Tensor, _: Tensor) -> Tensor:
+                return cross_entropy(logits, pixels, output.head)
+
+            return loss(similarity, output.reweighable(), pixels.labels, output.finish, criterion)
+
+        if config.alpha > 0 and config.consensus == "ce":
+            losses["student"]["consensus"] = config.alpha * attended(consensus_loss, student)
+        elif config.alpha > 0:
+            maps, heads = (student.reweighable(), teacher.reweighable()), (student.finish, teacher.finish)
+            value = consensus_kd_loss(similarity, *maps, *heads, config.tau, pixels.weight)
+            losses["student"]["consensus"] = config.alpha * value
+        if config.beta > 0:
+            losses["teacher"]["divergence"] = config.beta * attended(divergence_loss, teacher)
+        if config.gamma > 0:
             value = feature_loss(
-                student.feature, teacher.feature, self.adapter, options.feature_filter, frozen_last=frozen
-            )
-            losses["student"]["feature"] = options.gamma * value
-        if options.phi_loss == "own" and self.adapter.conv is not None:
+                student.feature, teacher.feature, self.adapter, config.feature_filter,
+                frozen_last=config.phi_loss == "own",
+            )  # fmt: skip
+            losses["student"]["feature"] = config.gamma * value
+        if config.phi_loss == "own" and self.adapter.conv is not None:
             losses["student"]["phi"] = phi_loss(projected, teacher.feature, student.feature)
         return losses

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, get_dist_info, init_dist
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import CheckpointLoader, Runner, set_random_seed
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from torch import Tensor
 
-from core.errors import InputError
+from core.errors import InputError, TrainingError
 from core.files import write_atomically
-from core.training.command import DONE, INTERRUPTED, Stop
+from core.training.command import DONE, Stop
+from core.training.distiller import Batch, Distiller, Losses, Progress
 from core.training.run import RunFolder
+from core.training.step import memory_estimate
+from core.training.task import dry_run, estimate, exit_code, gigabytes, open_run
 from segmentation.checkpoint import LAST, latest_checkpoint, read_checkpoint
-from segmentation.config import build, check_data, check_pretrained, complete, load_config
+from segmentation.config import build, check_images, check_pretrained, complete, load_config, map_stride
 from segmentation.distiller import ROLES
 from segmentation.export import as_text
 from segmentation.hooks import RunHook
 
 # In what a resumed run may differ: where it runs, and how much it says and keeps.
 MAY_CHANGE = (
-    "data_root", "run.keep", "run.log_every", "run.save_every", "train_dataloader.num_workers", "val_dataloader",
+    "data_root", "run.keep", "run.log_every", "run.save_every", "run.trackers",
+    "train_dataloader.num_workers", "val_dataloader",
     "env_cfg", "visualizer", "log_level", "custom_imports",
 )  # fmt: skip
 READ_BY_RUNNER = ("model_wrapper_cfg", "find_unused_parameters", "sync_bn", "activation_checkpointing", "compile")
 RESUMED = "resumed-run://"
+SMALL = 128  # pixels a side of the images that a dry run takes at the most
 
 
 def train(
@@ -41,12 +50,12 @@ def train(
     amp: str | None = None,
     out: str | None = None,
     launcher: str | None = None,
-    dry_run: bool = False,
+    dry: Literal["time"] | bool = False,
 ) -> int:
-    """Trains, resumes or, with ``dry_run``, only looks; returns the exit code.
+    """Trains, resumes or, with ``dry``, only looks; returns the exit code.
 
     Args: the config; its changed options; bf16, fp16 or None; the run folder; mmengine's launcher, "none" for one
-        process (torchrun is recognised unless given).
+        process (torchrun is recognised unless given); False to train, True to look, "time" to look and to time.
     Raises: InputError, TrainingError.
     """
     cfg = load_config(config, options)
@@ -57,18 +66,21 @@ def train(
     folder = Path(out or f"runs/{Path(config).stem}/{cfg.model.method}-{cfg.seed}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _processes(launcher, device, cfg) as (rank, processes):
-        run = RunFolder(folder, resolved(cfg), main=rank == 0, may_change=MAY_CHANGE)
-        if run.finished and not dry_run:
-            run.log(f"{run.path} is finished; its results are in {run.path / 'summary.json'}")
+        run = None if dry else open_run(folder, resolved(cfg), MAY_CHANGE, main=rank == 0)
+        if not dry and run is None:
             return DONE
         ready = complete(cfg, processes, device)
         set_random_seed(cfg.seed)
         model = build(ready.model)
-        check_data(ready)
-        if dry_run:
-            return look(cfg, ready, model.to(device))
+        for loader in (ready.train_dataloader, ready.val_dataloader):
+            check_images(loader, ready.model.student.decode_head.num_classes)
         with _one_line():
-            return _run(run, cfg, ready, model)
+            if run is not None:
+                return _run(run, cfg, ready, model)
+            model = model.to(device)
+            wrapper = build_optim_wrapper(model, ready.optim_wrapper)
+            timed = (lambda: seconds(model, wrapper, ready)) if dry == "time" else None
+            return dry_run(resolved(cfg), describe(model, wrapper, ready), timed)
 
 
 def _run(run: RunFolder, cfg: Config, ready: Config, model: Any) -> int:
@@ -81,14 +93,15 @@ def _run(run: RunFolder, cfg: Config, ready: Config, model: Any) -> int:
     if found is None:
         check_pretrained(ready, model.networks)
     else:
+        if other := set(model.state_dict()) ^ set(found["state_dict"]):
+            raise TrainingError(f"the checkpoint has other weights than this model, as {min(other)}")
         CheckpointLoader.register_scheme(RESUMED, lambda name, map_location: found, force=True)
         model.teacher_weights = None  # what it started from is not needed any more
         for role in ROLES:
             model.networks[role].backbone.init_cfg = None
-    text = as_text(cfg)
     run.open()
     if run.main:
-        write_atomically(run.path / "config.py", lambda path: path.write_text(text))
+        write_atomically(run.path / "config.py", lambda path: path.write_text(as_text(cfg)))
     launcher = "none" if processes == 1 else "pytorch"
     parts = ("train_dataloader", "val_dataloader", "train_cfg", "val_cfg", "optim_wrapper", "param_scheduler")
     others = ("default_hooks", "custom_hooks", "env_cfg", "log_level", "visualizer", "default_scope", "randomness")
@@ -104,13 +117,13 @@ def _run(run: RunFolder, cfg: Config, ready: Config, model: Any) -> int:
         **{key: ready.get(key) for key in (*parts, *others)},
     )
     stop = Stop()
-    networks = {role: describe(cfg, role, network) for role, network in model.networks.items()}
+    networks = {role: about(cfg, role, network) for role, network in model.networks.items()}
     summary = {"method": cfg.model.method, "seed": cfg.seed, "networks": networks}
-    hook = RunHook(run, cfg, text, stop, resuming=found is not None, summary=summary, **cfg.run)
+    hook = RunHook(run, cfg, stop, loaded=None if found is None else found["run"], summary=summary)
     runner.register_hook(hook)
     with stop.listening():
         runner.train()
-    return DONE if hook.result["status"] == "finished" else INTERRUPTED
+    return exit_code(hook.result)
 
 
 @contextlib.contextmanager
@@ -142,38 +155,73 @@ def _one_line() -> Iterator[None]:
 
 
 def resolved(cfg: Config) -> dict[str, Any]:
-    """A config as ``config.yaml`` holds it."""
+    """A config as ``config.yaml`` holds it: without what ADM's options say in the runs of before they were there."""
     values = cfg.to_dict()
+    adm = values["model"]["adm"]
+    del adm["delta"]  # of the kd form of divergence, which is refused here
+    if adm["control"] == "none":
+        del adm["control"]
     return {"task": "segmentation", "method": values["model"].pop("method"), **values}
 
 
-def describe(cfg: Config, role: str, network: Any) -> dict[str, Any]:
+def about(cfg: Config, role: str, network: Any) -> dict[str, Any]:
     """A network's name and size, for summaries."""
     backbone, head = cfg.model[role].backbone, cfg.model[role].decode_head
     name = f"{backbone.type}-{backbone.get('depth', '')} {head.type}"
     return {"name": name, "parameters": sum(p.numel() for p in network.parameters())}
 
 
-def look(cfg: Config, ready: Config, model: Any) -> int:
-    """Prints the config, the networks and a time estimate from a few real iterations."""
-    print(as_text(cfg))
+def describe(model: Any, wrapper: Any, ready: Config) -> Iterator[str]:
+    """A dry run's lines: of each network its size and map, what ADM adds, and the memory that an iteration needs."""
     for role, network in model.networks.items():
-        told = describe(cfg, role, network)
+        told = about(ready, role, network)
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        print(f"{role}: {told['name']}, {told['parameters']:,} parameters ({trained:,} trained)")
+        yield f"{role}: {told['name']}, {told['parameters']:,} parameters ({trained:,} trained)"
+        height, width = (-(-side // map_stride(ready.model[role])) for side in ready.crop_size)
+        yield f"  decode head's map C x H x W: {network.decode_head.channels}x{height}x{width}"
     if model.adm is not None:
-        print(f"adapter (phi): {sum(p.numel() for p in model.adm.parameters()):,} parameters")
-    with _one_line():
-        batches = iter(Runner.build_dataloader(ready.train_dataloader, seed=cfg.seed))
-        wrapper = build_optim_wrapper(model, ready.optim_wrapper)
-        model.train()
-        seconds = []
-        for _ in range(4):
-            started = time.perf_counter()
-            log = model.train_step(next(batches), optim_wrapper=wrapper)
-            log["loss"].item()
-            seconds.append(time.perf_counter() - started)
-    step, iterations = min(seconds[1:]), cfg.train_cfg.max_iters
-    print(f"{step:.3f} s an iteration of {ready.train_dataloader.batch_size} images, {iterations} in all")
-    print(f"estimate: {iterations * step / 3600:.2f} hours, evaluation not counted")
-    return DONE
+        yield f"adapter (phi): {sum(p.numel() for p in model.adm.parameters()):,} parameters"
+    yield gigabytes(memory(model, wrapper, ready))
+
+
+class _Forward(Distiller):
+    """The pair as core's estimate calls it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
+        return {"pair": self.model.loss(**batch)}, {}
+
+
+def memory(model: Any, wrapper: Any, ready: Config) -> int:
+    """Bytes that training needs, from one forward of two small images: what is kept grows with their area."""
+    crop = tuple(min(side, SMALL) for side in ready.crop_size)
+    device = next(model.parameters()).device
+    channels = 6 if ready.model.data_preprocessor.type == "ViewsDataPreProcessor" else 3
+    labels = PixelData(data=torch.zeros(1, *crop, dtype=torch.long, device=device))
+    batch = {
+        "inputs": torch.zeros(2, channels, *crop, device=device),
+        "data_samples": [SegDataSample(gt_sem_seg=labels)] * 2,
+    }
+    images = ready.train_dataloader.batch_size * math.prod(ready.crop_size) / math.prod(crop)
+    defaults = wrapper.optimizer.defaults
+    moments = 2 if "betas" in defaults else int(defaults.get("momentum", 0) > 0)
+    with wrapper.optim_context(model):
+        return memory_estimate(_Forward(model), batch, round(images), moments=moments)
+
+
+def seconds(model: Any, wrapper: Any, ready: Config) -> Iterator[str]:
+    """Lines on the time of the shortest of three real iterations, after one that warms up."""
+    batches = iter(Runner.build_dataloader(ready.train_dataloader, seed=ready.seed))
+    model.train()
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        log = model.train_step(next(batches), optim_wrapper=wrapper)
+        log["loss"].item()
+        times.append(time.perf_counter() - started)
+    iterations = ready.train_cfg.max_iters
+    yield f"{iterations:,} iterations of {ready.train_dataloader.batch_size} images a process"
+    yield from estimate(iterations, min(times[1:]), next(model.parameters()).device)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from runs import undrawn
+
+# Data workers that a stopped run left are waited for where garbage is collected, be it in another test: not 5 s each.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
 
 Shell = Callable[[Callable[[list[str]], int], list[str]], tuple[int, str, str]]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collections of garbage, of which mmengine starts many, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -28,16 +39,15 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs of training commands in this process: no curves but where a test's name says "is_whole", no state left."""
     from core.training.run import RunFolder
 
-    if "is_whole" not in request.node.name:
-        monkeypatch.setattr(RunFolder, "draw", lambda self: None)
-    yield
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+    draw = RunFolder.draw
+    with undrawn() as patch:
+        if "is_whole" in request.node.name:
+            patch.setattr(RunFolder, "draw", draw)
+        yield
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.errors import InputError
-from core.files import files_hash
-from core.training.command import parse, train_parser
 from core.training.fit import FitConfig
+from diffusion.config import MAY_CHANGE as SHARED
+from diffusion.config import DryRun, hash_weights, parse_config, refuse_idle
 from diffusion.dit.convert import find_transformer
 from diffusion.dit.data import LabelledConfig
 from diffusion.dit.distiller import ADMConfig, DistillConfig
@@ -20,11 +20,7 @@ Method = Literal["vanilla", "mse", "mse+adm"]
 ONLINE = "online"
 WEIGHTS = ("*.safetensors", "*.bin")
 
-# What a resumed run may change: where and on what it runs, not what it computes.
-MAY_CHANGE = (
-    "data.root", "data.download", "teacher", "gradient_checkpointing", "fit.device", "fit.keep", "fit.trackers",
-    "progress_bar",
-)  # fmt: skip
+MAY_CHANGE = (*SHARED, "gradient_checkpointing")  # in a resumed run
 
 
 @dataclass(frozen=True)
@@ -118,16 +114,11 @@ class DiTTrainingConfig:
         ):
             if not counts:
                 del values[name]
-        values["teacher_sha256"] = self._teacher_hash()
+        values["teacher_sha256"] = None
+        if self.teacher is not None and not self.online:
+            files = weight_files(teacher_path(self.teacher))
+            values["teacher_sha256"] = hash_weights(files, self.teacher_sha256, self.teacher)
         return values
-
-    def _teacher_hash(self) -> str | None:
-        if self.teacher is None or self.online:
-            return None
-        found = files_hash(weight_files(teacher_path(self.teacher)))
-        if self.teacher_sha256 not in (None, found):
-            raise InputError(f"the weights in {self.teacher} are not those that the run began with")
-        return found
 
 
 def teacher_path(given: str) -> Path:
@@ -143,17 +134,16 @@ def weight_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for kind in WEIGHTS for file in path.glob(kind))
 
 
-def parse_command(argv: Sequence[str], prog: str | None = None) -> tuple[DiTTrainingConfig, bool]:
-    """(the config, whether it is a dry run). Raises: InputError for anything wrong with the command line."""
-    cfg = parse(train_parser(DiTTrainingConfig, prog), argv).as_dict()
-    dry_run = cfg.pop("dry_run")
-    cfg.pop("config", None)
-    config = DiTTrainingConfig(**cfg)
-    for flag in (word.partition("=")[0] for word in argv):
-        if flag.startswith("--adm.") and config.method != "mse+adm":
-            raise InputError(f"{flag} counts only with --method mse+adm")
-        if flag.startswith("--distill.") and config.method == "vanilla":
-            raise InputError(f"{flag} counts only with a teacher: --method mse or mse+adm")
-        if (flag.startswith("--teacher_network") or flag == "--adm.beta") and not config.online:
-            raise InputError(f"{flag} counts only with --teacher online")
+def parse_command(argv: Sequence[str], prog: str | None = None) -> tuple[DiTTrainingConfig, DryRun]:
+    """(the config, the dry run that is wanted). Raises: InputError for anything wrong with the command line."""
+    config, dry_run = parse_config(DiTTrainingConfig, argv, prog)
+    refuse_idle(
+        argv,
+        [
+            ("--adm.", config.method != "mse+adm", "--method mse+adm"),
+            ("--distill.", config.method == "vanilla", "a teacher: --method mse or mse+adm"),
+            ("--teacher_network", not config.online, "--teacher online"),
+            ("--adm.beta", not config.online, "--teacher online"),
+        ],
+    )
     return config, dry_run

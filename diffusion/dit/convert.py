@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,9 @@ from torch import Tensor, nn
 from core.errors import InputError, first_line
 from core.files import write_atomically
 from core.training.checkpoint import numbered
+from core.weights import read_metadata, read_state_dict
 from diffusion.dit.model import PATCHES, SIZES, DiT, DiTConfig, sincos_table
+from diffusion.files import read_json
 
 # ours -> diffusers': whole network, each block, and what diffusers keeps once in every block, DiT once in all
 OUTER = {
@@ -60,7 +60,10 @@ def load_dit(path: str | Path) -> DiT:
         return _build(str(folder), *_read_folder(folder))
     if not path.is_file():
         raise InputError(f"no DiT at {path}: name a .pt or .safetensors file, a diffusers folder or a run folder")
-    return _build(str(path), *(_read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)))
+    heads = read_metadata(path).get("heads") if path.suffix == ".safetensors" else None
+    with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's own checkpoints keep their command line
+        state = read_state_dict(path, inside=("ema", "model"))
+    return _build(str(path), state, None if heads is None else int(heads))
 
 
 def find_transformer(folder: Path) -> Path:
@@ -163,7 +166,7 @@ def load_dit_pipeline(folder: str | Path, vae: Any = None) -> Any:
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     folder = Path(folder)
-    about, index = _read_json(folder / "adm.json"), _read_json(folder / "model_index.json")
+    about, index = read_json(folder / "adm.json"), read_json(folder / "model_index.json")
     pixels = bool(about) and about.get("latent_scale") is None
     if vae is None and not pixels and (folder / "vae" / "config.json").is_file():
         vae = folder / "vae"
@@ -220,9 +223,6 @@ class _Pixels:
 
 def _build(name: str, state: dict[str, Tensor], heads: int | None = None) -> DiT:
     """The network of a state dict with DiT's names. Raises: InputError."""
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         out = len(state["final_layer.linear.bias"]) // patch**2
@@ -262,52 +262,11 @@ def _config(name: str, width: int, depth: int, heads: int | None, patch: int) ->
     return DiTConfig(None, width, depth, heads, patch)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """Empty where there is no such file. Raises: InputError where it is damaged."""
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"cannot read {file}: {first_line(error)}") from error
-
-
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], int | None]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as opened:
-            heads = (opened.metadata() or {}).get("heads")
-            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
-            return state, None if heads is None else int(heads)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"cannot read {file} (incomplete, or not a safetensors file): {first_line(error)}") from error
-
-
-def _read_torch(file: Path) -> tuple[dict[str, Tensor]]:
-    try:
-        # DiT's own checkpoints keep their command line beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{file} is no torch file, or holds more than tensors and numbers, which could run code: save its state "
-            "dict alone, best as .safetensors"
-        ) from error
-    except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(f"cannot read {file} (incomplete, or not a torch file): {first_line(error)}") from error
-    if isinstance(content, Mapping):
-        content = next((content[name] for name in ("ema", "model") if name in content), content)
-    if not isinstance(content, Mapping) or not content or not all(map(torch.is_tensor, content.values())):
-        raise InputError(f'{file} holds no state dict: give names -> tensors, alone or as "ema" or "model"')
-    return (dict(content),)
-
-
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], int]:
     """A diffusers folder's weights by DiT's names, and the number of heads. Raises: InputError."""
     from diffusers import DiTTransformer2DModel
 
-    said = _read_json(folder / "config.json")
+    said = read_json(folder / "config.json")
     kind, activation = said.get("_class_name"), said.get("activation_fn", "gelu-approximate")
     if kind not in ("DiTTransformer2DModel", "Transformer2DModel") or activation != "gelu-approximate":
         raise InputError(

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.files import write_atomically
-from diffusion.data import EXTENSIONS, Shuffled, read_cifar10, read_digits, read_files
+from core.images import EXTENSIONS, image_files
+from diffusion.data import Shuffled, read_files, read_named
 
 INDEX = "index.json"
 
@@ -232,7 +233,7 @@ def load_labelled(config: LabelledConfig) -> LabelledData:
     Raises: InputError for missing or broken files, images that are not square, and latents or classes that are not
         what the config says.
     """
-    load: Any = {"latents": _latents, "folder": _folder, "cifar10": _cifar10, "digits": _digits}[config.name]
+    load: Any = {"latents": _latents, "folder": _folder}.get(config.name, _named)
     data: LabelledData = load(config)
     if config.classes not in (None, data.classes):
         where = config.name if config.name == "digits" else config.root
@@ -277,16 +278,10 @@ def _folder(config: LabelledConfig) -> Pixels:
     return Pixels(pixels.contiguous(), labels[rows], names)
 
 
-def _cifar10(config: LabelledConfig) -> Pixels:
-    pixels, labels, names = read_cifar10(config.root, config.download)
+def _named(config: LabelledConfig) -> Pixels:
+    pixels, labels, names = read_named(config.name, config.root, config.download)
     rows = spread(len(pixels), config.limit)
     return Pixels(pixels[rows].contiguous(), labels[rows], names)
-
-
-def _digits(config: LabelledConfig) -> Pixels:
-    pixels, labels = read_digits()
-    rows = spread(len(pixels), config.limit)
-    return Pixels(pixels[rows].contiguous(), labels[rows], tuple("0123456789"))
 
 
 def spread(count: int, limit: int | None) -> Tensor:
@@ -324,12 +319,7 @@ def class_files(root: str | Path) -> ClassFiles:
     files: list[str] = []
     counts = []
     for name in names:
-        found = sorted(
-            os.path.join(place, file)[len(folder) + 1 :]
-            for place, _, members in os.walk(os.path.join(folder, name), followlinks=True)
-            for file in members
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        )
+        found = [os.path.join(name, file) for file in image_files(os.path.join(folder, name))]
         if not found:
             raise InputError(f"no image ({', '.join(EXTENSIONS)}) in the class folder {folder}/{name}")
         files += found
@@ -355,17 +345,9 @@ class LabelledLoader(Shuffled):
     """
 
     def __init__(
-        self,
-        data: LabelledData,
-        batch_size: int,
-        *,
-        flip: bool,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
+        self, data: LabelledData, batch_size: int, *, device: torch.device | str = "cpu", **order: Any
     ) -> None:
-        super().__init__(len(data.labels), batch_size, flip=flip, seed=seed, rank=rank, world=world)
+        super().__init__(len(data.labels), batch_size, **order)
         self.device = torch.device(device)
         self.data: LabelledData = replace(data, labels=data.labels.to(self.device))
         if isinstance(self.data, Pixels):
@@ -379,7 +361,7 @@ class LabelledLoader(Shuffled):
             yield from self._latents(self.data)
 
     def _latents(self, data: Latents) -> Iterator[dict[str, Tensor]]:
-        order, mirrored = self.begin()
+        order, mirrored = self.drawn()
         labels = data.labels[order.to(self.device)]
         with ThreadPoolExecutor(1) as reader:
 

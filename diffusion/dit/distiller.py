@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.adapter import Adapter
-from core.adm import divergence_attention
+from core.adm import consensus_attention, control, divergence_attention
 from core.distillation import feature_loss as map_loss
 from core.distillation import full_precision
 from core.errors import InputError, require_not_negative
 from core.training.distiller import Batch, Distiller, Losses, Progress
 from diffusion.consensus import (
     ConsensusConfig,
-    attention,
     feature_loss,
     gate,
     head_loss,
@@ -83,7 +82,7 @@ class ADMConfig(ConsensusConfig):
             )
 
 
-class Seen(NamedTuple):
+class Prediction(NamedTuple):
     """What a network makes of a batch."""
 
     output: Tensor
@@ -176,27 +175,30 @@ class DiTDistiller(Distiller):
         losses["student"] = own
         return losses, {} if self.adm is None else self._add_adm(losses, student, teacher, noise, t)
 
-    def _see(self, role: str, z: Tensor, t: Tensor, label: Tensor) -> Seen:
+    def _see(self, role: str, z: Tensor, t: Tensor, label: Tensor) -> Prediction:
         network = self._network(role)
         if self.adm is None:
-            return Seen(full_precision(network(z, t, label)), None)
+            return Prediction(full_precision(network(z, t, label)), None)
         tokens, c = network.forward_map(z, t, label)
         normed = network.final_norm(tokens, c)
         compared = tokens if self.adm.map == "tokens" else normed
-        return Seen(full_precision(network.forward_linear(normed)), compared)
+        return Prediction(full_precision(network.forward_linear(normed)), compared)
 
     def _imitated(self, output: Tensor) -> Tensor:
         return output if self.distill.sigma else split(output)[0]
 
-    def _add_adm(self, losses: Losses, student: Seen, teacher: Seen, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def _add_adm(
+        self, losses: Losses, student: Prediction, teacher: Prediction, noise: Tensor, t: Tensor
+    ) -> dict[str, Tensor]:
         """Adds ADM's losses to each network's; returns what to log."""
         assert self.adm is not None and self.adapter is not None
         assert student.map is not None and teacher.map is not None
         opened = gate(t, self.adm.gate * self.schedule.timesteps)
         projected = self.adapter(student.map.detach())
         s = similarity(projected, teacher.map, self.adm.centre)
+        weighed = control(s, self.adm.control)
         if self.adm.alpha > 0:
-            a = attention(s, self.adm.attention)
+            a = consensus_attention(weighed)
             losses["student"]["consensus"] = self.adm.alpha * self._consensus(student, teacher, a, opened)
         if self.adm.gamma > 0:
             losses["student"]["feature"] = self.adm.gamma * map_loss(student.map, teacher.map, self.adapter)
@@ -204,12 +206,11 @@ class DiTDistiller(Distiller):
             target = full_precision(teacher.map.detach())
             losses["student"]["phi"] = F.mse_loss(full_precision(projected), target)
         if self.online and self.adm.beta > 0:
-            a = attention(s, self.adm.attention, divergence_attention)
-            divergence = output_loss(split(teacher.output)[0], noise, a, opened)
+            divergence = output_loss(split(teacher.output)[0], noise, divergence_attention(weighed), opened)
             losses["teacher"]["divergence"] = self.adm.beta * divergence
         return observations(s, opened)
 
-    def _consensus(self, student: Seen, teacher: Seen, a: Tensor, opened: Tensor) -> Tensor:
+    def _consensus(self, student: Prediction, teacher: Prediction, a: Tensor, opened: Tensor) -> Tensor:
         assert self.adm is not None and self.adapter is not None
         assert student.map is not None and teacher.map is not None
         if self.adm.form == "output":

@@ -6,7 +6,6 @@ which the sampler makes more the longer it runs.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from core.errors import InputError, TrainingError, first_line
+from core.errors import InputError, TrainingError
 from diffusion.dit.gaussian import LinearSchedule, Sampler, ddim, ddpm, guided, spaced_times
 from diffusion.dit.model import DiT
+from diffusion.files import read_json
 from diffusion.sampling import image_seed, to_uint8
 
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -171,12 +171,7 @@ def load_dit_student(folder: str | Path, device: torch.device | str = "cpu") -> 
 
     folder = Path(folder)
     model = load_dit(folder)
-    file = folder / "adm.json"
-    try:
-        said = json.loads(file.read_text()) if file.is_file() else {}
-        scale = said.get("latent_scale", LATENT_SCALE if not said and model.channels == 4 else None)
-        step = said.get("step")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"cannot read {file}: {first_line(error)}") from error
+    said = read_json(folder / "adm.json")
+    scale = said.get("latent_scale", LATENT_SCALE if not said and model.channels == 4 else None)
     model.to(device).eval().requires_grad_(False)
-    return DiTStudent(folder, model, LinearSchedule().to(device), scale, step)
+    return DiTStudent(folder, model, LinearSchedule().to(device), scale, said.get("step"))

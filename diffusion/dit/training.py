@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from core.errors import InputError
-from core.training.command import DONE, INTERRUPTED
+from core.training.command import DONE
 from core.training.fit import durations, fit, make_accelerator
-from core.training.run import RunFolder, is_main_process
+from core.training.run import RunFolder
 from core.training.schedule import ScheduleConfig, make_schedule
 from core.training.seed import seed_everything
-from diffusion.data import check_parts
+from core.training.task import dry_run, estimate, exit_code, open_run
+from diffusion.config import DryRun
 from diffusion.dit.config import MAY_CHANGE, DiTTrainingConfig, teacher_path
 from diffusion.dit.convert import check_dit, load_dit, save_dit
 from diffusion.dit.data import LabelledData, LabelledLoader, load_labelled
 from diffusion.dit.distiller import DiTDistiller
 from diffusion.dit.model import DiT
-from diffusion.timing import seconds_a_step
+from diffusion.files import read_json
+from diffusion.training import count, describe_memory, make_loader, time_step
 
 
 def train(config: DiTTrainingConfig) -> int:
@@ -31,15 +33,14 @@ def train(config: DiTTrainingConfig) -> int:
     ``<out>/export/step-<steps>/<role>``.
     Raises: InputError, TrainingError.
     """
-    run = RunFolder(config.out, config.resolved(), main=is_main_process(), may_change=MAY_CHANGE)
-    if run.finished:
-        run.log(f"{run.path} is finished; its results are in {run.path / 'summary.json'}")
+    run = open_run(config.out, config.resolved(), MAY_CHANGE)
+    if run is None:
         return DONE
     data = load_labelled(config.data)
     distiller = make_distiller(config, data)
     accelerator = make_accelerator(config.fit, run)
     allow_tf32(config, accelerator)
-    loader = make_loader(config, data, accelerator)
+    loader = make_loader(LabelledLoader, data, config, accelerator, config.seed)
     steps, _ = durations(config.fit, len(loader))
     seed_everything(config.seed, "training", accelerator.process_index)
     result = fit(
@@ -59,7 +60,7 @@ def train(config: DiTTrainingConfig) -> int:
         progress_bar=config.progress_bar,
     )
     accelerator.end_training()
-    return DONE if result["status"] == "finished" else INTERRUPTED
+    return exit_code(result)
 
 
 def make_distiller(config: DiTTrainingConfig, data: LabelledData) -> DiTDistiller:
@@ -96,23 +97,9 @@ def load_teacher(given: str, data: LabelledData, patch: int) -> DiT:
     if not teacher.learn_sigma:
         raise InputError(f"{name} predicts no variance (learn_sigma), which the student's loss compares")
     about = path.parent / "adm.json"  # beside diffusers' own folder, in what this command exports
-    if about.is_file() and (scale := json.loads(about.read_text()).get("latent_scale")) != data.latent_scale:
+    if about.is_file() and (scale := read_json(about).get("latent_scale")) != data.latent_scale:
         raise InputError(f"{name} was trained on latents of scale {scale}, the data have {data.latent_scale}")
     return teacher
-
-
-def make_loader(config: DiTTrainingConfig, data: LabelledData, accelerator: Any) -> LabelledLoader:
-    """This process's batches. Raises: InputError for an unfitting batch size."""
-    check_parts(config.batch_size, accelerator.num_processes, config.fit.accumulate)
-    return LabelledLoader(
-        data,
-        config.batch_size,
-        flip=config.data.flips,
-        seed=config.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        device=accelerator.device,
-    )
 
 
 def export(distiller: DiTDistiller, data: LabelledData, run: RunFolder) -> dict[str, float]:
@@ -132,37 +119,35 @@ def export_folder(run: Path, step: int) -> Path:
     return run / "export" / f"step-{step:08d}"
 
 
-def count(network: torch.nn.Module) -> int:
-    """Its parameters, fixed ones too."""
-    return sum(p.numel() for p in network.parameters())
-
-
 def allow_tf32(config: DiTTrainingConfig, accelerator: Any) -> None:
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
 
 
-def dry_run(config: DiTTrainingConfig) -> int:
-    """Prints the resolved config, the networks and a time estimate from a few real steps. Raises: InputError."""
-    import yaml
-
-    print(yaml.safe_dump(json.loads(json.dumps(config.resolved(), default=str)), sort_keys=False))
+def look(config: DiTTrainingConfig, wanted: DryRun) -> int:
+    """``--dry-run``: prints the resolved config, the networks and the memory; with "time" how long a step takes."""
     data = load_labelled(config.data)
     distiller = make_distiller(config, data)
     with tempfile.TemporaryDirectory() as folder:
         accelerator = make_accelerator(config.fit, folder)
     allow_tf32(config, accelerator)
-    loader = make_loader(config, data, accelerator)
+    loader = make_loader(LabelledLoader, data, config, accelerator, config.seed)
     steps, _ = durations(config.fit, len(loader))
-    for role, network in distiller.networks.items():
-        width, depth, heads, patch = network.config.resolved()  # type: ignore[operator, union-attr]
-        print(
-            f"{role}: {count(network):,} parameters{'' if role in distiller.trained() else ', fixed'}; {depth} blocks "
-            f"of width {width} with {heads} heads, patches of {patch} x {patch}"
-        )
-    if distiller.adapter is not None:
-        print(f"adapter (phi): {count(distiller.adapter):,} parameters")
-    seconds = seconds_a_step(distiller, loader, torch.optim.AdamW, accelerator)
-    print(f"{len(loader):,} steps an epoch, {steps:,} in all; {seconds:.3f} s a step on {accelerator.device}")
-    print(f"estimate: {steps * seconds / 3600:.2f} hours, evaluation not counted")
-    return DONE
+
+    def lines() -> Iterator[str]:
+        for role, network in distiller.networks.items():
+            width, depth, heads, patch = network.config.resolved()  # type: ignore[operator, union-attr]
+            yield (
+                f"{role}: {count(network):,} parameters{'' if role in distiller.trained() else ', fixed'}; {depth} "
+                f"blocks of width {width} with {heads} heads, patches of {patch} x {patch}"
+            )
+            yield f"  map C x H x W: {width}x{data.size // patch}x{data.size // patch}"
+        if distiller.adapter is not None:
+            yield f"adapter (phi): {count(distiller.adapter):,} parameters"
+        yield describe_memory(distiller, loader, config, accelerator)
+        yield f"{len(loader):,} steps an epoch, {steps:,} in all"
+
+    def timed() -> list[str]:
+        return estimate(steps, time_step(distiller, loader, torch.optim.AdamW, config, accelerator), accelerator.device)
+
+    return dry_run(config.resolved(), lines(), timed if wanted == "time" else None)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +20,10 @@ from core.training.fit import durations, fit, make_accelerator
 from core.training.run import RunFolder, is_main_process
 from core.training.schedule import Schedule, ScheduleConfig, make_schedule
 from core.training.seed import seed_everything
+from core.training.task import dry_run, exit_code, open_run
+from diffusion.config import DryRun
 from diffusion.consensus import load_classifier
-from diffusion.data import ImageLoader, check_parts, load_images
+from diffusion.data import ImageLoader, load_images
 from diffusion.progressive.config import MAY_CHANGE, ProgressiveConfig
 from diffusion.progressive.distiller import BaseDistiller, Denoiser, ProgressiveDistiller
 from diffusion.progressive.network import (
@@ -35,7 +36,7 @@ from diffusion.progressive.network import (
 )
 from diffusion.sampling import Student
 from diffusion.schedule import CosineSchedule
-from diffusion.timing import seconds_a_step
+from diffusion.training import count, describe_memory, make_loader, time_step
 
 BASE = "base"
 
@@ -54,23 +55,21 @@ def train(config: ProgressiveConfig) -> int:
     Raises: InputError, TrainingError.
     """
     resolved = config.resolved()
-    run = RunFolder(config.out, resolved, main=is_main_process(), may_change=MAY_CHANGE)
-    if run.finished:
-        run.log(f"{run.path} is finished; its results are in {run.path / 'summary.json'}")
+    run = open_run(config.out, resolved, MAY_CHANGE)
+    if run is None:
         return DONE
-    images = load_images(config.data)
-    teacher = None if config.teacher is None else given_teacher(config, images)
-    run.open()
     accelerator = make_accelerator(config.fit, run)
+    images, teacher = prepare(config, accelerator)
+    run.open()
     run.write_environment(str(accelerator.device))
     started = time.perf_counter()
     if teacher is None:
-        base = _round(config, images, BASE, partial(base_distiller, config, images))
+        base = _round(config, resolved, images, BASE, partial(base_distiller, config, images))
         if base is None:
             return INTERRUPTED
         teacher = load_teacher(base)
     for steps in config.students:
-        student = _round(config, images, steps, partial(round_distiller, config, teacher, steps))
+        student = _round(config, resolved, images, steps, partial(round_distiller, config, teacher, steps))
         if student is None:
             return INTERRUPTED
         teacher = load_teacher(student)
@@ -83,7 +82,23 @@ def train(config: ProgressiveConfig) -> int:
     }
     run.write_json("summary.json", summary)
     accelerator.end_training()
-    return DONE
+    return exit_code(summary)
+
+
+def prepare(config: ProgressiveConfig, accelerator: Any) -> tuple[Tensor, Student | None]:
+    """The images, and the teacher that ``--teacher`` names: all that a round needs is looked at before the first.
+
+    Raises: InputError for whatever would stop a round: batch size, lengths, networks or classifier that do not fit.
+    """
+    images = load_images(config.data)
+    loader = round_loader(config, images, accelerator, BASE)
+    durations(replace(config.fit, steps=1), len(loader))
+    if config.method == "pd+adm" and config.adm.classifier is not None:
+        load_classifier(config.adm.classifier)
+    if config.teacher is not None:
+        return images, given_teacher(config, images)
+    base_distiller(config, images)
+    return images, None
 
 
 def given_teacher(config: ProgressiveConfig, images: Tensor) -> Student:
@@ -142,15 +157,22 @@ def round_distiller(config: ProgressiveConfig, teacher: Student, steps: int) -> 
     )
 
 
-def _round(config: ProgressiveConfig, images: Tensor, label: int | str, make: Callable[[], Denoiser]) -> Path | None:
+def _round(
+    config: ProgressiveConfig,
+    resolved: Mapping[str, Any],
+    images: Tensor,
+    label: int | str,
+    make: Callable[[], Denoiser],
+) -> Path | None:
     """One call of ``fit`` in a folder of its own, unless it is finished: the base network's, or a student's.
 
-    ``label``: "base", or the student's steps. Returns: the folder of its network, None where it was interrupted.
+    Args: ``resolved``: the chain's config as it is written down; ``label``: "base", or the student's steps.
+    Returns: the folder of its network, None where it was interrupted.
     """
     base = label == BASE
     path = config.out / BASE if base else round_folder(config.out, int(label))
     exported = path / ("teacher" if base else "student")
-    run = RunFolder(path, config.resolved(), main=is_main_process(), may_change=MAY_CHANGE)
+    run = RunFolder(path, resolved, main=is_main_process(), may_change=MAY_CHANGE)
     settings = replace(config.fit, steps=config.base.steps if base else config.rounds.length(int(label)))
     accelerator = make_accelerator(settings, run)
     trained, written = run.finished, exported.exists()
@@ -160,7 +182,7 @@ def _round(config: ProgressiveConfig, images: Tensor, label: int | str, make: Ca
     distiller = make()
     (role,) = distiller.trained()
     if not trained:
-        loader = make_loader(config, images, accelerator, label)
+        loader = round_loader(config, images, accelerator, label)
         seed_everything(config.seed, "training", label, accelerator.process_index)
         result = fit(
             distiller,
@@ -174,7 +196,7 @@ def _round(config: ProgressiveConfig, images: Tensor, label: int | str, make: Ca
                 "method": config.method,
                 "seed": config.seed,
                 "round": label,
-                "parameters": sum(p.numel() for p in distiller.networks[role].parameters()),
+                "parameters": count(distiller.networks[role]),
             },
             progress_bar=config.progress_bar,
         )
@@ -192,18 +214,10 @@ def _round(config: ProgressiveConfig, images: Tensor, label: int | str, make: Ca
     return exported
 
 
-def make_loader(config: ProgressiveConfig, images: Tensor, accelerator: Any, label: int | str) -> ImageLoader:
+def round_loader(config: ProgressiveConfig, images: Tensor, accelerator: Any, label: int | str) -> ImageLoader:
     """This process's batches, in an order of the round's own. Raises: InputError for an unfitting batch size."""
-    check_parts(config.batch_size, accelerator.num_processes, config.fit.accumulate)
-    return ImageLoader(
-        images,
-        config.batch_size,
-        flip=config.data.flips,
-        seed=config.seed * 8192 + (0 if label == BASE else int(label)),
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        device=accelerator.device,
-    )
+    seed = config.seed * 8192 + (0 if label == BASE else int(label))
+    return make_loader(ImageLoader, images, config, accelerator, seed)
 
 
 def _schedule(config: ProgressiveConfig, base: bool, steps: int, epoch: int) -> Schedule:
@@ -212,39 +226,59 @@ def _schedule(config: ProgressiveConfig, base: bool, steps: int, epoch: int) -> 
     return make_schedule(ScheduleConfig(config.rounds.schedule), steps / epoch)
 
 
-def dry_run(config: ProgressiveConfig) -> int:
-    """Prints the resolved config, the network and a time estimate from a few real steps. Raises: InputError."""
-    import yaml
+class Planned(NamedTuple):
+    """A round of a dry run."""
 
-    print(yaml.safe_dump(json.loads(json.dumps(config.resolved(), default=str)), sort_keys=False))
-    images = load_images(config.data)
-    print(f"{len(images):,} images of {images.shape[1]} x {images.shape[2]} x {images.shape[3]}")
-    hours = 0.0
-    if config.teacher is None:
-        base = base_distiller(config, images)
-        teacher = Student(config.out, base.average, base.schedule, config.predict, config.timesteps)
-        print(f"base network: {sum(p.numel() for p in base.average.parameters()):,} parameters")
-        seconds = _seconds_a_step(config, base, images)
-        hours += config.base.steps * seconds / 3600
-        print(f"base: {config.base.steps:,} steps of {seconds:.3f} s")
-    else:
-        teacher = given_teacher(config, images)
-        print(f"teacher: {sum(p.numel() for p in teacher.model.parameters()):,} parameters")
-    known: dict[bool, float] = {}
-    for steps in config.students:
-        with_adm = config.adm_of(steps) is not None
-        if with_adm not in known:
-            known[with_adm] = _seconds_a_step(config, round_distiller(config, teacher, steps), images)
-        length = config.rounds.length(steps)
-        hours += length * known[with_adm] / 3600
-        print(f"{steps}-step student{', ADM' if with_adm else ''}: {length:,} steps of {known[with_adm]:.3f} s")
-    print(f"estimate: {hours:.2f} hours")
-    return DONE
+    label: str
+    length: int
+    """Optimiser steps."""
+    distiller: Denoiser
+    """One for all rounds whose steps cost the same."""
 
 
-def _seconds_a_step(config: ProgressiveConfig, distiller: Denoiser, images: Tensor) -> float:
+def look(config: ProgressiveConfig, wanted: DryRun) -> int:
+    """``--dry-run``: prints the resolved config, the rounds and the memory; with "time" how long their steps take."""
     with tempfile.TemporaryDirectory() as folder:
         accelerator = make_accelerator(config.fit, folder)
-    loader = make_loader(config, images, accelerator, BASE)
-    durations(replace(config.fit, steps=1), len(loader))
-    return seconds_a_step(distiller, loader, torch.optim.Adam, accelerator)
+    images, teacher = prepare(config, accelerator)
+    loader = round_loader(config, images, accelerator, BASE)
+    rounds = plan(config, images, teacher)
+
+    def lines() -> Iterator[str]:
+        size = "x".join(map(str, images.shape[1:]))
+        yield f"{len(images):,} images C x H x W: {size}"
+        network: Any = rounds[0].distiller.networks["teacher"]
+        yield f"{'teacher' if teacher else 'base network'}: {count(network):,} parameters"
+        yield f"  map C x H x W: {network.config.block_out_channels[0]}x{size.partition('x')[2]}"
+        for one in rounds:
+            yield f"{one.label}: {one.length:,} steps"
+        for distiller in dict.fromkeys(one.distiller for one in rounds):
+            label = next(one.label for one in rounds if one.distiller is distiller)
+            yield f"{label}: {describe_memory(distiller, loader, config, accelerator)}"
+
+    def timed() -> Iterator[str]:
+        hours, known = 0.0, dict[Denoiser, float]()
+        for label, length, distiller in rounds:
+            if distiller not in known:
+                known[distiller] = time_step(distiller, loader, torch.optim.Adam, config, accelerator)
+            hours += length * known[distiller] / 3600
+            yield f"{label}: {length:,} steps of {known[distiller]:.3f} s on {accelerator.device}"
+        yield f"estimate: {hours:.2f} hours"
+
+    return dry_run(config.resolved(), lines(), timed if wanted == "time" else None)
+
+
+def plan(config: ProgressiveConfig, images: Tensor, teacher: Student | None) -> list[Planned]:
+    """The rounds of a chain from fresh networks."""
+    rounds = []
+    if teacher is None:
+        base = base_distiller(config, images)
+        rounds.append(Planned(BASE, config.base.steps, base))
+        teacher = Student(config.out, base.average, base.schedule, config.predict, config.timesteps)
+    known: dict[bool, Denoiser] = {}  # by whether ADM acts
+    for steps in config.students:
+        acts = config.adm_of(steps) is not None
+        known[acts] = known.get(acts) or round_distiller(config, teacher, steps)
+        label = f"{steps}-step student{', ADM' if acts else ''}"
+        rounds.append(Planned(label, config.rounds.length(steps), known[acts]))
+    return rounds

@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.errors import InputError, require_not_negative, require_positive
-from core.files import files_hash
-from core.training.command import parse, train_parser
 from core.training.fit import FitConfig
+from diffusion.config import MAY_CHANGE as SHARED
+from diffusion.config import DryRun, hash_weights, parse_config, refuse_idle
 from diffusion.data import DataConfig
 from diffusion.progressive.distiller import ADMConfig
 from diffusion.progressive.network import UNetConfig
 from diffusion.schedule import Prediction, Weighting
 
-# What a resumed run may change: where and on what it runs, not what it computes.
-MAY_CHANGE = (
-    "data.root", "data.download", "teacher", "init", "fit.device", "fit.keep", "fit.trackers", "progress_bar",
-)  # fmt: skip
+MAY_CHANGE = (*SHARED, "init")  # in a resumed run
 
 
 @dataclass(frozen=True)
@@ -154,16 +151,11 @@ class ProgressiveConfig:
         del values["out"]
         if self.method == "pd":
             del values["adm"]
-        values["teacher_sha256"] = self._teacher_hash()
+        values["teacher_sha256"] = None
+        if self.teacher is not None:
+            files = sorted(Path(self.teacher).glob("diffusion_pytorch_model*"))
+            values["teacher_sha256"] = hash_weights(files, self.teacher_sha256, self.teacher)
         return values
-
-    def _teacher_hash(self) -> str | None:
-        if self.teacher is None:
-            return None
-        found = files_hash(sorted(Path(self.teacher).glob("diffusion_pytorch_model*")))
-        if self.teacher_sha256 not in (None, found):
-            raise InputError(f"the weights in {self.teacher} are not those that the run began with")
-        return found
 
 
 def check_chain(chain: Sequence[int], timesteps: int) -> None:
@@ -180,14 +172,8 @@ def check_chain(chain: Sequence[int], timesteps: int) -> None:
         raise InputError(f"chain {list(chain)}: {chain[0]} steps do not divide the schedule's {timesteps} times")
 
 
-def parse_command(argv: Sequence[str], prog: str | None = None) -> tuple[ProgressiveConfig, bool]:
-    """(the config, whether it is a dry run). Raises: InputError for anything wrong with the command line."""
-    cfg = parse(train_parser(ProgressiveConfig, prog), argv).as_dict()
-    dry_run = cfg.pop("dry_run")
-    cfg.pop("config", None)
-    config = ProgressiveConfig(**cfg)
-    if config.method == "pd":
-        for flag in argv:
-            if flag.startswith("--adm."):
-                raise InputError(f"{flag.partition('=')[0]} counts only with --method pd+adm")
+def parse_command(argv: Sequence[str], prog: str | None = None) -> tuple[ProgressiveConfig, DryRun]:
+    """(the config, the dry run that is wanted). Raises: InputError for anything wrong with the command line."""
+    config, dry_run = parse_config(ProgressiveConfig, argv, prog)
+    refuse_idle(argv, [("--adm.", config.method == "pd", "--method pd+adm")])
     return config, dry_run

@@ -9,12 +9,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from core.adm import consensus_attention, control
 from core.errors import InputError
 from core.network import Split
 from core.training.distiller import Batch, Distiller, Losses, Progress
 from diffusion.consensus import (
     ConsensusConfig,
-    attention,
     classifier_loss,
     feature_loss,
     gate,
@@ -23,7 +23,7 @@ from diffusion.consensus import (
     output_loss,
     similarity,
 )
-from diffusion.progressive.network import Tap
+from diffusion.progressive.network import InputHook
 from diffusion.schedule import CosineSchedule, Prediction, Weighting, interpolate
 
 TeacherMap = Literal["target", "second", "first"]
@@ -150,8 +150,8 @@ class ProgressiveDistiller(Denoiser):
         self.steps, self.stride = steps, schedule.timesteps // steps
         self.adm = adm
         self.classifier = classifier.requires_grad_(False) if classifier is not None else None
-        taps = adm is not None and adm.form != "classifier"
-        self._taps = {role: Tap(network) for role, network in self.networks.items()} if taps else {}
+        hooked = self.networks.items() if adm is not None and adm.form != "classifier" else ()
+        self._hooks = {role: InputHook(network) for role, network in hooked}
         self.train()
 
     def train(self, mode: bool = True) -> ProgressiveDistiller:
@@ -183,7 +183,7 @@ class ProgressiveDistiller(Denoiser):
         return y, first if self.adm.teacher_map == "first" else second
 
     def _map(self, role: str) -> Tensor | None:
-        return self._taps[role].take() if self._taps else None
+        return self._hooks[role].take() if self._hooks else None
 
     def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
         t = batch["t"]
@@ -197,11 +197,11 @@ class ProgressiveDistiller(Denoiser):
         opened = self._gate(t)
         map_student = self._map("student")
         if self.classifier is not None:
-            loss, s = classifier_loss(o, y, self.classifier, opened, self.adm.attention)
+            loss, s = classifier_loss(o, y, self.classifier, opened, self.adm.control)
         else:
             assert map_student is not None and map_teacher is not None
             s = similarity(map_student, map_teacher, self.adm.centre)
-            a = attention(s, self.adm.attention)
+            a = consensus_attention(control(s, self.adm.control))
             loss = self._consensus(o, y, map_student, map_teacher, a, opened * w, t)
         losses["consensus"] = self.adm.alpha * loss
         return {"student": losses}, observations(s, opened)

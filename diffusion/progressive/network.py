@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from core.errors import InputError, first_line
+from core.errors import InputError
 from core.files import write_atomically
-from diffusion.sampling import Student, load_student
+from diffusion.files import read_json
+from diffusion.sampling import Student, load_student, read_unet
 from diffusion.schedule import CosineSchedule, Prediction, cosine_betas
 
 DIFFUSERS_NAMES: dict[Prediction, str] = {"x": "sample", "v": "v_prediction"}
@@ -91,12 +92,7 @@ def build_unet(config: UNetConfig, channels: int, size: int) -> Any:
 
 def load_start(folder: str, config: UNetConfig, channels: int, size: int) -> Any:
     """A base network that starts from a diffusers folder, whatever that predicts. Raises: InputError."""
-    from diffusers import UNet2DModel
-
-    try:
-        network = UNet2DModel.from_pretrained(folder, dropout=config.dropout)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"--init {folder}: no diffusers U-Net there: {first_line(error)}") from error
+    network = read_unet(folder, f"--init {folder}", dropout=config.dropout)
     check_network(network, f"--init {folder}", channels, size, config)
     return network
 
@@ -122,16 +118,14 @@ def load_teacher(folder: Path) -> Student:
             "times; a teacher predicts x ('sample') or v ('v_prediction') on our cosine schedule (1025 betas): start "
             "the base network from it by --init"
         )
-    from diffusers import UNet2DModel
-
-    model = UNet2DModel.from_pretrained(folder).eval().requires_grad_(False)
+    model = read_unet(folder, f"--teacher {folder}").eval().requires_grad_(False)
     return Student(folder, model, CosineSchedule(timesteps), known[prediction], timesteps)
 
 
 def _scheduler_config(folder: Path) -> dict[str, Any]:
     for file in (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json"):
         if file.is_file():
-            return json.loads(file.read_text())
+            return read_json(file)
     raise InputError(
         f"--teacher {folder} says neither what it predicts nor on which schedule (no adm.json, no "
         "scheduler_config.json): a teacher predicts x or v on our cosine schedule; it may serve as --init"
@@ -209,7 +203,7 @@ def save_student(folder: Path, network: Any, prediction: Prediction, steps: int,
     write_atomically(folder, write)
 
 
-class Tap:
+class InputHook:
     """Reads the input of a U-Net's last convolution, ``[B, C, H, W]``, while the network runs as it is.
 
     A hook and no cut network: state dict, configuration and folder stay diffusers' own. Register it after copying, for

@@ -18,16 +18,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from core.errors import InputError, TrainingError
 from core.files import write_atomically
-from core.training.command import DONE, INTERRUPTED, Stop, missing_extra, parse, run_command
-from diffusion.data import open_image, scaled
+from core.images import open_image
+from core.training.command import DONE, INTERRUPTED, Stop, parse, run_command
+from diffusion.data import scaled
 from diffusion.dit.data import INDEX, ClassFiles, LatentIndex, class_files, open_shard, read_index, shard_file
+from diffusion.files import make_folder, need_packages
+from diffusion.tools.runs import add_device, check_counts, tool_parser
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,10 +39,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
     options = parse_options(argv)
-    try:  # after the command line is read: --help is quick
-        import diffusers  # noqa: F401
-    except ImportError as error:
-        raise missing_extra(error, "diffusion") from error
+    need_packages("diffusers")
     from accelerate import PartialState
 
     state = PartialState(cpu=options.device == "cpu")
@@ -51,10 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(argv: Sequence[str] | None) -> Any:
     """The command line. Raises: InputError for anything wrong with it."""
-    from jsonargparse import ArgumentParser
-
-    description = "Latents of labelled images, of both the image and its mirror image, by a VAE."
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser = tool_parser("Latents of labelled images, of both the image and its mirror image, by a VAE.")
     add = parser.add_argument
     add("images", type=str, help="folder with a sub-folder for each class, or with such a folder train/ in it")
     add("--vae", type=str, default="stabilityai/sd-vae-ft-ema", help="AutoencoderKL: a folder, or a name on the hub")
@@ -64,11 +61,9 @@ def parse_options(argv: Sequence[str] | None) -> Any:
     add("--batch_size", type=int, default=32, help="images at once, in each process; their mirror images come on top")
     add("--shard_size", type=int, default=4096, help="images in a file; being cut off costs the file begun")
     add("--workers", type=int, default=4, help="threads that decode images, in each process")
-    add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
+    add_device(parser)
     options = parse(parser, argv)
-    for name in ("image_size", "batch_size", "shard_size", "workers"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1: {getattr(options, name)}")
+    check_counts(options, "image_size", "batch_size", "shard_size", "workers")
     if options.scale is not None and not 0 < options.scale < math.inf:
         raise InputError(f"--scale must be positive: {options.scale}")
     return options
@@ -156,11 +151,7 @@ def prepare(out: Path, index: LatentIndex, labels: Tensor) -> list[int]:
 
     Raises: InputError where there can be no such folder or it has not enough room; TrainingError as for any file.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        room = shutil.disk_usage(out).free
-    except OSError as error:
-        raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+    room = shutil.disk_usage(make_folder(out)).free
     missing = []
     for shard in range(index.shards):
         if not shard_file(out, shard).is_file():

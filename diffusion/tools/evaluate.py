@@ -28,10 +28,11 @@ import torch
 
 from core.errors import InputError
 from core.files import save_json
-from core.training.command import DONE, missing_extra, parse, run_command
+from core.training.command import DONE, parse, run_command
 from core.training.run import environment
 from diffusion.data import DataConfig
 from diffusion.dit.data import LabelledConfig
+from diffusion.files import make_folder, need_packages, read_json
 from diffusion.tools.runs import (
     DiTOptions,
     add_sampling_options,
@@ -42,6 +43,7 @@ from diffusion.tools.runs import (
     find_students,
     home,
     is_dit,
+    tool_parser,
 )
 
 if TYPE_CHECKING:
@@ -60,11 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     networks = find_students(options.networks, options.steps)
     options = parse_options(given, data_of(Path(options.networks[0])) if networks else None)
 
-    try:  # after the command line is read: --help is quick
-        import diffusers  # noqa: F401
-        import torch_fidelity  # noqa: F401
-    except ImportError as error:
-        raise missing_extra(error, "diffusion") from error
+    need_packages("diffusers", "torch_fidelity")
     from accelerate import PartialState
 
     # Where the main process looks at a million real images, the others wait longer than by default.
@@ -92,10 +90,7 @@ def without_data(argv: Sequence[str]) -> Iterator[str]:
 
 def parse_options(argv: Sequence[str], data: DataConfig | LabelledConfig | None = None) -> Any:
     """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
-    from jsonargparse import ArgumentParser
-
-    description = "FID and IS of distilled diffusion models, by torch-fidelity."
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser = tool_parser("FID and IS of distilled diffusion models, by torch-fidelity.")
     add = parser.add_argument
     add_sampling_options(parser, "*")
     add("--images", type=str, default=None, help="instead of networks, a folder of .png or .jpg images")
@@ -251,11 +246,9 @@ class Results:
             self.report["rows"] = before["rows"]
 
     def _before(self) -> dict[str, Any]:
-        if self.file is None or not self.file.is_file():
-            return {}
         try:
-            return dict(json.loads(self.file.read_text()))
-        except (ValueError, TypeError) as error:
+            return {} if self.file is None else read_json(self.file)
+        except InputError as error:
             raise InputError(f"{self.file} is no JSON of results: name another --out, or delete it") from error
 
     def missing(self, plan: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -293,10 +286,7 @@ def save_images(images: Tensor, indices: Sequence[int], folder: Path) -> None:
     """uint8 ``[N, 1 or 3, H, W]`` as ``00000.png``, ... Raises: InputError where there can be no such folder."""
     from PIL import Image
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
+    make_folder(folder)
     for number, image in zip(indices, images, strict=True):
         pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
         Image.fromarray(pixels.numpy()).save(folder / f"{number:05d}.png")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from diffusion.data import DataConfig
 from diffusion.dit.data import LabelledConfig
 from diffusion.dit.gaussian import Sampler
 from diffusion.dit.sampling import Precision
+from diffusion.files import make_folder, read_json
 
 EXPORT = "export"
 """Where a DiT's run keeps its networks, in ``step-<iteration>/<role>``."""
@@ -59,8 +59,8 @@ def is_dit(network: Path) -> bool:
     if network.is_file() or (network / "transformer/config.json").is_file():
         return True
     try:
-        return "DiT" in json.loads((network / "config.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return "DiT" in str(read_json(network / "config.json").get("_class_name"))
+    except InputError:
         return False
 
 
@@ -68,6 +68,28 @@ def home(folder: str | Path) -> Path:
     """Where results go: a run's folder; for a network's folder, which stays as diffusers wrote it, the round's."""
     folder = Path(folder)
     return folder.parent if is_network(folder) else folder
+
+
+def figures_folder(out: str | None, folder: str | Path) -> Path:
+    """Where figures go, ``figures`` of a run or round unless given; made. Raises: InputError where it cannot be."""
+    return make_folder(Path(out) if out is not None else home(folder) / "figures")
+
+
+def tool_parser(description: str) -> Any:
+    """jsonargparse's parser as all tools have it, for ``core.training.command.parse``."""
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+
+
+def add_device(parser: Any) -> None:
+    about = "auto takes a GPU where there is one"
+    parser.add_argument("--device", type=Literal["auto", "cpu"], default="auto", help=about)
+
+
+def device_of(options: Any) -> str:
+    """What ``--device`` means here."""
+    return "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -113,7 +135,7 @@ def add_sampling_options(parser: Any, networks: Literal["*", "+"]) -> None:
     add("--sampling_steps", type=int, default=None, help="sample in so many steps; else as trained, a DiT in 250")
     add("--seed", type=int, default=0, help="with an image's number it decides the noise that the image starts from")
     add("--last_step", type=Literal["noisy", "clean"], default="noisy", help="of a chain: CFD's end (index 0), or x")
-    add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
+    add_device(parser)
     add("--guidance", type=float, nargs="+", default=None, help="of DiTs: scales of guidance; 1 is none (default: 4 1)")
     add("--sampler", type=Sampler, default=None, help="of DiTs: ddpm (default) or ddim")
     add("--cfg_channels", type=Literal[3, 4], default=None, help="of DiTs: channels under guidance, 3 (default) or 4")
@@ -127,7 +149,7 @@ def check_counts(options: Any, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1: {value}")
-    if options.seed < 0:
+    if getattr(options, "seed", 0) < 0:
         raise InputError(f"--seed must not be negative: {options.seed}")
 
 

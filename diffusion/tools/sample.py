@@ -21,15 +21,18 @@ from torch import Tensor
 
 from core.analysis.figures import save_figure
 from core.errors import InputError
-from core.training.command import DONE, missing_extra, parse, run_command
+from core.training.command import DONE, parse, run_command
+from diffusion.files import need_packages
 from diffusion.tools.runs import (
     DiTOptions,
     add_sampling_options,
     check_counts,
+    device_of,
     dit_options,
+    figures_folder,
     find_students,
-    home,
     is_dit,
+    tool_parser,
 )
 
 COLUMNS = 9
@@ -40,13 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
     options = parse_options(argv)
     folders = find_students(options.networks, options.steps)
-    try:
-        import diffusers  # noqa: F401
-    except ImportError as error:
-        raise missing_extra(error, "diffusion") from error
+    need_packages("diffusers")
     from diffusion.sampling import denoise, initial_noise, load_student, to_uint8
 
-    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    device = device_of(options)
     dit = dit_options(options, folders, device)
     if dit is not None and not all(map(is_dit, folders)):
         raise InputError("these are DiTs and students of a chain: draw them one after the other")
@@ -54,11 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError("--classes counts only for DiTs, and there is none among the networks")
     if dit is not None and options.gif:
         raise InputError("--gif counts only for the students of a chain, not for DiTs")
-    out = Path(options.out) if options.out is not None else home(options.networks[0]) / "figures"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+    out = figures_folder(options.out, options.networks[0])
     if dit is not None:
         draw_classes(options, folders, dit, device, out)
         print(f"figures are in {out}")
@@ -90,10 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(argv: Sequence[str] | None) -> Any:
     """The command line. Raises: InputError for anything wrong with it."""
-    from jsonargparse import ArgumentParser
-
-    description = "Draws what distilled diffusion models sample."
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser = tool_parser("Draws what distilled diffusion models sample.")
     add = parser.add_argument
     add_sampling_options(parser, "+")
     add("--classes", type=int, nargs="+", default=None, help="of DiTs: those of the rows; --rows of them unless given")

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from core.errors import unknown
-from core.training.command import missing_extra, run_command
+from core.training.command import run_command
+from diffusion.files import need_packages
 
-COMMANDS = ("progressive", "dit")
+COMMANDS = {"progressive": "chain", "dit": "training"}
+"""Where in its folder the training of each stands; loaded once the command line is read, so that --help is quick."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,34 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    return (_dit if name == "dit" else _progressive)(rest, f"train.py {name}")
-
-
-def _progressive(argv: Sequence[str], prog: str) -> int:
-    from diffusion.progressive.config import parse_command
-
-    config, dry = parse_command(argv, prog)
-    _need_diffusers()
-    from diffusion.progressive.chain import dry_run, train
-
-    return dry_run(config) if dry else train(config)
-
-
-def _dit(argv: Sequence[str], prog: str) -> int:
-    from diffusion.dit.config import parse_command
-
-    config, dry = parse_command(argv, prog)
-    _need_diffusers()
-    from diffusion.dit.training import dry_run, train
-
-    return dry_run(config) if dry else train(config)
-
-
-def _need_diffusers() -> None:
-    try:  # after the command line is read: --help is quick
-        import diffusers  # noqa: F401
-    except ImportError as error:
-        raise missing_extra(error, "diffusion") from error
+    config, dry_run = import_module(f"diffusion.{name}.config").parse_command(rest, f"train.py {name}")
+    need_packages("diffusers")
+    training = import_module(f"diffusion.{name}.{COMMANDS[name]}")
+    return training.look(config, dry_run) if dry_run else training.train(config)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +20,21 @@ from core.adm import consensus_attention
 from core.analysis.figures import save_figure
 from core.errors import InputError
 from core.files import save_json
-from core.training.command import DONE, missing_extra, parse, run_command
+from core.training.command import DONE, parse, run_command
 from core.training.run import environment
 from diffusion.data import DataConfig, load_images
-from diffusion.tools.runs import data_of, find_students, home, is_dit, read_config
+from diffusion.files import need_packages
+from diffusion.tools.runs import (
+    add_device,
+    check_counts,
+    data_of,
+    device_of,
+    figures_folder,
+    find_students,
+    is_dit,
+    read_config,
+    tool_parser,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,14 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = data_of(Path(options.run or student_folder))
     assert isinstance(data, DataConfig)
     options = parse_options(argv, data)
-    try:
-        import diffusers  # noqa: F401
-    except ImportError as error:
-        raise missing_extra(error, "diffusion") from error
+    need_packages("diffusers")
     from diffusion.progressive.network import check_network, load_teacher
     from diffusion.sampling import load_student
 
-    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    device = device_of(options)
     student, teacher = load_student(student_folder, device), load_teacher(teacher_folder)
     teacher.model.to(device)
     images = load_images(options.data)
@@ -59,11 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     times = [round(i * student.schedule.timesteps / options.times) for i in range(options.times + 1)]
     maps = similarities(student, teacher, chosen, times, options.seed, options.batch_size)
 
-    out = Path(options.out) if options.out is not None else home(options.run or student_folder) / "figures"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+    out = figures_folder(options.out, options.run or student_folder)
     rows = [{"t": t, **numbers(s)} for t, s in zip(times, maps, strict=True)]
     name = f"similarity-{student.steps:04d}"
     about = {"teacher": str(teacher_folder), "student": str(student_folder), "images": count, "seed": options.seed}
@@ -80,10 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) -> Any:
     """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
-    from jsonargparse import ArgumentParser
-
-    description = "Draws the similarity of teacher and student over time and space (Figure 4)."
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser = tool_parser("Draws the similarity of teacher and student over time and space (Figure 4).")
     add = parser.add_argument
     add("run", nargs="?", type=str, help="run folder of a chain; figures go into its figures/")
     add("--steps", type=int, default=None, help="of a run, the student of so many steps; else that of the fewest")
@@ -94,7 +95,7 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     add("--times", type=int, default=10, help="intervals into which 0..T is cut")
     add("--batch_size", type=int, default=64, help="images at once")
     add("--seed", type=int, default=0, help="of the noise")
-    add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
+    add_device(parser)
     add("--out", type=str, default=None, help="folder of the figures; figures/ of the run or round unless given")
     add("--data", type=DataConfig, default=data or DataConfig())
     options = parse(parser, argv)
@@ -102,11 +103,7 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
         raise InputError("give one of a run folder, and --student FOLDER --teacher FOLDER")
     if options.student is not None and options.teacher is None:
         raise InputError("--student needs --teacher FOLDER")
-    for name in ("images", "rows", "times", "batch_size"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1: {getattr(options, name)}")
-    if options.seed < 0:
-        raise InputError(f"--seed must not be negative: {options.seed}")
+    check_counts(options, "images", "rows", "times", "batch_size")
     return options
 
 
@@ -138,11 +135,11 @@ def similarities(
     Args: two ``Student``; images uint8 ``[N, C, H, W]``; an image keeps its noise over all times.
     """
     from diffusion.consensus import similarity
-    from diffusion.progressive.network import Tap
+    from diffusion.progressive.network import InputHook
     from diffusion.sampling import initial_noise
 
     device = next(student.model.parameters()).device
-    taps = [Tap(network.model) for network in (student, teacher)]
+    hooks = [InputHook(network.model) for network in (student, teacher)]
     batches = []
     for first in range(0, len(images), batch_size):
         x = images[first : first + batch_size].to(device) / 127.5 - 1.0
@@ -153,7 +150,7 @@ def similarities(
             z = student.schedule.noisy(x, noise, t)
             for network in (student, teacher):
                 network.model(z, t)
-            maps.append(similarity(taps[0].take(), taps[1].take()).cpu())
+            maps.append(similarity(hooks[0].take(), hooks[1].take()).cpu())
         batches.append(torch.stack(maps))
     return torch.cat(batches, dim=1)
 

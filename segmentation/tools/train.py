@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from core.training.command import LineParser, missing_extra, run_command
+from core.training.command import LineParser, add_dry_run, dry_run_wanted, missing_extra, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the config, mmengine's way")
     add("--launcher", choices=("none", "pytorch", "slurm", "mpi"), help="torchrun is recognised unless given")
     add("--local-rank", "--local_rank", type=int, help="what older launchers pass; not needed")
-    add("--dry-run", action="store_true", help="print the config, the networks and a time estimate only")
+    add_dry_run(add)
     options = parser.parse_args(argv)
+    dry = dry_run_wanted(options.dry_run, options.time)
 
     try:  # after the command line is read: --help is quick
         from segmentation.config import parse_options
@@ -39,14 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for key, value in (("model.method", options.method), ("seed", options.seed), ("data_root", options.data_root)):
         if value is not None:
             changes[key] = value
-    return train(
-        options.config,
-        changes,
-        amp=options.amp,
-        out=options.out,
-        launcher=options.launcher,
-        dry_run=options.dry_run,
-    )
+    return train(options.config, changes, amp=options.amp, out=options.out, launcher=options.launcher, dry=dry)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,6 @@ def draw(found: Any, count: int, file: Path) -> None:
 def _resized(picture: Any, size: Sequence[int]) -> Any:
     import torch.nn.functional as F
 
-    if tuple(picture.shape[-2:]) == tuple(size):
-        return picture
     return F.interpolate(picture[None], size=tuple(size), mode="nearest")[0]
 
 

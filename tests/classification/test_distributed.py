@@ -5,7 +5,6 @@ The tests start this very file under torchrun (`work` below) and compare what it
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -15,14 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
-from torch import Tensor, nn
+from runs import (
+    ROOT,
+    Gradients,
+    assert_same_runs,
+    digits,
+    environment,
+    gradients_of,
+    in_two_processes,
+    metrics,
+    read,
+    torchrun,
+    undrawn,
+)  # fmt: skip
+from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "classification/recipes/digits.yaml"
 # 33 images in batches of 14, 14 and 5 (a last batch of 3 and 2), and 107 test images.
-SMALL = ["--data.classes", "3", "--data.per_class", "11", "--data.image_size", "8", "--batch_size", "14"]
-FIT = ["--fit.device", "cpu", "--fit.trackers", "[]", "--progress_bar", "false"]
+SMALL = [*digits(3, 11, 14), "--progress_bar", "false"]
 FROZEN = {
     "plain": [],
     "accumulated": ["--fit.accumulate", "3"],
@@ -41,43 +51,30 @@ LIVE = ["--fit.epochs", "3", "--fit.log_every", "2"]
 
 
 def arguments(out: Path, *more: str) -> list[str]:
-    return ["--config", str(RECIPE), "--method", "dml+adm", "--out", str(out), *SMALL, *FIT, *more]
+    return runs.arguments(out, *SMALL, *more)
 
 
-def train(out: Path, *more: str) -> int:
-    from accelerate.state import PartialState
-
+def train(out: Path, *more: str) -> tuple[int, Gradients]:
     from classification.tools.train import main
-    from core.training.run import RunFolder
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda self: None)
-        patch.setattr(PartialState, "destroy_process_group", lambda self, group=None: None)  # one group for all runs
-        return main(arguments(out, *more))
+    with gradients_of(torch.optim.SGD) as (_, gradients):
+        return main(arguments(out, *more)), gradients
 
 
-def frozen(out: Path, name: str) -> list[list[Tensor | None]]:
+def frozen(out: Path, name: str) -> Gradients:
     """One epoch without what is not a sum over images: the gradients of each step.
 
     That is BatchNorm's statistics (frozen here), and phi's own loss, a quotient of two sums over the batch.
     """
     import classification.training
 
-    gradients: list[list[Tensor | None]] = []
-    real = torch.optim.SGD.step
-
-    def step(self: torch.optim.SGD, closure: Any = None) -> None:
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        gradients.append([None if p.grad is None else p.grad.clone() for p in parameters])
-        real(self, closure)
-
     phi = [] if name == "kdcl" else ["--adm.phi_loss", "feature"]  # without ADM it is refused
     more = ["--fit.epochs", "1", "--fit.log_every", "1", "--optimizer.lr", "0.01", *phi]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.BatchNorm2d, "train", lambda self, mode=True: nn.Module.train(self, False))
-        patch.setattr(torch.optim.SGD, "step", step)
         patch.setattr(classification.training, "check_batch", lambda *arguments: None)
-        assert train(out / name, *more, *FROZEN[name]) == 0
+        code, gradients = train(out / name, *more, *FROZEN[name])
+    assert code == 0
     return gradients
 
 
@@ -114,16 +111,16 @@ def work(out: Path) -> None:
 
     hooks: dict[str, int] = {}
     ClassificationDistiller.after_step = after_step  # type: ignore[method-assign]
-    assert train(out / "whole", *LIVE) == 0
+    assert train(out / "whole", *LIVE)[0] == 0
     hooks["kill"] = 4
     try:
         train(out / "cut", *LIVE)
     except Killed:
         hooks.clear()
     hooks["stop"] = 5
-    report["stopped"] = train(out / "cut", *LIVE)
+    report["stopped"] = train(out / "cut", *LIVE)[0]
     hooks.clear()
-    report["finished"] = train(out / "cut", *LIVE)
+    report["finished"] = train(out / "cut", *LIVE)[0]
     report["weights"] = distillers[0].state_dict()
     report["buffers"] = {name: buffer.clone() for name, buffer in distillers[0].named_buffers()}
     report["written"] = list(written)
@@ -131,42 +128,25 @@ def work(out: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def torchrun(*command: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """What two processes left: the folder of their runs, and each one's report."""
     folder = tmp_path_factory.mktemp("two")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        torchrun(__file__, str(folder / "runs")), capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(__file__, folder / "runs")
     return folder / "runs", [torch.load(folder / f"report{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[list[Tensor | None]]]]:
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Gradients]]:
     """The same frozen runs in this one process."""
     folder = tmp_path_factory.mktemp("one")
-    gradients = {name: frozen(folder, name) for name in FROZEN}
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return folder, gradients
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    times = ("images_per_second",)
-    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in times} for line in found]
+    with undrawn():
+        return folder, {name: frozen(folder, name) for name in FROZEN}
 
 
 @pytest.mark.parametrize("name", FROZEN)
 def test_gradients_and_losses_are_those_of_one_process(
-    one: tuple[Path, dict[str, list[list[Tensor | None]]]], two: tuple[Path, list[dict[str, Any]]], name: str
+    one: tuple[Path, dict[str, Gradients]], two: tuple[Path, list[dict[str, Any]]], name: str
 ) -> None:
     wanted = one[1][name]
     assert len(wanted) == (6 if name == "alternate" else 3)
@@ -180,12 +160,12 @@ def test_gradients_and_losses_are_those_of_one_process(
                 else:
                     assert x is not None
                     torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-6 * scale, msg=f"step {step}")
-    for line, other in zip(lines(two[0] / name), lines(one[0] / name), strict=True):
+    for line, other in zip(metrics(two[0] / name), metrics(one[0] / name), strict=True):
         assert line.keys() == other.keys() and line["step"] == other["step"]
         for key, value in other.items():
             assert line[key] == (pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value), key
     # 107 images: each counted once, so that the scores are whole numbers of them.
-    right = lines(two[0] / name)[-1]["student/top1"] / 100 * 107
+    right = metrics(two[0] / name)[-1]["student/top1"] / 100 * 107
     assert right == pytest.approx(round(right), abs=1e-6)
 
 
@@ -209,15 +189,9 @@ def test_killed_stopped_and_resumed_equals_uninterrupted(two: tuple[Path, list[d
     log = (folder / "cut/log.txt").read_text()
     # Told at step 5, they leave together at the next log point.
     assert "resuming from step 3" in log and "interrupted at step 6 of 9" in log and "resuming from step 6" in log
-    assert lines(folder / "whole") == lines(folder / "cut")
-    whole, cut = (read_checkpoint(folder / name / "checkpoints/last") for name in ("whole", "cut"))
-    for role in ("teacher", "student"):
-        assert all(torch.equal(value, cut[0][role][key]) for key, value in whole[0][role].items())
-    for a, b in zip(whole[1]["optimizer"]["state"].values(), cut[1]["optimizer"]["state"].values(), strict=True):
-        assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
-    assert len(whole[1]["processes"]) == 2
-    summaries = [json.loads((folder / name / "summary.json").read_text()) for name in ("whole", "cut")]
-    assert summaries[0]["best"] == summaries[1]["best"] and summaries[1]["status"] == "finished"
+    assert_same_runs(folder / "whole", folder / "cut")
+    assert len(read_checkpoint(folder / "whole/checkpoints/last")[1]["processes"]) == 2
+    assert read(folder / "cut/summary.json")["status"] == "finished"
 
 
 def test_scores_are_those_of_the_saved_weights(two: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -228,7 +202,7 @@ def test_scores_are_those_of_the_saved_weights(two: tuple[Path, list[dict[str, A
     run = two[0] / "whole"
     experiment = restore(command_of(run), find_checkpoint(run, "last"))
     values = evaluate(experiment.distiller, experiment.evaluation_loader(experiment.datasets.test)).values
-    logged = lines(run)[-1]
+    logged = metrics(run)[-1]
     assert logged["kind"] == "evaluation"
     for name, value in values.items():
         assert logged[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
@@ -238,14 +212,13 @@ def test_scores_are_those_of_the_saved_weights(two: tuple[Path, list[dict[str, A
 def test_torchrun_killed_then_terminated_then_resumed(tmp_path: Path) -> None:
     import psutil
 
-    command = torchrun(str(ROOT / "classification/tools/train.py"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = torchrun(ROOT / "classification/tools/train.py")
     more = ["--fit.epochs", "8", "--fit.log_every", "1"]
 
     def start(out: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [*command, *arguments(out, *more)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
         )  # fmt: skip
 
     def wait_for(file: Path, count: int) -> None:
@@ -268,25 +241,24 @@ def test_torchrun_killed_then_terminated_then_resumed(tmp_path: Path) -> None:
     process.terminate()
     _, said = process.communicate(timeout=300)
     assert process.returncode != 0 and "interrupted at step" in said and "resuming from step 3" in said
-    assert json.loads((tmp_path / "cut/summary.json").read_text())["status"] == "interrupted"
+    assert read(tmp_path / "cut/summary.json")["status"] == "interrupted"
 
     for name in ("cut", "whole"):
         process = start(tmp_path / name)
         _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
-    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_wrong_input_and_nan_end_all_processes(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for more, message in (
         (["--fit.epochs", "0"], "error: nothing to train"),
         (["--batch_size", "13"], "error: batch_size 13 cannot be shared by 2 process(es)"),
         (["--optimizer.lr", "1e30"], "error: the loss is not finite"),
     ):
-        command = [*torchrun(str(ROOT / "classification/tools/train.py")), *arguments(tmp_path / "run", *more)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+        words = [ROOT / "classification/tools/train.py", *arguments(tmp_path / "run", *more)]
+        done = in_two_processes(*words, good=False)
         assert done.returncode == 1 and message in done.stderr, done.stderr
 
 

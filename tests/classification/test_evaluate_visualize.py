@@ -6,13 +6,14 @@ import csv
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from runs import CPU, RECIPE, lines, train_whole
 
 from classification.evaluation import similarities
 from classification.experiment import command_of, find_checkpoint, restore
@@ -20,22 +21,13 @@ from classification.tools import evaluate, train, visualize
 from core.adm import consensus_attention
 from core.analysis.attention import KEYS
 from core.analysis.maps import cam
-from core.training.command import run_command
-from core.training.run import RunFolder
 from core.weights import read_metadata, read_state_dict
 
-ROOT = Path(__file__).resolve().parents[2]
-FIT = ["--fit.log_every", "4", "--fit.device", "cpu", "--fit.trackers", "[]", "--fit.keep", "5", "--batch_size", "32"]
+FIT = ["--fit.log_every", "4", *CPU, "--fit.keep", "5", "--batch_size", "32"]
 
 
 def make_run(out: Path, *more: str) -> Path:
-    from accelerate.state import AcceleratorState
-
-    recipe = ["--config", str(ROOT / "classification/recipes/digits.yaml"), "--out", str(out)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda self: None)  # curves have their own test
-        assert train.main([*recipe, *FIT, *more]) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
+    train_whole(train.main, ["--config", str(RECIPE), "--out", str(out), *FIT, *more])
     return out
 
 
@@ -71,17 +63,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def command(shell: Any, quick: None) -> Callable[..., tuple[int, str, str]]:
     """Runs a tool in this process as a shell would see it: (exit code, stdout, stderr)."""
-
-    def call(main: Callable[[list[str]], int], *argv: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            run_command(lambda: main([str(a) for a in argv]))
-        said = capfd.readouterr()
-        return int(end.value.code or 0), said.out, said.err
-
-    return call
+    return lambda main, *argv: shell(main, [str(a) for a in argv])
 
 
 @pytest.fixture
@@ -91,8 +75,7 @@ def copied(run: Path, tmp_path: Path) -> Path:
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "evaluation"]
+    return lines(run, "evaluation")
 
 
 def is_drawn(file: Path) -> bool:
@@ -364,11 +347,3 @@ def test_wrong_figures_end_in_one_line(run: Path, plain: Path, folder: Path, tmp
     ):
         code, _, err = command(visualize.main, *argv)
         assert code == 2 and words in err and err.count("\n") == 1, (argv, code, err)
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator() -> Iterator[None]:
-    yield
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import assert_same
-from running import RECIPE, metrics, stop_at
+from runs import assert_same_runs, digits, learning_arguments, read, stop_at, train_whole
 from torch import Tensor
 
 from classification.config import parse_command
 from classification.experiment import build
 from classification.methods import METHODS
 from core.network import stage_maps
-from core.training.checkpoint import read_checkpoint
 from core.training.distiller import Progress
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -51,44 +48,48 @@ def run_of(label: str, teacher: Path) -> list[str]:
     return flags
 
 
-def arguments(out: Path, flags: list[str]) -> list[str]:
-    """5 digits, 120 images of each, at 8 pixels: 6 epochs of 12 steps."""
-    data = ["--data.classes", "5", "--data.per_class", "120", "--data.image_size", "8", "--batch_size", "50"]
-    fit = ["--fit.epochs", "6", "--schedule.milestones", "[5]", "--fit.log_every", "7", "--fit.device", "cpu"]
-    optimizer = ["--optimizer.lr", "0.05", "--fit.trackers", "[]"]
-    return ["--config", str(RECIPE), "--out", str(out), *data, *fit, *optimizer, *flags]
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a trained teacher."""
     from classification.tools.train import main
 
     out = tmp_path_factory.mktemp("teacher") / "run"
-    assert main(arguments(out, ["--method", "vanilla"])) == 0
+    train_whole(main, learning_arguments(out, "--method", "vanilla"))
     return out
 
 
-@pytest.mark.parametrize("label", [*LABELS, *FORMS])
-def test_learns_and_resumes_exactly(
-    label: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, teacher: Path
-) -> None:
-    flags = run_of(label, teacher)
-    code, _, said = command(arguments(tmp_path / "whole", flags))
+QUICK = ("dml+adm", "kdcl+adm", "switokd+adm", "shake+adm", "afid+adm")  # one of a kind; the others take minutes
+
+
+@pytest.mark.parametrize(
+    "label", [pytest.param(label, marks=[] if label in QUICK else pytest.mark.slow) for label in [*LABELS, *FORMS]]
+)
+def test_learns(label: str, tmp_path: Path, command: Command, teacher: Path) -> None:
+    code, _, said = command(learning_arguments(tmp_path, *run_of(label, teacher)))
     assert code == 0, said
-    last = json.loads((tmp_path / "whole/summary.json").read_text())["last"]
+    last = read(tmp_path / "summary.json")["last"]
     tops = {name: value for name, value in last.items() if name.endswith("/top1") and not name.startswith("test/")}
     assert {f"{role}/top1" for role in ("teacher", "student")} <= tops.keys()
     least = 25 if "online" in label else 35  # 20 is chance, 3 its standard deviation
     assert all(value > least for value in tops.values()), tops
-    argv = arguments(tmp_path / "cut", flags)
-    for stop in (24, 40):  # the end of an epoch, and the middle of one
-        with monkeypatch.context() as patch:
-            stop_at(patch, stop)
-            assert command(argv)[0] == 130
-    assert command(argv)[0] == 0
-    assert_same(*(read_checkpoint(tmp_path / run / "checkpoints/last") for run in ("whole", "cut")))
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("stop", [5, pytest.param(6, marks=pytest.mark.slow)], ids=["mid_epoch", "after_epoch"])
+@pytest.mark.parametrize("label", [*LABELS, *FORMS])
+def test_resumes_exactly(
+    label: str, stop: int, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, teacher: Path
+) -> None:
+    """Three epochs of three steps, stopped in the second."""
+    short = [*digits(5, 24, 50), "--fit.epochs", "3", "--schedule.milestones", "[2]", "--fit.log_every", "4"]
+    whole, cut = (learning_arguments(tmp_path / run, *short, *run_of(label, teacher)) for run in ("whole", "cut"))
+    code, _, said = command(whole)
+    assert code == 0, said
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        assert command(cut)[0] == 130
+    code, _, said = command(cut)
+    assert code == 0 and f"resuming from step {stop}" in said
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
 class Forwards:
@@ -116,7 +117,7 @@ def step(distiller: Any, batch: dict[str, Any], progress: Progress) -> None:
 def test_a_step_runs_each_network_once(label: str, tmp_path: Path, teacher: Path) -> None:
     in_turn = label == "dml in turn"
     flags = ["--method", "dml", "--dml.update", "alternate"] if in_turn else run_of(label, teacher)
-    experiment = build(parse_command(arguments(tmp_path, flags)))
+    experiment = build(parse_command(learning_arguments(tmp_path, *flags)))
     distiller = experiment.distiller.train()
     batch: dict[str, Any] = dict(next(iter(experiment.train_loader(None))))
     if distiller.method.needs_held_out:
@@ -137,9 +138,9 @@ def test_a_step_runs_each_network_once(label: str, tmp_path: Path, teacher: Path
 
 @pytest.mark.parametrize("label", LABELS)
 def test_the_exported_student_is_the_network_alone(label: str, tmp_path: Path, teacher: Path) -> None:
-    experiment = build(parse_command(arguments(tmp_path, run_of(label, teacher))))
+    experiment = build(parse_command(learning_arguments(tmp_path, *run_of(label, teacher))))
     distiller = experiment.distiller.eval()
-    plain = build(parse_command(arguments(tmp_path, ["--method", "vanilla"]))).distiller.networks["student"]
+    plain = build(parse_command(learning_arguments(tmp_path, "--method", "vanilla"))).distiller.networks["student"]
     assert distiller.networks["student"].state_dict().keys() == plain.state_dict().keys()
     assert distiller.trained()["student"] is distiller.networks["student"]
     # What ADM compares is what the head is given.

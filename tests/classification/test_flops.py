@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import arguments
+from runs import arguments
 from test_methods import START, batch_of, distiller_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from running import RECIPE, assert_same_runs, metrics, stop_at
+from runs import ENOUGH, RECIPE, assert_same_runs, learning_arguments, metrics, stop_at
 
 from classification.config import parse_command
 from classification.experiment import build
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("quick")]
 
 LABELS = [f"{method}{adm}" for method in METHODS for adm in ("", "+adm")]
 WAITS = {"switokd": 1, "switokd+adm": 1}  # whether a network pauses is for the host to know
-DATA = ["--config", str(RECIPE), "--data.classes", "5", "--data.per_class", "120", "--data.image_size", "8"]
+DATA = ["--config", str(RECIPE), *ENOUGH]
 
 
 @pytest.fixture
@@ -66,20 +66,7 @@ def test_a_step_never_waits_for_the_device(label: str, request: pytest.FixtureRe
 
 
 def arguments(out: Path, *more: str) -> list[str]:
-    fit = ["--fit.epochs", "6", "--schedule.milestones", "[5]", "--fit.log_every", "7", "--fit.trackers", "[]"]
-    return [
-        *DATA,
-        "--batch_size",
-        "50",
-        "--optimizer.lr",
-        "0.05",
-        "--method",
-        "dml+adm",
-        "--out",
-        str(out),
-        *fit,
-        *more,
-    ]
+    return learning_arguments(out, "--fit.device", "auto", *more)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import ROOT, assert_same_runs, metrics, stop_at
+from runs import CPU, ROOT, assert_same_runs, metrics, stop_at, train_whole
 
 from classification.config import parse_command
 from classification.data import DataConfig, Streamed, StreamLoader, load_datasets, make_loader
 from classification.experiment import build
 from classification.tools.train import main
 from core.training.checkpoint import read_checkpoint
-from core.training.run import RunFolder
 
 pytestmark = pytest.mark.usefixtures("quick")
 Command = Callable[[list[str]], tuple[int, str, str]]
@@ -65,7 +64,7 @@ def arguments(root: Path, out: Path, *more: str) -> list[str]:
     data = ["--data.root", str(root), "--data.image_size", "64", "--data.augmentation", "random_resized_crop"]
     networks = ["--networks.teacher.name", "resnet10t", "--networks.student.name", "mobilenetv2_050"]
     batch = ["--batch_size", "8", "--fit.accumulate", "2", "--optimizer.lr", "0.02"]
-    fit = ["--fit.epochs", "2", "--fit.log_every", "3", "--fit.device", "cpu", "--fit.trackers", "[]"]
+    fit = ["--fit.epochs", "2", "--fit.log_every", "3", *CPU]
     return [
         "--config", str(RECIPE), "--method", "dml+adm", "--out", str(out), *data, "--data.workers", "0", *networks,
         *batch, *fit, *more,
@@ -73,16 +72,11 @@ def arguments(root: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run in float32 on the folder."""
-    from accelerate.state import AcceleratorState
-
     out = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda self: None)
-        assert main(arguments(folder, out, "--fit.precision", "fp32")) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield out
+    train_whole(main, arguments(folder, out, "--fit.precision", "fp32"))
+    return out
 
 
 def assert_finite(run: Path) -> None:

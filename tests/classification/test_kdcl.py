@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from running import arguments
+from runs import arguments
 from test_methods import START, HostReads, batch_of, distiller_of, images, make_step, reached
 from torch import Tensor
 

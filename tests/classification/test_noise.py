@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from running import arguments, assert_same_runs, stop_at
+from runs import arguments, assert_same_runs, stop_at
 from safetensors.torch import load_file, save_file
 
 from classification.config import parse_command

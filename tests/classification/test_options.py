@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from running import RECIPE, ROOT, arguments
+from runs import RECIPE, ROOT, arguments
 
 from classification.config import ONLINE, Task, make_parser, parse_command
 from classification.experiment import build

@@ -7,8 +7,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from running import ROOT, arguments, assert_same_runs, stop_at
+from runs import ROOT, arguments, assert_same_runs, in_two_processes, stop_at
 from test_methods import CLASSES, MEAN, STD, HostReads, distiller_of, images, reached
 from torch import Tensor
 
@@ -586,11 +584,7 @@ def test_each_process_writes_its_own_rows_and_reads_those_of_all(tmp_path: Path)
 def test_two_processes_write_all_rows(tmp_path: Path) -> None:
     """33 images in batches of 14, 14 and 5, the last one of 3 and 2."""
     data = ["--data.per_class", "11", "--batch_size", "14", "--fit.epochs", "3", "--progress_bar", "false"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    argv = [str(ROOT / "classification/tools/train.py"), *arguments(tmp_path / "run", *EQ_12, *data)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *argv], capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(ROOT / "classification/tools/train.py", *arguments(tmp_path / "run", *EQ_12, *data))
     header = json.loads((tmp_path / "run/predictions/teacher.json").read_text())
     assert header["samples"] == 33
     store = PredictionStore(tmp_path / "run/predictions/teacher", 33, 3, header["targets_hash"])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from running import RECIPE, SMALL, arguments, stop_at
+from runs import RECIPE, SMALL, arguments, stop_at
 from safetensors.torch import save_file
 
 import classification.distiller
@@ -304,6 +304,6 @@ def test_what_a_trained_network_started_from_is_not_needed_any_more(
 
 def test_a_run_folder_can_be_evaluated_as_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     place = run_of(tmp_path / "t", student="cifar_resnet8")
-    digits = ["--data.name", "digits", *SMALL[:-2], "--out", str(tmp_path / "x.json")]
+    digits = [*SMALL[:-2], "--out", str(tmp_path / "x.json")]
     assert tool(capfd, "--weights", place, "--network", "cifar_resnet8", *digits)[0] == 0
     assert json.loads((tmp_path / "x.json").read_text())["networks"]["student"]["mean"] == list(NORM["mean"])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from running import arguments
+from runs import arguments, train_whole
 from torch import Tensor, nn
 
 from classification.config import TrainConfig, parse_command
@@ -450,13 +450,10 @@ def test_a_teacher_without_weights_is_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a teacher that was trained alone, for an epoch."""
-    from accelerate.state import AcceleratorState
-
     from classification.tools.train import main
 
     out = tmp_path_factory.mktemp("teacher") / "run"
-    assert main(arguments(out, "--fit.epochs", "1", method="vanilla")) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
+    train_whole(main, arguments(out, "--fit.epochs", "1", method="vanilla"))
     return out
 
 

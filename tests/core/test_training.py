@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import assert_same, without_times
+from runs import assert_same, assert_same_runs, lines
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -159,37 +159,12 @@ def train(
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # Half a second each: drawn for real in the tests of the command.
-    monkeypatch.setattr(RunFolder, "draw", lambda self: None)
-    yield
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+def _quick(quick: None) -> None:
+    """Curves are drawn for real in the tests of the command."""
 
 
 def stop_after(*steps: int) -> Callable[[int], None]:
     return lambda step: os.kill(os.getpid(), signal.SIGTERM) if step in steps else None
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_runs(a: Path, b: Path) -> None:
-    """Weights, optimiser, generators, data position, window, metrics and best of two runs' last checkpoints."""
-    assert_same(
-        checkpoints.read_checkpoint(a / "checkpoints/last"), checkpoints.read_checkpoint(b / "checkpoints/last")
-    )
-    assert without_times(lines(a)) == without_times(lines(b))
-    one, two = (json.loads((path / "summary.json").read_text()) for path in (a, b))
-    for key in ("status", "step", "epoch", "last", "best", "method"):
-        assert one[key] == two[key], key
-    for name in ("last", "best"):
-        links = [(path / "checkpoints" / name) for path in (a, b)]
-        assert links[0].is_symlink() == links[1].is_symlink()
-        if links[0].is_symlink():
-            assert os.readlink(links[0]) == os.readlink(links[1])
 
 
 # --- exact resuming ---------------------------------------------------------------------------------------------------

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comparing import assert_same, without_times
+from runs import CPU, ROOT, assert_same, assert_same_runs, metrics, train_whole
+from runs import stop_at as stop_at_step
 
 pytest.importorskip("diffusers")
 
@@ -21,7 +20,6 @@ from small_unet import diffusers_folder, unet
 
 from core.errors import InputError
 from core.training.checkpoint import read_checkpoint
-from core.training.distiller import Progress
 from diffusion.progressive.config import ProgressiveConfig, check_chain, parse_command
 from diffusion.progressive.distiller import ADMConfig, BaseDistiller, ProgressiveDistiller
 from diffusion.progressive.network import save_student
@@ -30,7 +28,6 @@ from diffusion.tools.train import main
 pytestmark = pytest.mark.usefixtures("quick")
 
 Command = Callable[[list[str]], tuple[int, str, str]]
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "diffusion/recipes"
 
 
@@ -43,25 +40,15 @@ def arguments(out: Path, *more: str) -> list[str]:
     """A chain of 42,000 parameters on 48 digits, a few steps a round; 3 steps an epoch."""
     network = ["--network.width", "8", "--network.groups", "4", "--batch_size", "16", "--data.limit", "48"]
     lengths = ["--base.steps", "5", "--base.warmup", "2", "--rounds.steps", "4", "--rounds.last_steps", "5"]
-    fit = ["--fit.log_every", "2", "--fit.evaluate_every", "4", "--fit.device", "cpu", "--fit.trackers", "[]"]
+    fit = ["--fit.log_every", "2", "--fit.evaluate_every", "4", *CPU]
     recipe = ["progressive", "--config", str(RECIPES / "digits_progressive.yaml"), "--out", str(out)]
     return [*recipe, "--chain", "[8,4,2,1]", *network, *lengths, *fit, "--progress_bar", "false", *more]
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return without_times([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, steps: int, last: int) -> None:
     """Sends SIGTERM to this process in the round of the student with so many steps (0: the base network)."""
     for kind in (BaseDistiller, ProgressiveDistiller):
-
-        def after_step(self: Any, batch: Any, progress: Progress, real: Any = kind.after_step) -> None:
-            real(self, batch, progress)
-            if getattr(self, "steps", 0) == steps and progress.step + 1 == last:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        monkeypatch.setattr(kind, "after_step", after_step)
+        stop_at_step(monkeypatch, last, of=kind, where=lambda distiller: getattr(distiller, "steps", 0) == steps)
 
 
 ROUNDS = ("base", "round-0004", "round-0002", "round-0001")
@@ -70,15 +57,8 @@ ROUNDS = ("base", "round-0004", "round-0002", "round-0001")
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted chain."""
-    from accelerate.state import AcceleratorState
-
-    from core.training.run import RunFolder
-
     out = tmp_path_factory.mktemp("chain") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda self: None)
-        assert main(arguments(out)) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
+    train_whole(main, arguments(out))
     return out
 
 
@@ -125,8 +105,7 @@ def test_interrupted_in_the_middle_of_rounds_and_resumed_equals_uninterrupted(
     code, _, said = command(arguments(out))
     assert code == 0 and f"resuming from step {last}" in said
     for name in ROUNDS:
-        assert_same(*(read_checkpoint(run / name / "checkpoints/last") for run in (whole, out)))
-        assert metrics(whole / name) == metrics(out / name)
+        assert_same_runs(whole / name, out / name)
         for file in (whole / name).glob("*/*.safetensors"):
             assert file.read_bytes() == (out / file.relative_to(whole)).read_bytes()
 
@@ -175,7 +154,11 @@ def test_a_diverging_run_names_network_term_and_step(tmp_path: Path, command: Co
 def test_dry_run_prints_networks_and_an_estimate(tmp_path: Path, command: Command) -> None:
     code, printed, _ = command(arguments(tmp_path / "run", "--dry-run"))
     assert code == 0 and not (tmp_path / "run").exists()
-    for line in ("base network:", "4-step student, ADM: 4 steps of", "1-step student, ADM: 5 steps of", "estimate:"):
+    for line in ("base network:", "map C x H x W: 8x8x8", "4-step student, ADM: 4 steps\n", "base: memory: about"):
+        assert line in printed
+    assert "estimate:" not in printed
+    code, printed, _ = command(arguments(tmp_path / "run", "--dry-run", "--time"))
+    for line in ("4-step student, ADM: 4 steps of", "1-step student, ADM: 5 steps of", "estimate:"):
         assert line in printed
 
 
@@ -191,6 +174,9 @@ def test_dry_run_prints_networks_and_an_estimate(tmp_path: Path, command: Comman
         (["--fit.steps", "3"], "give --base.steps"),
         (["--batch_size", "64"], "48 images are fewer than one batch of 64"),
         (["--fit.accumulate", "32"], "cannot be cut into 32 parts"),
+        (["--network.multipliers", "[1,2,2,2,2]"], "cannot be halved 4 times"),
+        (["--adm.form", "classifier", "--adm.classifier", "resnet56:/nowhere"], "no weight file /nowhere"),
+        (["--adm.attention", "uniform"], "adm.attention is adm.control now"),
         (["--base.stepss", "3"], "did you mean base.steps?"),
         (["--data.name", "folder", "--data.root", "/nowhere"], "data folder /nowhere does not exist"),
         (["--teacher", "/nowhere"], "--teacher /nowhere holds no network"),
@@ -202,7 +188,7 @@ def test_dry_run_prints_networks_and_an_estimate(tmp_path: Path, command: Comman
 def test_wrong_input_is_refused_in_one_line(tmp_path: Path, command: Command, more: list[str], said: str) -> None:
     code, _, error = command(arguments(tmp_path / "run", *more))
     assert code == 2 and error.count("\n") == 1 and said in error, error
-    assert not list((tmp_path / "run").glob("**/metrics.jsonl"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_teachers_that_do_not_fit_are_refused(whole: Path, tmp_path: Path, command: Command) -> None:
@@ -218,7 +204,7 @@ def test_teachers_that_do_not_fit_are_refused(whole: Path, tmp_path: Path, comma
         (["--teacher", student, "--chain", "[8,4]"], "samples in 4 steps, the chain begins at 8"),
         (["--teacher", student, "--chain", "[4,2]", "--network.width", "16"], "block_out_channels (8, 16), --network"),
         (["--teacher", student, "--chain", "[4,2]", "--timesteps", "512"], "has times 0..1024, --timesteps says 512"),
-        (["--teacher", student, "--chain", "[4,2]", "--data.name", "cifar10"], "no CIFAR-10"),
+        (["--teacher", student, "--chain", "[4,2]", "--data.name", "cifar10"], "cifar10 is missing"),
         (["--teacher", str(broken)], "conv_in.weight is not finite"),
         (["--teacher", str(eps)], "'epsilon' on the schedule 'linear' of 1000 times"),
     ):

@@ -294,20 +294,20 @@ def test_divided_by_the_batch_not_by_the_gated() -> None:
 @torch.no_grad()
 def test_uniform_attention_is_plain_reweighting() -> None:
     for adm in (
-        ADMConfig(attention="uniform"),
-        ADMConfig(attention="uniform", form="head", map="final_norm"),
+        ADMConfig(control="uniform"),
+        ADMConfig(control="uniform", form="head", map="final_norm"),
     ):
         run, batch = a_run(adm, online=True), a_batch([0, 100, 399])
         losses, _ = run(batch, START)
-        torch.testing.assert_close(losses["student"]["consensus"], losses["student"]["distill"])
-        torch.testing.assert_close(losses["teacher"]["divergence"], losses["teacher"]["mse"])
+        torch.testing.assert_close(losses["student"]["consensus"], losses["student"]["distill"], rtol=3e-5, atol=0)
+        torch.testing.assert_close(losses["teacher"]["divergence"], losses["teacher"]["mse"], rtol=3e-5, atol=0)
 
 
 @torch.no_grad()
 def test_shuffled_attention_keeps_the_weights_and_moves_them() -> None:
     batch = a_batch([0, 100, 399])
-    kinds: tuple[Any, ...] = ("consensus", "uniform", "shuffled")
-    values = [a_run(ADMConfig(attention=kind))(batch, START)[0]["student"]["consensus"].item() for kind in kinds]
+    kinds: tuple[Any, ...] = ("none", "uniform", "shuffled")
+    values = [a_run(ADMConfig(control=kind))(batch, START)[0]["student"]["consensus"].item() for kind in kinds]
     assert len(set(values)) == 3 and max(values) < 2 * min(values)
 
 
@@ -413,7 +413,7 @@ def test_no_step_waits_for_the_device() -> None:
     """On torch's meta device, whose tensors have no values, whatever a GPU would have to be waited for is an error."""
     batch = {"image": torch.empty(4, 1, 8, 8, device="meta"), "label": torch.empty(4, dtype=torch.int64, device="meta")}
     kinds: list[Any] = ["uniform", "shuffled"]
-    options = [None, ADMConfig(gamma=0.1), *(ADMConfig(attention=k) for k in kinds)]
+    options = [None, ADMConfig(gamma=0.1), *(ADMConfig(control=k) for k in kinds)]
     options += [ADMConfig(form=f, map="final_norm") for f in ("head", "feature")]  # type: ignore[arg-type]
     for adm in options:
         run = a_run(adm, online=adm is not None).float().to("meta")

@@ -7,8 +7,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import ROOT, in_two_processes
 from torch import Tensor
 
 pytest.importorskip("diffusers")
@@ -27,7 +26,6 @@ from diffusion.dit.vae import load_vae, weights_hash
 from diffusion.tools import encode_latents
 
 Shell = Callable[[Callable[[list[str]], int], list[str]], tuple[int, str, str]]
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = 16
 NAMES = ["b/3.JPEG", "a/2.JPEG", "c/1.png", "a/10.JPEG", "b/deeper/4.JPEG", "a/1.JPEG", "c/9.JPEG", "c/7.JPEG"]
 ORDER = ["a/1.JPEG", "a/10.JPEG", "a/2.JPEG", "b/3.JPEG", "b/deeper/4.JPEG", "c/1.png", "c/7.JPEG", "c/9.JPEG"]
@@ -196,7 +194,7 @@ def test_full_disk(images: Path, vae: Path, tmp_path: Path, shell: Shell, monkey
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 1 and "cannot write" in err and "latents-00000.safetensors: File too large" in err, err
     assert sorted(content(tmp_path / "out")) == ["index.json"]
-    full = shutil.disk_usage(tmp_path)._replace(may_change=10_000)
+    full = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     code, _, err = shell(encode_latents.main, command(images, vae, tmp_path / "other"))
     assert code == 2 and "has room for 0.0 GB, the latents need" in err and not list((tmp_path / "other").iterdir())
@@ -207,15 +205,7 @@ def test_two_processes_write_what_one_does(images: Path, vae: Path, whole: Path,
     shutil.copytree(whole, tmp_path / "out")
     shard_file(tmp_path / "out", 1).unlink()  # one shard for two processes
     for name in ("out", "new"):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run(
-            [*launch, str(ROOT / "diffusion/tools/encode_latents.py"), *command(images, vae, tmp_path / name)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
+        done = in_two_processes(ROOT / "diffusion/tools/encode_latents.py", *command(images, vae, tmp_path / name))
         assert done.stdout.count("is complete") == 1
         assert content(tmp_path / name) == content(whole)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import ROOT, in_two_processes
 from small_dit import dit
 
 pytest.importorskip("diffusers")
@@ -28,7 +26,6 @@ from diffusion.tools import evaluate, sample, visualize
 from diffusion.tools.runs import find_students
 
 Shell = Callable[[Callable[[list[str]], int], list[str]], tuple[int, str, str]]
-ROOT = Path(__file__).resolve().parents[2]
 DATA = LabelledConfig("digits", limit=300)
 
 
@@ -320,15 +317,12 @@ def test_two_processes_score_as_one(run: Path, tmp_path: Path) -> None:
     for world in (1, 2):
         out = tmp_path / str(world)
         arguments = ["--features", "digits", "--device", "cpu", "--samples", "33", "--sampling_steps", "4"]
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
         for steps in [["20"], ["20", "100"]][2 - world :]:  # two processes stop between the two
-            command = [str(ROOT / "diffusion/tools/evaluate.py"), str(run), *arguments, "--steps", *steps]
-            subprocess.run(
-                [sys.executable, *launch, *command, "--save", str(out), "--out", f"{out}.json"],
-                check=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                timeout=300,
-            )
+            words = [str(run), *arguments, "--steps", *steps, "--save", str(out), "--out", f"{out}.json"]
+            if world == 1:
+                assert evaluate.main(words) == 0
+            else:
+                in_two_processes(ROOT / "diffusion/tools/evaluate.py", *words)
         report = json.loads(Path(f"{out}.json").read_text())
         assert report["environment"]["processes"] == world
         rows[world] = report["rows"]

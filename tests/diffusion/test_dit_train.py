@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import assert_same, without_times
-from torch import Tensor
+from runs import (
+    CPU,
+    ROOT,
+    Gradients,
+    assert_same,
+    assert_same_runs,
+    gradients_of,
+    in_two_processes,
+    metrics,
+    stop_at,
+    train_whole,
+)  # fmt: skip
 
 pytest.importorskip("diffusers")
 
@@ -31,7 +39,6 @@ from diffusion.dit.model import DiTConfig
 from diffusion.tools.train import main
 
 Command = Callable[[list[str]], tuple[int, str, str]]
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "diffusion/recipes"
 TEACHER = DiTConfig(None, width=24, depth=2, heads=3, patch=2)
 STEPS = (4, 8, 9)  # at which there is an export
@@ -45,8 +52,8 @@ def command(shell: Any, quick: None) -> Command:
 def arguments(out: Path, *more: str, method: str = "mse+adm") -> list[str]:
     """Nine steps on 80 digits, five to the epoch; a student of 14,000 parameters."""
     network = ["--student.width", "16", "--student.depth", "2", "--student.heads", "2", "--batch_size", "16"]
-    fit = ["--fit.steps", "9", "--fit.log_every", "2", "--fit.evaluate_every", "4", "--fit.device", "cpu"]
-    rest = ["--fit.trackers", "[]", "--data.limit", "80", "--progress_bar", "false", "--out", str(out)]
+    fit = ["--fit.steps", "9", "--fit.log_every", "2", "--fit.evaluate_every", "4", *CPU]
+    rest = ["--data.limit", "80", "--progress_bar", "false", "--out", str(out)]
     recipe = ["dit", "--config", str(RECIPES / "dit_digits.yaml"), "--method", method]
     return [*recipe, *network, *fit, *rest, *more]
 
@@ -57,35 +64,12 @@ ONLINE = [
 ]  # fmt: skip
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return without_times([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
-
-
 def export(run: Path, step: int, role: str = "student") -> Path:
     return run / f"export/step-{step:08d}" / role
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
-    """Sends SIGTERM to this process in the given step."""
-    real = DiTDistiller.after_step
-
-    def after_step(self: DiTDistiller, batch: Any, progress: Progress) -> None:
-        real(self, batch, progress)
-        if progress.step + 1 == last:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(DiTDistiller, "after_step", after_step)
-
-
 def train_once(out: Path, *more: str, method: str = "mse+adm") -> Path:
-    from accelerate.state import AcceleratorState
-
-    from core.training.run import RunFolder
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda self: None)
-        assert main(arguments(out, *more, method=method)) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
+    train_whole(main, arguments(out, *more, method=method))
     return out
 
 
@@ -165,12 +149,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     out = tmp_path / "cut"
     for last in (3, 7):  # within an epoch and a log window, before and after an export
         with monkeypatch.context() as patch:
-            stop_at(patch, last)
+            stop_at(patch, last, of=DiTDistiller)
             assert command(arguments(out, *given))[0] == 130
     code, _, said = command(arguments(out, *given))
     assert code == 0 and "resuming from step 7" in said
-    assert_same(*(read_checkpoint(r / "checkpoints/last") for r in (run, out)))
-    assert metrics(run) == metrics(out)
+    assert_same_runs(run, out)
     files = sorted(file.relative_to(run) for file in (run / "export").rglob("*") if file.is_file())
     assert len(files) >= 3 * 5
     for file in files:
@@ -292,7 +275,7 @@ def test_wrong_input_is_refused_in_one_line(
 ) -> None:
     code, _, error = command(arguments(tmp_path / "run", *more, method=method))
     assert code == 2 and error.count("\n") == 1 and said in error, error
-    assert not list((tmp_path / "run").glob("**/metrics.jsonl"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_teacher_or_config_in_the_same_folder_is_refused(
@@ -321,13 +304,15 @@ def test_config_of_a_run_is_read_back(whole: Path, teacher: Path, online: Path) 
 
 
 def test_dry_run_prints_networks_and_an_estimate(teacher: Path, tmp_path: Path, command: Command) -> None:
-    code, printed, said = command(arguments(tmp_path / "run", "--teacher", str(teacher), "--dry-run"))
+    code, printed, said = command(arguments(tmp_path / "run", "--teacher", str(teacher), "--dry-run", "--time"))
     assert code == 0 and not (tmp_path / "run").exists(), said
     for line in (
         "parameters, fixed; 2 blocks of width 24 with 3 heads",
         "parameters; 2 blocks of width 16 with 2 heads",
         "adapter (phi): 384 parameters",
         "5 steps an epoch, 9 in all",
+        "  map C x H x W: 16x4x4",
+        "memory: about",
         "s a step on cpu",
         "estimate:",
     ):
@@ -380,28 +365,15 @@ def test_compiled_equals_eager(
 KINDS: dict[str, list[str]] = {"fixed": [], "online": ONLINE, "gamma": ["--adm.gamma", "0.5", "--fit.accumulate", "2"]}
 
 
-def train_reproducibly(out: Path, teacher: str, kind: str) -> list[list[Tensor]]:
+def train_reproducibly(out: Path, teacher: str, kind: str) -> Gradients:
     """Three steps with times and noise that follow from each image; the gradients of each step."""
-    from accelerate.state import PartialState
-
-    from core.training.run import RunFolder
-
-    gradients: list[list[Tensor]] = []
-    real = torch.optim.AdamW.step
-
-    def step(self: torch.optim.AdamW, closure: Any = None) -> None:
-        gradients.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
-        real(self, closure)
 
     def before_step(self: DiTDistiller, batch: Any, progress: Progress) -> Any:
         image = batch["image"]
         t = (image.abs().sum((1, 2, 3)) * 7919).long() % 1000
         return {**batch, "t": t, "noise": torch.sin(50 * image + torch.arange(64.0).view(1, 1, 8, 8))}
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda self: None)
-        patch.setattr(PartialState, "destroy_process_group", lambda self, group=None: None)  # one group for all runs
-        patch.setattr(torch.optim.AdamW, "step", step)
+    with gradients_of(torch.optim.AdamW) as (patch, gradients):
         patch.setattr(DiTDistiller, "before_step", before_step)
         given = [] if kind == "online" else ["--teacher", teacher]
         more = ["--fit.steps", "3", "--fit.log_every", "1", *given, *KINDS[kind]]
@@ -418,13 +390,7 @@ def work(out: Path, teacher: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_two_processes_train_as_one(tmp_path: Path, teacher: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [*torchrun, str(tmp_path / "two"), str(teacher)],
-        capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    in_two_processes(__file__, tmp_path / "two", teacher)
     reports = [torch.load(tmp_path / f"report{rank}.pt", weights_only=True) for rank in (0, 1)]
     for kind in KINDS:
         one = train_reproducibly(tmp_path / "one" / kind, str(teacher), kind)

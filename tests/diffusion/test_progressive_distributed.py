@@ -5,16 +5,14 @@ The test starts this very file under torchrun (`work` below) and compares what i
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from runs import CPU, ROOT, Gradients, gradients_of, in_two_processes, metrics
 
 pytest.importorskip("diffusers")
 
@@ -23,49 +21,16 @@ from diffusion.progressive.distiller import BaseDistiller, ProgressiveDistiller
 from diffusion.sampling import load_student
 from diffusion.tools.train import main
 
-ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = [
-    "progressive",
-    "--config",
-    "diffusion/recipes/digits_progressive.yaml",
-    "--network.width",
-    "8",
-    "--network.groups",
-    "4",
-    "--chain",
-    "[4,2,1]",
-    "--base.steps",
-    "2",
-    "--rounds.steps",
-    "2",
-    "--rounds.last_steps",
-    "2",
-    "--batch_size",
-    "8",
-    "--fit.log_every",
-    "1",
-    "--fit.trackers",
-    "[]",
-    "--fit.device",
-    "cpu",
-    "--progress_bar",
-    "false",
-]
+    "progressive", "--config", str(ROOT / "diffusion/recipes/digits_progressive.yaml"), "--network.width", "8",
+    "--network.groups", "4", "--chain", "[4,2,1]", "--base.steps", "2", "--rounds.steps", "2", "--rounds.last_steps",
+    "2", "--batch_size", "8", "--fit.log_every", "1", *CPU, "--progress_bar", "false",
+]  # fmt: skip
 ROUNDS = ("base", "round-0002", "round-0001")
 
 
-def train(out: Path) -> list[list[Tensor]]:
+def train(out: Path) -> Gradients:
     """The chain with times and noise that follow from each image; the gradients of each optimiser step."""
-    from accelerate.state import PartialState
-
-    from core.training.run import RunFolder
-
-    gradients: list[list[Tensor]] = []
-    real = torch.optim.Adam.step
-
-    def step(self: torch.optim.Adam, closure: Any = None) -> None:
-        gradients.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
-        real(self, closure)
 
     def drawn(batch: Any, times: int, stride: int) -> Any:
         image = batch["image"]
@@ -78,11 +43,7 @@ def train(out: Path) -> list[list[Tensor]]:
     def halving(self: ProgressiveDistiller, batch: Any, progress: Progress) -> Any:
         return drawn(batch, self.steps, self.stride)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setattr(RunFolder, "draw", lambda self: None)
-        patch.setattr(PartialState, "destroy_process_group", lambda self, group=None: None)
-        patch.setattr(torch.optim.Adam, "step", step)
+    with gradients_of(torch.optim.Adam) as (patch, gradients):
         patch.setattr(BaseDistiller, "before_step", base)
         patch.setattr(ProgressiveDistiller, "before_step", halving)
         assert main([*ARGUMENTS, "--out", str(out)]) == 0
@@ -96,12 +57,7 @@ def work(out: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*torchrun, str(tmp_path / "two")], capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
+    in_two_processes(__file__, tmp_path / "two")
     one = train(tmp_path / "one")
     assert len(one) == 6
     for rank in (0, 1):
@@ -111,9 +67,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             for a, b in zip(expected, found, strict=True):
                 torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3 * largest)
     for name in ROUNDS:
-        files = [tmp_path / processes / name / "metrics.jsonl" for processes in ("one", "two")]
-        for row, other in zip(*([json.loads(line) for line in f.read_text().splitlines()] for f in files), strict=True):
-            for key in row.keys() - {"kind", "images_per_second", "adm/similarity_min", "adm/similarity_max"}:
+        runs = [tmp_path / processes / name for processes in ("one", "two")]
+        for row, other in zip(*map(metrics, runs), strict=True):
+            for key in row.keys() - {"kind", "adm/similarity_min", "adm/similarity_max"}:
                 assert other[key] == pytest.approx(row[key], rel=2e-3, abs=1e-6), (name, key)
         role = "teacher" if name == "base" else "student"
         students = [load_student(tmp_path / processes / name / role) for processes in ("one", "two")]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import ROOT, in_two_processes
 
 pytest.importorskip("diffusers")
 pytest.importorskip("torch_fidelity")
@@ -25,7 +23,6 @@ from diffusion.sampling import load_student
 from diffusion.tools import evaluate, sample, visualize
 
 Shell = Callable[[Callable[[list[str]], int], list[str]], tuple[int, str, str]]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -192,13 +189,10 @@ def test_two_processes_draw_the_images_of_one(run: Path, tmp_path: Path) -> None
     for world in (1, 2):
         out = tmp_path / str(world)
         arguments = [*SMALL, "--steps", "2", "--samples", "33", "--save", str(out), "--out", str(out) + ".json"]
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
-        subprocess.run(
-            [sys.executable, *launch, str(ROOT / "diffusion/tools/evaluate.py"), str(run), *arguments],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            timeout=300,
-        )
+        if world == 1:
+            assert evaluate.main([str(run), *arguments]) == 0
+        else:
+            in_two_processes(ROOT / "diffusion/tools/evaluate.py", run, *arguments)
         files = sorted((out / "round-0002-steps-0002").iterdir())
         images[world] = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files]).int()
         report: Any = json.loads(Path(f"{out}.json").read_text())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import assert_same
+from runs import assert_same, stop_at
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -523,16 +521,9 @@ def test_a_cut_run_goes_on_exactly_and_leaves_a_plain_student(
     adm: ADMConfig | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(tmp_path / "whole", distiller_of(adm=adm)) == "finished"
-    real = ClassificationDistiller.after_step
     for stop in (3, 8):  # the end of an epoch, and the middle of one
         with monkeypatch.context() as patch:
-
-            def after_step(self: ClassificationDistiller, batch: Any, progress: Any, stop: int = stop) -> None:
-                real(self, batch, progress)
-                if progress.step + 1 == stop:
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-            patch.setattr(ClassificationDistiller, "after_step", after_step)
+            stop_at(patch, stop)
             assert run(tmp_path / "cut", distiller_of(adm=adm)) == "interrupted"
     resumed = distiller_of(adm=adm)
     assert run(tmp_path / "cut", resumed) == "finished"

@@ -5,19 +5,17 @@ The test starts this very file under torchrun (`work` below) and compares what i
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from offline_running import arguments
-from torch import Tensor, nn
+from runs import gradients_of, in_two_processes, metrics, read
+from runs import offline_arguments as arguments
+from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("vanilla", "kd+adm")
 # Batches of 14, 14, 14, 14 and 4 images (a last one of 2 and 2), and 180 test images.
 SHORT = ["--batch_size", "14", "--fit.epochs", "1", "--fit.log_every", "1", "--progress_bar", "false"]
@@ -28,30 +26,18 @@ def train(out: Path, teacher: Path, method: str) -> dict[str, Any]:
 
     That is BatchNorm's statistics (frozen here), and phi's own loss, a quotient of two sums over the batch.
     """
-    from accelerate.state import PartialState
-
     import classification.training
-    from core.training.run import RunFolder
     from offline_kd.tools.train import main
 
-    gradients: list[list[Tensor | None]] = []
     built: list[Any] = []
-    real_step, real_build = torch.optim.SGD.step, classification.training.build
-
-    def step(self: torch.optim.SGD, closure: Any = None) -> None:
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        gradients.append([None if p.grad is None else p.grad.clone() for p in parameters])
-        real_step(self, closure)
+    real_build = classification.training.build
 
     def build(command: Any) -> Any:
         built.append(real_build(command))
         return built[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda self: None)
-        patch.setattr(PartialState, "destroy_process_group", lambda self, group=None: None)  # one group for all runs
+    with gradients_of(torch.optim.SGD) as (patch, gradients):
         patch.setattr(nn.BatchNorm2d, "train", lambda self, mode=True: nn.Module.train(self, False))
-        patch.setattr(torch.optim.SGD, "step", step)
         patch.setattr(classification.training, "build", build)
         phi = ["--adm.phi_loss", "feature"] if "+" in method else []
         assert main(arguments(out, teacher, *SHORT, *phi, method=method)) == 0
@@ -68,13 +54,7 @@ def work(out: Path, teacher: Path) -> None:
 def test_two_processes_train_as_one(tmp_path: Path, teacher: Path) -> None:
     from core.training.checkpoint import read_checkpoint
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [*torchrun, str(tmp_path / "two"), str(teacher)],
-        capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    in_two_processes(__file__, tmp_path / "two", teacher)
     reports = [torch.load(tmp_path / f"report{rank}.pt", weights_only=True) for rank in (0, 1)]
     weights = read_checkpoint(teacher / "checkpoints/last")[0]["teacher"]
     for method in METHODS:
@@ -89,13 +69,12 @@ def test_two_processes_train_as_one(tmp_path: Path, teacher: Path) -> None:
             assert report[method]["teacher"].keys() == weights.keys()
             assert all(torch.equal(value, weights[name]) for name, value in report[method]["teacher"].items())
         runs = [tmp_path / "one" / method, tmp_path / "two" / method]
-        summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+        summaries = [read(run / "summary.json") for run in runs]
         scores = [{k: v for k, v in summary["teacher"].items() if k != "split"} for summary in summaries]
         assert scores[1] == pytest.approx(scores[0], rel=1e-5)
-        lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
-        for expected, found in zip(*lines, strict=True):
+        for expected, found in zip(*map(metrics, runs), strict=True):
             assert found.keys() == expected.keys()
-            for name in expected.keys() - {"images_per_second", "kind", "split"}:
+            for name in expected.keys() - {"kind", "split"}:
                 assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-6), name
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import signal
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from comparing import assert_same, without_times
-from offline_running import STUDENT, TEACHER, arguments
+from runs import CPU, ROOT, STUDENT, TEACHER, assert_same, assert_same_runs, stop_at
+from runs import metrics as lines
+from runs import offline_arguments as arguments
 from torch import Tensor, nn
 
 import classification.training
@@ -41,7 +40,6 @@ from tools import compare
 pytestmark = pytest.mark.usefixtures("quick")
 
 Command = Callable[[list[str]], tuple[int, str, str]]
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "offline_kd/recipes"
 LABELS = [f"{method}{adm}" for method in OFFLINE.methods for adm in ("", "+adm")]
 START = Progress(0, 0.0, 100, 10.0)
@@ -56,23 +54,6 @@ def experiment_of(tmp_path: Path, teacher: Path, *more: str, method: str = "kd",
 def batch_of(experiment: Experiment, count: int = 6) -> dict[str, Any]:
     train = experiment.datasets.train
     return {"image": train.images[:count], "target": train.targets[:count], "index": torch.arange(count)}
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
-    """Sends SIGTERM to this process during that step."""
-    real = ClassificationDistiller.after_step
-
-    def after_step(self: ClassificationDistiller, batch: Any, progress: Progress) -> None:
-        real(self, batch, progress)
-        if progress.step + 1 == last:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(ClassificationDistiller, "after_step", after_step)
-
-
-def lines(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    found = without_times([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
-    return [line for line in found if kind in (None, line["kind"])]
 
 
 def refusal(*argv: str) -> str:
@@ -147,11 +128,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         assert command(arguments(tmp_path / "cut", teacher, method=method))[0] == 130
     code, _, said = command(arguments(tmp_path / "cut", teacher, method=method))
     assert code == 0 and "resuming from step 4" in said
-    assert_same(*(read_checkpoint(tmp_path / run / "checkpoints/last") for run in ("whole", "cut")))
-    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
-    summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("whole", "cut")]
-    for key in ("status", "step", "last", "best", "networks", "teacher"):
-        assert summaries[0][key] == summaries[1][key], key
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+    assert "teacher" in json.loads((tmp_path / "cut/summary.json").read_text())
 
 
 @pytest.mark.parametrize("method", LABELS)
@@ -492,18 +470,7 @@ def test_a_published_teacher_on_cifar10_jpeg(tmp_path: Path, command: Command, s
     file = shared_data / "weights/resnet56-cifar10.safetensors"
     argv = ["--config", str(RECIPES / "cifar10.yaml"), "--data.name", "folder", "--data.root", str(tmp_path / "data")]
     argv += ["--networks.teacher.weights", str(file), "--networks.student.name", "cifar_resnet8", "--method", "kd+adm"]
-    argv += [
-        "--batch_size",
-        "20",
-        "--fit.epochs",
-        "3",
-        "--fit.log_every",
-        "1",
-        "--fit.device",
-        "cpu",
-        "--fit.trackers",
-        "[]",
-    ]
+    argv += ["--batch_size", "20", "--fit.epochs", "3", "--fit.log_every", "1", *CPU]
     code, _, said = command([*argv, "--out", str(tmp_path / "run")])
     assert code == 0 and "warning" not in said, said
     summary = json.loads((tmp_path / "run/summary.json").read_text())

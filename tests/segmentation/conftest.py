@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from street import make_street
 
-from core.training.run import RunFolder
-
 pytest.importorskip("mmseg", reason="needs the [segmentation] extra")
 
 
@@ -21,10 +19,8 @@ def street(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train(shell: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def train(shell: Any, quick: None) -> Callable[..., Any]:
     """Runs the training command as a shell would see it, without curves but where a test's name says "is_whole"."""
     from segmentation.tools.train import main
 
-    if "is_whole" not in request.node.name:
-        monkeypatch.setattr(RunFolder, "draw", lambda self: None)
     return lambda argv: shell(main, argv)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import in_two_processes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,10 +34,10 @@ from core.adm import attend, consensus_attention, divergence_attention, spatial_
 from core.baselines import distances
 from core.errors import InputError
 from segmentation import distiller as distiller_module
+from segmentation import losses as losses_module
 from segmentation.distiller import ROLES, DistillationSegmentor, ViewsDataPreProcessor, auxiliary_heads
-from segmentation.losses import ADMOptions, DenseADM, Output, parse_method, pixels_of, teacher_learns
+from segmentation.losses import DenseADM, Output, adm_config, parse_method, pixels_of, teacher_learns
 
-ROOT = Path(__file__).resolve().parents[2]
 CLASSES, SIZE = 4, (16, 24)
 ALL = ["vanilla", "dml", "kdcl", "switokd", "kd"]
 SGD = {"type": "SGD", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
@@ -258,7 +258,7 @@ def loop_losses(model: DistillationSegmentor, seen: Seen, labels: Tensor) -> dic
 
 
 def loop_adm(adm: DenseADM, seen: Seen, labels: Tensor, normalise: str) -> dict[str, float]:
-    o, phi = adm.options, adm.adapter.conv.weight.detach()[:, :, 0, 0]  # type: ignore[union-attr]
+    o, phi = adm.config, adm.adapter.conv.weight.detach()[:, :, 0, 0]  # type: ignore[union-attr]
     f_t, f_s = seen.maps["teacher", 0], seen.maps["student", 0]
     b, _, h, w = f_s.shape  # the student's map is the smaller one, or of the same size
     ratio = f_t.shape[-1] // w
@@ -417,6 +417,41 @@ def test_equal_channels_need_no_phi() -> None:
     assert list(model.adm.parameters()) == []  # type: ignore[union-attr]
     inputs, labels = batch()
     assert "student/loss_phi" not in model.loss(inputs, samples(labels))
+
+
+@pytest.mark.parametrize("consensus", ["ce", "kd"])
+def test_the_uniform_control_is_the_plain_losses_once_more(consensus: str) -> None:
+    """Where the attention is 1 (up to its guard of 1e-5), the head says about the map what it said without it."""
+    weights = {"alpha": 0.2, "beta": 0.6, "consensus": consensus, "control": "uniform"}
+    losses = segmentor("dml+adm", adm=weights).loss(*(lambda x, y: (x, samples(y)))(*batch()))
+    student = losses["student/loss_ce" if consensus == "ce" else "student/loss_kd"]
+    torch.testing.assert_close(losses["student/loss_consensus"], 0.2 * student, rtol=3e-5, atol=0)
+    torch.testing.assert_close(losses["teacher/loss_divergence"], 0.6 * losses["teacher/loss_ce"], rtol=3e-5, atol=0)
+
+
+def test_the_shuffled_control_moves_s_within_each_image_alike_for_all_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Tensor] = []
+    for name in ("consensus_loss", "divergence_loss"):
+        real = getattr(losses_module, name)
+        monkeypatch.setattr(losses_module, name, lambda s, *rest, real=real: used.append(s) or real(s, *rest))
+    model = segmentor("dml+adm", adm={"control": "shuffled"})
+    inputs, labels = batch()
+    model.eval().loss(inputs, samples(labels))
+    own = model.similarity(inputs)  # what is shown and logged stays ADM's own
+    assert len(used) == 2 and torch.equal(*used)
+    assert not torch.equal(used[0], own)
+    for shuffled, s in zip(used[0], own, strict=True):
+        torch.testing.assert_close(shuffled.flatten().sort().values, s.flatten().sort().values)
+        assert float(s.std()) > 0
+
+
+@pytest.mark.parametrize("control", ["uniform", "shuffled"])
+@pytest.mark.parametrize("consensus", ["ce", "kd"])
+def test_a_controls_gradients_go_where_they_go_without_it(control: str, consensus: str) -> None:
+    model = segmentor("dml+adm", adm={"control": control, "consensus": consensus, "gamma": 0.1})
+    inputs, labels = batch()
+    for name, loss in model.loss(inputs, samples(labels)).items():
+        assert reached(model, loss) == ({"phi"} if name == "student/loss_phi" else {name.split("/")[0]}), name
 
 
 @pytest.mark.parametrize("attention", [consensus_attention, divergence_attention])
@@ -617,8 +652,8 @@ def test_weights_that_do_not_fit(weights: str, tmp_path: Path) -> None:
     torch.save({**state, "more": torch.zeros(1)}, tmp_path / "more.pth")
     torch.save({**state, "decode_head.conv_seg.bias": torch.zeros(9)}, tmp_path / "shape.pth")
     for file, said in (
-        ("none.pth", "no file of weights"),
-        ("unsafe.pth", "cannot read"),
+        ("none.pth", "no weight file"),
+        ("unsafe.pth", "reading it could run code"),
         ("damaged.pth", "cannot read"),
         ("less.pth", "another network: decode_head.conv_seg.bias"),
         ("more.pth", "another network: more"),
@@ -742,12 +777,13 @@ def test_under_autocast_the_losses_are_float32() -> None:
         ({"adm": {"alpha": -1.0}}, "adm.alpha must not be negative"),
         ({"adm": {"consensus": "kl"}}, "unknown value of adm.consensus 'kl'"),
         ({"adm": {"tau": 0.0}}, "adm.tau must be positive"),
+        ({"adm": {"control": "shufled"}}, "unknown value of adm.control 'shufled': did you mean 'shuffled'"),
         ({"tau": 0.0}, "model.tau must be positive"),
         ({"weight": -1.0}, "must not be negative"),
         ({"weight": {"techer": 1.0}}, "did you mean 'teacher'"),
         ({"normalise": "vaild"}, "did you mean 'valid'"),
-        ({"student": network(num_classes=5)}, "the teacher has 4 classes and the student 5"),
-        ({"teacher": network(num_classes=5)}, "the teacher has 5 classes and the student 4"),
+        ({"student": network(num_classes=5)}, "teacher: .* has 4 classes .* the student's decode head has 5"),
+        ({"teacher": network(num_classes=5)}, "teacher: .* has 5 classes .* the student's decode head has 4"),
         ({"student": network(ignore_index=254)}, "ignores"),
         ({"student": network(loss_decode={"type": "DiceLoss"})}, "one softmax CrossEntropyLoss"),
         ({"student": network(loss_decode={"type": "CrossEntropyLoss", "use_sigmoid": True})}, "softmax"),
@@ -779,10 +815,10 @@ def test_batches_that_batchnorm_cannot_take_are_refused() -> None:
 
 
 def test_options_with_a_fixed_teacher_are_the_offline_ones() -> None:
-    offline, online = (ADMOptions.of({}, method, used=True) for method in ("kd", "dml"))
+    offline, online = (adm_config({}, method, used=True) for method in ("kd", "dml"))
     assert (offline.alpha, offline.beta, offline.gamma) == (0.1, 0.0, 0.0)
     assert (online.alpha, online.beta, online.gamma) == (0.2, 0.6, 0.01)
-    assert ADMOptions.of({"beta": 0.6}, "kd", used=False).beta == 0.6  # without ADM it does nothing
+    assert adm_config({"beta": 0.6}, "kd", used=False).beta == 0.6  # without ADM it does nothing
 
 
 # Two processes.
@@ -841,15 +877,10 @@ def work(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(weights: str) -> Iterator[list[dict[str, Any]]]:
+def two(weights: str) -> list[dict[str, Any]]:
     folder = Path(weights).parent
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, str(folder)],
-        capture_output=True, text=True, timeout=300, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    yield [torch.load(folder / f"report{rank}.pt", weights_only=True) for rank in (0, 1)]
+    in_two_processes(__file__, folder)
+    return [torch.load(folder / f"report{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("case", RUNS)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import assert_same
+import yaml
+from mmengine.config import Config
 from mmseg.apis import inference_model, init_model
-from street import CONFIGS, DEEPLAB, ROOT, SHORT, SIZE, TINY, arguments, assert_same_runs, make_street, stop_at
+from runs import ROOT, assert_same, assert_same_runs, in_two_processes, lines, read, train_whole
+from street import CONFIGS, DEEPLAB, SHORT, SIZE, TINY, arguments, make_street, stop_at
 
 from segmentation.hooks import RunHook
 from segmentation.tools.evaluate import main as evaluate
@@ -26,47 +28,41 @@ Train = Callable[[list[str]], tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def run(street: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run of DML+ADM, 6 iterations, evaluated after the 3rd and the 6th."""
-    from core.training.run import RunFolder
     from segmentation.tools.train import main
 
     out = tmp_path_factory.mktemp("run") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "draw", lambda self: None)
-        assert main(arguments(street, out)) == 0
+    train_whole(main, arguments(street, out))
     return out
-
-
-def read(file: Path) -> Any:
-    return json.loads(file.read_text())
 
 
 def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) -> None:
     out = tmp_path / "run"
-    code, said, log = train(arguments(street, out))
+    command = arguments(street, out, "run.trackers=['tensorboard']")
+    code, said, log = train(command)
     assert code == 0, log
     assert said == ""  # stdout is for results
     files = {path.name for path in out.iterdir()}
     assert files == {
         "config.py", "config.yaml", "environment.json", "metrics.jsonl", "log.txt", "curves.png", "summary.json",
-        "checkpoints", "mmengine", "student.pth", "student.safetensors", "student_config.py",
+        "checkpoints", "tensorboard", "mmengine", "student.pth", "student.safetensors", "student_config.py",
     }  # fmt: skip
     assert {path.name for path in (out / "checkpoints").iterdir()} == {
         "iter_3.pth", "iter_6.pth", "last.pth", "best.pth",
     }  # fmt: skip
     assert os.readlink(out / "checkpoints/last.pth") == "iter_6.pth"
 
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["kind"], line["step"]) for line in lines] == [
+    logged = lines(out)
+    assert [(line["kind"], line["step"]) for line in logged] == [
         ("train", 2), ("evaluation", 3), ("train", 4), ("train", 6), ("evaluation", 6),
     ]  # fmt: skip
     for role, own in (("teacher", {"divergence"}), ("student", {"consensus", "feature", "phi"})):
-        assert {key.split("/")[1] for key in lines[0] if key.startswith(f"{role}/")} == {"ce", "aux", "kd"} | own
-    assert lines[0]["images_per_second"] > 0
-    assert lines[0]["lr"] == pytest.approx(0.03 * (1 - 1 / 5) ** 0.9)
+        assert {key.split("/")[1] for key in logged[0] if key.startswith(f"{role}/")} == {"ce", "aux", "kd"} | own
+    assert logged[0]["images_per_second"] > 0
+    assert logged[0]["lr"] == pytest.approx(0.03 * (1 - 1 / 5) ** 0.9)
 
     summary = read(out / "summary.json")
     assert (summary["status"], summary["step"], summary["method"], summary["seed"]) == ("finished", 6, "dml+adm", 0)
-    assert summary["last"] == lines[-1]
+    assert summary["last"] == logged[-1]
     for role in ("teacher", "student"):
         classes = [key for key in summary["last"] if key.startswith(f"{role}/IoU.")]
         assert f"{role}/IoU.road" in classes
@@ -78,8 +74,16 @@ def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) 
     start = read(out / "environment.json")["starts"][0]
     assert start["versions"]["onedl-mmsegmentation"]
 
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    for kind in ("train", "evaluation"):
+        for name in (key for key in lines[-1 if kind == "evaluation" else 0] if key not in ("kind", "step", "split")):
+            shown = [(event.step, event.value) for event in board.Scalars(f"{kind}/{name}")]
+            assert shown == [(line["step"], pytest.approx(line[name])) for line in lines if line["kind"] == kind]
+
     before = (out / "metrics.jsonl").read_bytes()
-    code, _, log = train(arguments(street, out))
+    code, _, log = train(command)
     assert code == 0
     assert "is finished" in log
     assert (out / "metrics.jsonl").read_bytes() == before
@@ -87,10 +91,9 @@ def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    street: Path, tmp_path: Path, run: Path, train: Train, monkeypatch: pytest.MonkeyPatch, workers: int
+    street: Path, tmp_path: Path, run: Path, train: Train, workers: int
 ) -> None:
     # 1: between two log points; 3: where it is evaluated. The whole run had no workers.
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # left workers end within it
     command = arguments(street, tmp_path / "run", f"train_dataloader.num_workers={workers}")
     for step in (1, 3):
         with pytest.MonkeyPatch.context() as patch:
@@ -141,7 +144,7 @@ def test_a_crash_costs_no_more_than_the_iterations_since_the_last_checkpoint(
     (out / "checkpoints/iter_5.pth.writing").write_bytes(b"half")
     code, _, log = train(command)
     assert code == 0
-    assert f"cannot read the checkpoint {newest}" in log
+    assert f"cannot read {newest}" in log
     assert "resuming from iteration 3" in log
     assert not (out / "checkpoints/iter_5.pth.writing").exists()
     assert_same_runs(run, out)
@@ -221,7 +224,10 @@ def test_labels_outside_the_classes_end_in_one_line(tmp_path: Path, train: Train
     [
         (["batch_size=1"], "gives BatchNorm one image at a time"),
         (["crop_size=(8,8)"], "ASPPHead a map of 1 x 1 cells"),
-        (["model.student.decode_head.num_classes=7", "model.student.auxiliary_head.num_classes=7"], "classes and the"),
+        (
+            ["model.student.decode_head.num_classes=7", "model.student.auxiliary_head.num_classes=7"],
+            "classes and ignores label",
+        ),
         (["model.method=dmll"], "unknown method 'dmll': did you mean 'dml'?"),
         (["model.method=kd"], "the method kd needs a trained teacher: give model.teacher_weights=FILE"),
         (["model.teacher_weights=nowhere.pth"], "nowhere.pth"),
@@ -229,6 +235,8 @@ def test_labels_outside_the_classes_end_in_one_line(tmp_path: Path, train: Train
         (["data_root=nowhere"], "no folder nowhere/leftImg8bit/train: --data-root nowhere must hold"),
         (["model.student.backbone.dept=18"], "did you mean model.student.backbone.depth?"),
         (["optim_wrapper.type=AmpOptimWrapper"], "mixed precision needs a GPU"),
+        (["run.trackers=['tensorbord']"], "unknown tracker 'tensorbord': did you mean 'tensorboard'"),
+        (["run.log_every=0"], "run.log_every must be positive"),
     ],
 )
 def test_wrong_input_ends_in_one_line_and_leaves_no_folder(
@@ -277,6 +285,28 @@ def test_another_config_in_the_same_folder_is_an_error(street: Path, run: Path, 
     assert "holds a run with model.adm.alpha = 0.2, this command says 0.5" in log
 
 
+def test_a_run_of_before_the_controls_is_recognised(street: Path, run: Path, train: Train, tmp_path: Path) -> None:
+    """Its config.yaml and config.py know neither ``adm.control`` and ``adm.delta`` nor ``run.trackers``."""
+    old = shutil.copytree(run, tmp_path / "old", symlinks=True)
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    config["run"].pop("trackers")
+    assert not {"control", "delta"} & config["model"]["adm"].keys()
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    python = Config.fromfile(str(old / "config.py"))
+    for key in ("control", "delta"):
+        python.model.adm.pop(key)
+    python.run.pop("trackers")
+    python.dump(str(old / "config.py"))
+    code, _, log = train(arguments(street, old))
+    assert code == 0
+    assert "is finished" in log
+    code, _, log = train([str(old / "config.py"), "--out", str(old)])
+    assert (code, "is finished" in log) == (0, True), log
+    code, _, log = train(arguments(street, old, "model.adm.control=uniform"))
+    assert code == 2
+    assert "without model.adm.control, this command says 'uniform'" in log
+
+
 def in_a_process_of_its_own(code: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -301,14 +331,44 @@ def test_help_loads_nothing_heavy_and_without_the_extra_a_line_names_it() -> Non
     assert done.stderr.splitlines() == ["error: mmseg is not installed: pip install -e '.[segmentation]'"] * 3
 
 
-def test_a_dry_run_says_what_would_be_trained(street: Path, tmp_path: Path, train: Train) -> None:
-    code, said, _ = train([*arguments(street, tmp_path / "run"), "--dry-run"])
-    assert code == 0
-    assert "'max_iters': 6" in said
+@pytest.mark.parametrize("method", ["dml+adm", "switokd", "kdcl"])
+def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(
+    street: Path, tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    command = [*arguments(street, tmp_path / "run", method=method), "--dry-run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("a dry run without --time takes no step"))
+        code, said, log = train(command)
+    assert code == 0, log
+    assert "max_iters: 6" in said
     assert "teacher: ResNetV1c-18 ASPPHead, " in said
-    assert "adapter (phi): 32 parameters" in said
-    assert "s an iteration of 2 images, 6 in all" in said
+    assert "decode head's map C x H x W: 4x6x8" in said  # of the student, at 1/8 of 48 x 64
+    assert ("adapter (phi): 32 parameters" in said) == (method == "dml+adm")
+    assert "GiB a process" in said
+    assert "iterations of" not in said
+
+    code, said, log = train([*command, "--time"])
+    assert code == 0, log
+    assert "6 iterations of 2 images a process" in said
+    assert "estimate: " in said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_memory_of_a_dry_run_grows_with_the_batch_and_counts_what_backward_needs(street: Path) -> None:
+    from mmengine.optim import build_optim_wrapper
+
+    from segmentation.config import build, complete, load_config, parse_options
+    from segmentation.training import memory
+
+    def estimated(*options: str) -> int:
+        ready = complete(load_config(DEEPLAB, parse_options([*TINY, *options])), 1, "cpu")
+        model = build(ready.model)
+        return memory(model, build_optim_wrapper(model, ready.optim_wrapper), ready)
+
+    two, four = estimated("batch_size=2"), estimated("batch_size=4")
+    both = estimated("batch_size=2", "crop_size=(96,64)")
+    assert 2 * 3 * 48 * 64 * 4 < four - two < both - two + (four - two) / 2  # more than the images themselves
+    assert both - two == pytest.approx(four - two, rel=0.2)  # twice the area, twice the images
 
 
 # Evaluation, export, figure
@@ -381,8 +441,8 @@ def test_the_export_of_a_full_size_student_loads_with_the_stock_config(tmp_path:
         (["RUN", "--checkpoint", "iter_5"], "has no checkpoint 'iter_5': it has last, best, iter_3, iter_6"),
         (["RUN", "--data-root", "nowhere"], "no folder nowhere/leftImg8bit/val"),
         (["--config", "RUN/config.py", "--checkpoint", "RUN/student.pth"], "of one network alone? name it by --role"),
-        (["--config", "RUN/config.py", "--checkpoint", "RUN/config.yaml"], "cannot read the checkpoint"),
-        (["--config", "RUN/student_config.py", "--checkpoint", "gone.pth"], "there is no file of weights gone.pth"),
+        (["--config", "RUN/config.py", "--checkpoint", "RUN/config.yaml"], "cannot read "),
+        (["--config", "RUN/student_config.py", "--checkpoint", "gone.pth"], "no weight file gone.pth"),
         (["RUN", "--role", "teacher", "--export", "x", "--rolle"], "unrecognized arguments: --rolle"),
     ],
 )
@@ -422,33 +482,29 @@ def test_a_run_without_adm_has_a_figure_without_similarity(
 
 
 @pytest.mark.slow
-def test_two_processes_leave_one_run_and_resume_exactly(street: Path, tmp_path: Path) -> None:
-    def launch(out: Path, *more: str, stop: int | None = None) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
-        script = str(ROOT / "segmentation/tools/train.py")
+def test_two_processes_leave_one_run_and_resume_exactly(
+    street: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(out: Path, *, stop: int | None = None) -> None:
+        script = ROOT / "segmentation/tools/train.py"
         if stop is not None:  # each process sends itself the signal
-            script = str(tmp_path / "stopping.py")
-            Path(script).write_text(
-                f"import sys; sys.path.insert(0, {str(ROOT / 'tests/segmentation')!r}); sys.path.insert(0, "
-                f"{str(ROOT / 'tests')!r})\nimport pytest, street\nfrom core.training.command import run_command\n"
+            script = tmp_path / "stopping.py"
+            script.write_text(
+                "import pytest, street\nfrom core.training.command import run_command\n"
                 "from segmentation.tools.train import main\n"
                 f"with pytest.MonkeyPatch.context() as patch:\n    street.stop_at(patch, {stop})\n"
                 "    run_command(main)\n"
             )
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        options = arguments(street, out, "batch_size=4", "model.adm.gamma=0.5")
-        return subprocess.run(
-            [*command, script, *options, *more], env=environment, capture_output=True, text=True, timeout=600
-        )
+        # torchrun turns the code of its stopped processes, 130, into 1
+        in_two_processes(script, *arguments(street, out, "batch_size=4", "model.adm.gamma=0.5"), good=stop is None)
 
-    done = launch(tmp_path / "whole")
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launch(tmp_path / "whole")
     assert read(tmp_path / "whole/environment.json")["starts"][0]["processes"] == 2
-    launch(tmp_path / "cut", stop=3)  # torchrun turns the code of its processes, 130, into 1
+    launch(tmp_path / "cut", stop=3)
     assert read(tmp_path / "cut/summary.json")["status"] == "interrupted"
     assert read(tmp_path / "cut/summary.json")["step"] == 4  # at the next log point, where they agree
-    done = launch(tmp_path / "cut")
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch(tmp_path / "cut")
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
 
 

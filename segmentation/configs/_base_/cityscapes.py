@@ -16,31 +16,24 @@ test_pipeline = [
     dict(type="LoadAnnotations"),  # after Resize: labels are compared at their own size
     dict(type="PackSegInputs"),
 ]
+
+
+def _dataset(split, pipeline):
+    prefix = dict(img_path=f"leftImg8bit/{split}", seg_map_path=f"gtFine/{split}")
+    return dict(type="NumberedDataset", dataset=dict(type="CityscapesDataset", data_prefix=prefix, pipeline=pipeline))
+
+
 train_dataloader = dict(
     batch_size=2,
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type="NumberedSampler"),
-    dataset=dict(
-        type="NumberedDataset",
-        dataset=dict(
-            type="CityscapesDataset",
-            data_prefix=dict(img_path="leftImg8bit/train", seg_map_path="gtFine/train"),
-            pipeline=train_pipeline,
-        ),
-    ),
+    dataset=_dataset("train", train_pipeline),
 )
 val_dataloader = dict(
     batch_size=1,
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="NumberedDataset",
-        dataset=dict(
-            type="CityscapesDataset",
-            data_prefix=dict(img_path="leftImg8bit/val", seg_map_path="gtFine/val"),
-            pipeline=test_pipeline,
-        ),
-    ),
+    dataset=_dataset("val", test_pipeline),
 )

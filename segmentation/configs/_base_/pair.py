@@ -1,4 +1,4 @@
-# Teacher and student in one model. Options of ADM: segmentation/losses.py, ADMOptions.
+# Teacher and student in one model. ADM's options: core/adm.py; their defaults here: adm_config, segmentation/losses.py
 model = dict(
     type="DistillationSegmentor",
     method="dml+adm",

@@ -9,6 +9,7 @@ run = dict(
     save_every=None,  # iterations between checkpoints besides those that follow each evaluation
     keep=2,  # checkpoints besides the best
     select="student/mIoU",  # what makes a checkpoint the best
+    trackers=["tensorboard"],  # where metrics go besides the run folder's own files; [] for nowhere
 )
 default_hooks = dict(
     runtime_info=None,
@@ -23,7 +24,7 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
     dist_cfg=dict(backend="nccl"),
 )
-visualizer = dict(type="Visualizer", vis_backends=[])  # e.g. [dict(type="TensorboardVisBackend")]
+visualizer = dict(type="Visualizer", vis_backends=[])  # e.g. [dict(type="WandbVisBackend")]
 log_level = "ERROR"  # of mmengine's own log
 val_cfg = dict(type="ValLoop")
 val_evaluator = [dict(type="NetworkIoU", role="teacher"), dict(type="NetworkIoU", role="student")]

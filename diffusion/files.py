@@ -1,0 +1,39 @@
+"""Files around networks and figures: JSON that says what is beside it, and folders that are made."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from core.errors import InputError, first_line
+from core.training.command import missing_extra
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Empty where there is no such file. Raises: InputError where it is damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"cannot read {file}: {first_line(error)}") from error
+
+
+def make_folder(folder: Path, option: str = "") -> Path:
+    """The folder, which is there then. Raises: InputError where there can be none, naming also the ``option``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}{option and f' ({option})'}: {error.strerror}") from error
+    return folder
+
+
+def need_packages(*names: str) -> None:
+    """Imports them, after the command line is read, so that --help is quick. Raises: InputError for a missing one."""
+    try:
+        for name in names:
+            importlib.import_module(name)
+    except ImportError as error:
+        raise missing_extra(error, "diffusion") from error
