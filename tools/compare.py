@@ -14,16 +14,15 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from core.analysis.figures import save_figure
-from core.errors import InputError, TrainingError
+from core.errors import InputError
 from core.files import save_json, write_atomically
 from core.training.command import LineParser, run_command
 from tools.curves import figure_of
 from tools.groups import PERCENT, Comparison, Group, Versus, chosen_by, compare_runs, lower_is_better, named
-from tools.runs import Run, read_run, runs_in
+from tools.runs import Run, make_folder, read_run, runs_in
 from tools.stats import Grid, markdown, mean_std, spread
 
 
@@ -41,13 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = render(compared, left_out)
     print(text)
     if options.out is not None:
-        folder = Path(options.out)
-        try:
-            save_json(as_json(compared, left_out), folder / "compare.json")
-            write_atomically(folder / "compare.md", lambda file: file.write_text(f"# Comparison\n\n{text}\n"))
-            save_figure(figure_of(compared), folder / "compare.png")
-        except TrainingError as error:
-            raise InputError(str(error)) from error
+        folder = make_folder(options.out)
+        save_json(as_json(compared, left_out), folder / "compare.json")
+        write_atomically(folder / "compare.md", lambda file: file.write_text(f"# Comparison\n\n{text}\n"))
+        save_figure(figure_of(compared), folder / "compare.png")
         print(f"\nwritten to {folder}: compare.json, compare.md, compare.png")
     return 0
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from core.errors import InputError, TrainingError
+from core.errors import InputError
 from core.files import write_atomically
 from core.training.command import LineParser, run_command
 from tools.curves import figure_of
@@ -28,6 +28,7 @@ from tools.groups import Comparison, Group, common_roles, measure_of
 from tools.ours import Captioned, Number, gather, grids, numbers
 from tools.paper import ROOT, SCALES, Scale, Table
 from tools.paper_files import PAPER, load_tables
+from tools.runs import make_folder
 from tools.stats import as_csv, markdown, mean_std
 
 WIDTH = 1000  # pixels of an embedded picture, at most
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.document is not None:
         from tools.document import render
 
-        save({Path(options.document): render(results)})
+        save(Path(options.document), render(results))
         print(f"written: {options.document}")
         return 0
     parts: list[Part] = []
@@ -78,9 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not parts:
         raise InputError(f"no run of the paper's tables in {options.runs} or {options.results}: reproduce.py run")
     out = Path(options.out)
-    save({out / name: png for part in parts for name, png in part.files.items()})
-    texts = {"md": as_markdown(parts, left), "csv": as_table(parts), "html": as_html(parts, left)}
-    save({out / f"report.{suffix}": text for suffix, text in texts.items()})
+    for name, png in (item for part in parts for item in part.files.items()):
+        save(out / name, png)
+    save(out / "report.md", as_markdown(parts, left))
+    save(out / "report.csv", as_table(parts))
+    save(out / "report.html", as_html(parts, left))
     print(f"written to {options.out}: report.md, report.csv, report.html")
     return 0
 
@@ -277,14 +280,11 @@ def as_html(parts: Sequence[Part], left: Sequence[str]) -> str:
     )
 
 
-def save(files: Mapping[Path, str | bytes]) -> None:
-    """Raises: InputError where one cannot be written."""
-    for file, content in files.items():
-        data = content.encode() if isinstance(content, str) else content
-        try:
-            write_atomically(file, lambda temporary, data=data: temporary.write_bytes(data))  # type: ignore[misc]
-        except TrainingError as error:
-            raise InputError(str(error)) from error
+def save(file: Path, content: str | bytes) -> None:
+    """Raises: InputError where its folder cannot be made, TrainingError where it cannot be written."""
+    data = content.encode() if isinstance(content, str) else content
+    make_folder(file.parent)
+    write_atomically(file, lambda temporary: temporary.write_bytes(data))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from core.errors import InputError, TrainingError
+from core.errors import InputError
 from core.training.command import LineParser, run_command
 from tools.paper import ROOT, SCALES, Cell, Setting
 from tools.paper_files import PAPER, load_tables
@@ -224,11 +224,7 @@ def keep_runs(options: argparse.Namespace) -> int:
     if unfinished is not None and not options.partial:
         raise InputError(f"{unfinished.path} is not finished: --partial keeps it as far as it is")
     folder = Path(options.results) / options.to
-    try:
-        names = keep(runs, folder)
-    except TrainingError as error:
-        raise InputError(str(error)) from error
-    print(f"{folder / KEPT}: kept {', '.join(names)}")
+    print(f"{folder / KEPT}: kept {', '.join(keep(runs, folder))}")
     return 0
 
 

@@ -230,6 +230,15 @@ def seeds_of(stem: Path | str) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
+def make_folder(path: Path | str) -> Path:
+    """A folder to write into. Raises: InputError where there can be none."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {path}: {error.strerror}") from error
+    return Path(path)
+
+
 # --- keeping ----------------------------------------------------------------------------------------------------------
 
 
@@ -255,5 +264,6 @@ def keep(runs: Iterable[Run], folder: Path) -> list[str]:
         lines[name] = dict(run.files)
         new.append(name)
     text = "".join(json.dumps({"run": name, **lines[name]}) + "\n" for name in sorted(lines))
+    make_folder(folder)
     write_atomically(file, lambda temporary: temporary.write_text(text))
     return new

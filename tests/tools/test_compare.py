@@ -8,52 +8,20 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
+from written import write_chain, write_evaluation, write_run
 
-from tools import compare
+from core.errors import InputError
+from tools import compare, curves, groups
+from tools.runs import keep, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def write_run(
-    path: Path,
-    seed: int,
-    students: list[float],
-    *,
-    method: str = "dml",
-    status: str | None = "finished",
-    held_out: bool = False,
-    roles: Mapping[str, float] | None = None,
-    **config: Any,
-) -> Path:
-    """A run folder as training leaves it. ``students``: top-1 after each epoch; ``roles``: others, by their lead."""
-    path.mkdir(parents=True)
-    options = {"method": method, "seed": seed, "adm": {"alpha": 0.01}, **config}
-    if not method.endswith("+adm"):
-        del options["adm"]
-    (path / "config.yaml").write_text(yaml.safe_dump(options))
-    lines: list[dict[str, Any]] = []
-    for epoch, value in enumerate(students, start=1):
-        scores = {f"{r}/top1": value + off for r, off in {"student": 0.0, **(roles or {"teacher": 5.0})}.items()}
-        if held_out:  # the validation accuracy runs the other way
-            scores = {k: 100 - v for k, v in scores.items()} | {f"test/{k}": v for k, v in scores.items()}
-        split = "validation" if held_out else "test"
-        lines.append({"kind": "train", "step": epoch, "epoch": epoch, "student/ce": 1.0})
-        lines.append({"kind": "evaluation", "step": epoch, "epoch": float(epoch), "split": split, **scores})
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    looks = [line for line in lines if line["kind"] == "evaluation"]
-    best = {"selected_by": "student/top1", **max(looks, key=lambda line: line["student/top1"])}
-    if status is not None:
-        summary = {"status": status, "last": looks[-1], "best": best, "selected_on": looks[-1]["split"]}
-        (path / "summary.json").write_text(json.dumps(summary))
-    return path
 
 
 DML = {0: [40.0, 60.5], 1: [41.0, 61.25], 2: [47.0, 60.0]}
@@ -114,17 +82,6 @@ def test_paired_differences_are_a_t_test(runs: list[Path], tmp_path: Path, comma
     assert difference["interval"] == pytest.approx([interval.low, interval.high])
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 10, 29, 30, 120])
-def test_the_quantile_is_students(freedom: int) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    assert compare.t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-10)
-
-
-def test_quantiles_of_the_tables() -> None:
-    # Any printed table of Student's t, two-sided 95 %.
-    assert [round(compare.t_quantile(f), 3) for f in (1, 2, 4, 30)] == [12.706, 4.303, 2.776, 2.042]
-
-
 def test_a_difference_is_claimed_only_where_its_interval_leaves_out_zero(tmp_path: Path, command: Any) -> None:
     def compared(name: str, differences: list[float]) -> str:
         paths = []
@@ -173,20 +130,8 @@ def test_segmentation_is_compared_by_miou_over_iterations(runs: list[Path], tmp_
     assert "mIoU in percent" in out and "last mIoU from dml" in out and "op-1" not in out
     assert (tmp_path / "miou/compare.png").stat().st_size > 5000
     other = write_run(tmp_path / "classified", 0, [40.0])
-    with pytest.raises(compare.WrongInput, match="the runs measure different things"):
+    with pytest.raises(InputError, match="the runs measure different things"):
         compare.main([str(runs[0]), str(other)])
-
-
-def write_chain(path: Path, seed: int, method: str, fids: Mapping[int, float]) -> Path:
-    """A diffusion run as training and evaluate.py leave it. ``fids``: by sampling steps."""
-    path.mkdir(parents=True)
-    teacher = {"teacher": f"runs/base-{seed}", "teacher_sha256": f"{seed}" * 64}
-    (path / "config.yaml").write_text(yaml.safe_dump({"method": method, "seed": seed, "chain": [8, 4, 2], **teacher}))
-    (path / "summary.json").write_text(json.dumps({"status": "finished", "method": method, "seed": seed}))
-    rows = [{"network": f"{path}/round-{n:04d}/student", "steps": n, "FID": v, "IS": 10 - v} for n, v in fids.items()]
-    features = {"name": "inception", "distance": "FID", "score": "IS", "sha256": "0"}
-    (path / "evaluation-inception.json").write_text(json.dumps({"features": features, "rows": rows}))
-    return path
 
 
 def test_diffusion_is_compared_by_fid_at_each_number_of_steps(tmp_path: Path, command: Any) -> None:
@@ -210,7 +155,7 @@ def test_diffusion_is_compared_by_fid_at_each_number_of_steps(tmp_path: Path, co
         for g in (4.0, 1.0)
     ]
     features = {"distance": "FD-digits", "score": "CS-digits"}
-    (paths[0] / "evaluation-inception.json").write_text(json.dumps({"features": features, "rows": guided}))
+    write_evaluation(paths[0] / "evaluation-inception.json", features, guided)
     assert "FD-digits, lower is better" in command(paths[0], "--out", tmp_path / "guided")
     roles = report(tmp_path / "guided")["groups"][0]["FD-digits"]
     assert {role: values["last"]["mean"] for role, values in roles.items()} == {
@@ -219,7 +164,7 @@ def test_diffusion_is_compared_by_fid_at_each_number_of_steps(tmp_path: Path, co
     }
     unevaluated = write_chain(tmp_path / "bare", 0, "pd", {4: 1.0})
     (unevaluated / "evaluation-inception.json").unlink()
-    with pytest.raises(compare.WrongInput, match=r"evaluate\.py writes it"):
+    with pytest.raises(InputError, match=r"evaluate\.py writes it"):
         compare.main([str(unevaluated)])
 
 
@@ -231,7 +176,7 @@ def test_another_measure_is_compared_where_it_is_asked_for(runs: list[Path], tmp
     out = command(runs[0], "--measure", "nll", "--out", tmp_path / "out")
     assert report(tmp_path / "out")["groups"][0]["nll"]["student"]["last"]["mean"] == 1.25
     assert "nll, lower is better" in out and "percent" not in out
-    with pytest.raises(compare.WrongInput, match="no role in common with a nll"):
+    with pytest.raises(InputError, match="no role in common with a nll"):
         compare.main([*map(str, runs), "--measure", "nll"])
 
 
@@ -303,8 +248,8 @@ def test_the_figure_shows_every_group(runs: list[Path], tmp_path: Path, command:
 
 def test_curves_are_means_over_seeds_where_all_runs_have_them(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / "a", 0, [10.0, 20.0, 30.0]), write_run(tmp_path / "b", 1, [14.0, 20.0])]
-    (group,) = compare.make_groups([compare.read_run(path) for path in paths])
-    assert compare.curve(group, "student") == [(1.0, 12.0, pytest.approx(math.sqrt(8))), (2.0, 20.0, 0.0)]
+    (group,) = groups.make_groups([read_run(path) for path in paths], "top1")
+    assert curves.curve(group, "student") == [(1.0, 12.0, pytest.approx(math.sqrt(8))), (2.0, 20.0, 0.0)]
 
 
 def test_real_runs_compare(tmp_path: Path, command: Any) -> None:
@@ -330,6 +275,18 @@ def test_real_runs_compare(tmp_path: Path, command: Any) -> None:
     assert "different commits" not in out
 
 
+def test_folders_and_kept_runs_compare_as_the_runs_in_them(runs: list[Path], tmp_path: Path, command: Any) -> None:
+    one_by_one = command(*sorted(runs), "--baseline", "dml")
+    assert command(tmp_path, "--baseline", "dml") == one_by_one
+    keep([read_run(run) for run in runs], tmp_path / "results/mine")
+    kept = tmp_path / "results/mine"
+    for words in ([kept], [kept / "runs.jsonl"], [kept / run.name for run in sorted(runs)], [kept / "*-?"]):
+        assert command(*words, "--baseline", "dml") == one_by_one
+    assert "| dml+adm " not in command(kept / "dml-*")
+    with pytest.raises(InputError, match=r"runs\.jsonl there keeps no dml-9"):
+        compare.main([str(kept / "dml-9")])
+
+
 def test_wrong_input_is_one_line(runs: list[Path], tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", 0, [1.0], roles={"critic": 1.0}, method="vanilla")
     lines = (other / "summary.json").read_text().replace("student", "pupil").replace("teacher", "tutor")
@@ -338,10 +295,12 @@ def test_wrong_input_is_one_line(runs: list[Path], tmp_path: Path) -> None:
     (damaged / "summary.json").write_text('{"status": "fin')
     again = write_run(tmp_path / "again", 0, [1.0])
     stopped = write_run(tmp_path / "stopped", 3, [1.0], status="interrupted")
+    empty = tmp_path / "empty"
+    empty.mkdir()
     for argv, words in (
         ([], "RUN"),
         ([tmp_path / "none"], "no run folder"),
-        ([tmp_path], "no config.yaml"),
+        ([empty], "no config.yaml"),
         ([*runs, "--bsaeline", "dml"], "--bsaeline"),
         ([*runs, "--baseline", "dm"], "one of 'dml', 'dml+adm'"),
         ([*runs, other], "no role in common"),
@@ -350,7 +309,7 @@ def test_wrong_input_is_one_line(runs: list[Path], tmp_path: Path) -> None:
         ([stopped], "--partial"),
         ([*runs, "--out", damaged / "config.yaml"], "cannot write"),
     ):
-        with pytest.raises(compare.WrongInput) as error:
+        with pytest.raises(InputError) as error:
             compare.main([str(a) for a in argv])
         assert words in str(error.value) and "\n" not in str(error.value), argv
 

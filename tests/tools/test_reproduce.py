@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tools.tables import PAPER, load_tables
+from written import write_chain, write_run
 
-from tools import processes, reproduce, step_times
-from tools.compare import WrongInput
+from core.errors import InputError
+from core.training import command as shell
+from tools import plan, processes, reproduce
+from tools.paper_files import PAPER, load_tables
 from tools.processes import Job, Outcome, run_jobs, state
+from tools.runs import kept_name, read_run, seeds_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = """
@@ -49,7 +51,10 @@ bases:
 runs:
   vanilla: {base: small, method: vanilla, proxy: {overrides: {fit.epochs: 1, networks.teacher.name: cifar_resnet8}}}
   shake:
-    {base: small, method: shake, both: {networks.teacher.weights: "{run:vanilla}"}, proxy: {overrides: {fit.epochs: 1}}}
+    base: small
+    method: shake
+    all_scales: {networks.teacher.weights: "{run:vanilla}"}
+    proxy: {overrides: {fit.epochs: 1}}
   long: {base: small, method: vanilla, proxy: {overrides: {fit.epochs: 50, fit.evaluate_every: 1000}}}
   wrong: {base: small, method: vanilla, proxy: {overrides: {fit.epochs: 1, fit.precision: fp8}}}
   photos: {base: small, method: dml, proxy: {overrides: {data.name: folder, data.root: data/nowhere, fit.epochs: 1}}}
@@ -58,7 +63,7 @@ rows:
   - name: Student
     read: last.student/top1
     cells:
-      - {column: Vanilla, paper: 71.5, paper_std: 0.2, run: vanilla}
+      - {column: Vanilla, paper: 71.5, run: vanilla}
       - {column: SHAKE, paper: 72, label: (+0.5), run: shake}
   - name: Teacher
     read: last.teacher/top1
@@ -81,7 +86,7 @@ title: Its maps
 task: classification
 metric: {name: picture}
 runs:
-  same: {same_as: table01/vanilla, then: ["classification/tools/visualize.py {run} --images 2"]}
+  same: {same_as: table01/vanilla, after: ["classification/tools/visualize.py {run} --images 2"]}
 columns: [Maps]
 rows: [{name: Vanilla, cells: [{column: Maps, paper: null, run: same, show: figures/maps.png}]}]
 """
@@ -288,13 +293,13 @@ def line_of(process: Path) -> str:
 def test_places_are_gpus_or_shares_of_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert processes.places(None, []) == [{"OMP_NUM_THREADS": "8"}]
-    assert processes.places(3, []) == [{"OMP_NUM_THREADS": "2"}] * 3
-    on_gpus = processes.places(None, ["0", "5"])
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in on_gpus] == ["0", "5"]
-    assert [p["CUDA_VISIBLE_DEVICES"] for p in processes.places(3, ["0", "5"])] == ["0", "5", "0"]
+    assert processes.slots(None, []) == [{"OMP_NUM_THREADS": "8"}]
+    assert processes.slots(3, []) == [{"OMP_NUM_THREADS": "2"}] * 3
+    on_gpus = processes.slots(None, ["0", "5"])
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in on_gpus] == ["0", "5"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in processes.slots(3, ["0", "5"])] == ["0", "5", "0"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert processes.places(2, []) == [{"OMP_NUM_THREADS": "1"}] * 2
+    assert processes.slots(2, []) == [{"OMP_NUM_THREADS": "1"}] * 2
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-abc")
     assert processes.gpus() == ["2", "GPU-abc"]
@@ -325,7 +330,7 @@ def test_list_and_show_say_what_there_is(command: Callable[..., str]) -> None:
     text = command("show", "1")
     for words in (
         "None of it is in the paper.",
-        "Student  71.5 ± 0.2  72 (+0.5)",
+        "Student  71.5     72 (+0.5)",
         "not run: Teacher, SHAKE: the teacher",
     ):
         assert words.lower() in text.lower()
@@ -369,11 +374,11 @@ def test_data_lie_where_the_command_line_says(command: Callable[..., str], tmp_p
     assert root(str(here), f"nowhere={tmp_path}") == str(tmp_path)
     text = command("run", "1", "--runs", "photos", "--out", "data/mine", "--data", str(here), "--dry-run")
     assert "--out data/mine/table01" in text  # what is written is no data set
-    with pytest.raises(WrongInput, match="no run here reads data/elsewhere"):
+    with pytest.raises(InputError, match="no run here reads data/elsewhere"):
         root(f"elsewhere={here}")
-    with pytest.raises(WrongInput, match="reads data/nowhere, which is not there"):
+    with pytest.raises(InputError, match="reads data/nowhere, which is not there"):
         command("run", "1", "--runs", "photos")
-    with pytest.raises(WrongInput, match=f"reads {here}/nowhere"):
+    with pytest.raises(InputError, match=f"reads {here}/nowhere"):
         command("run", "1", "--data", str(here))  # before anything is started
     assert not (tmp_path / "runs").exists()
 
@@ -396,11 +401,12 @@ FINISHED = '{"status": "finished", "last": {"student/top1": 50.0, "teacher/top1"
 
 def test_a_run_counts_as_finished_only_with_its_scores_and_pictures(tables: Path, tmp_path: Path) -> None:
     known = load_tables(tables)
-    place = reproduce.make_place(str(tmp_path), [])
-    plain = reproduce.make_job(known["table01"], "vanilla", "proxy", 0, place)
-    drawn = reproduce.make_job(known["figure05"], "same", "proxy", 0, place)
+    place = plan.make_place(str(tmp_path))
+    plain = plan.make_job(known["table01"], "vanilla", "proxy", 0, place)
+    drawn = plan.make_job(known["figure05"], "same", "proxy", 0, place)
     assert plain.folder == drawn.folder == tmp_path / "table01/proxy/vanilla-0"
     plain.folder.mkdir(parents=True)
+    (plain.folder / "config.yaml").write_text("method: vanilla\n")
     for text, ends in (
         ('{"status": "interrup', False),
         (FINISHED.replace("finished", "interrupted"), False),
@@ -445,7 +451,7 @@ def test_wrong_input_is_one_line(tables: Path, tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_one_line(command: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(WrongInput, match=f"cannot write {tmp_path}/file"):
+    with pytest.raises(InputError, match=f"cannot write {tmp_path}/file"):
         command("run", "1", "--runs", "vanilla", "--out", str(tmp_path / "file"))
 
 
@@ -454,6 +460,7 @@ def test_status_counts_what_is_there(command: Callable[..., str], tmp_path: Path
     for name, text in (("vanilla-0", FINISHED), ("vanilla-12", '{"status": "interrupted"}')):
         folder = tmp_path / "runs/table01/proxy" / name
         folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("method: vanilla\n")
         (folder / "summary.json").write_text(text)
     (tmp_path / "runs/table01/proxy/wrong-1.log").write_text("== a command\nerror: no\n== ended: failed\n")
     assert command("status", "1").splitlines() == [
@@ -480,65 +487,98 @@ def as_a_shell_sees_it(words: Sequence[str]) -> tuple[int, str, str]:
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = reproduce.command_line(list(words))
+        try:
+            shell.run_command(lambda: reproduce.main(list(words)))
+        except SystemExit as ended:
+            code = int(ended.code or 0)
     return code, out.getvalue(), err.getvalue()
 
 
 def test_every_table_of_the_paper_can_be_planned_at_both_scales(capsys: pytest.CaptureFixture[str]) -> None:
     tables = load_tables(PAPER)
     for scale in ("paper", "proxy"):
-        names = [n for n, table in tables.items() if any(scale in run.settings for run in table.runs.values())]
+        names = [n for n, table in tables.items() if any(scale in settings for settings in table.runs.values())]
         assert reproduce.main(["run", *names, "--scale", scale, "--dry-run"]) == 0
         lines = [line.split()[1] for line in commands_in(capsys.readouterr().out)]
         assert len(lines) > 100 and all((ROOT / script).is_file() for script in lines)
 
 
+# --- keeping runs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_kept_run_is_read_as_its_folder_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / f"runs/dml-{seed}", seed, [40.0, 60.0 + seed]) for seed in (1, 0)]
+    runs.append(write_run(tmp_path / "runs/table01/proxy/vgg-0", 0, [50.0]))
+    chain = write_chain(tmp_path / "runs/chain-0", 0, "pd", {4: 3.0, 1: 8.0})
+    results = ["--to", "mine", "--results", str(tmp_path / "results")]
+    assert reproduce.main(["keep", str(runs[0]), *results]) == 0
+    assert reproduce.main(["keep", *map(str, [*runs[1:], chain]), *results]) == 0
+    assert capsys.readouterr().out.endswith("runs.jsonl: kept dml-0, table01/proxy/vgg-0, chain-0\n")
+    lines = (tmp_path / "results/mine/runs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["run"] for line in lines] == ["chain-0", "dml-0", "dml-1", "table01/proxy/vgg-0"]
+    for folder in [*runs, chain]:
+        before, after = read_run(folder), read_run(tmp_path / "results/mine" / kept_name(folder))
+        assert (after.config, after.seed, after.last, after.evaluations) == (
+            before.config, before.seed, before.last, before.evaluations,
+        )  # fmt: skip
+        assert after.finished and "student/ce" not in json.dumps(after.files)  # training losses are not kept
+    assert seeds_of(tmp_path / "results/mine/dml") == {s: tmp_path / f"results/mine/dml-{s}" for s in (0, 1)}
+    assert list(seeds_of(tmp_path / "results/mine/table01/proxy/vgg")) == [0]
+    assert read_run(tmp_path / "results/mine/chain-0").number("evaluation-inception.distance", {"steps": 1}) == 8.0
+
+
+def test_what_cannot_be_kept_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs/dml-0", 0, [40.0])
+    stopped = write_run(tmp_path / "runs/dml-1", 1, [40.0], status="interrupted")
+    results = ["--to", "mine", "--results", str(tmp_path / "results")]
+    assert reproduce.main(["keep", str(run), *results]) == 0
+    file = tmp_path / "results/mine/runs.jsonl"
+    before = file.read_text()
+    for words, said in (
+        ([str(run)], "keeps a run dml-0 already"),
+        ([str(tmp_path / "runs"), "--partial"], "keeps a run dml-0 already"),
+        ([str(stopped)], "--partial"),
+        ([str(tmp_path / "nowhere")], "no run folder"),
+    ):
+        with pytest.raises(InputError, match=said):
+            reproduce.main(["keep", *words, *results])
+        assert file.read_text() == before
+    assert reproduce.main(["keep", str(stopped), "--partial", *results]) == 0
+    assert len(file.read_text().splitlines()) == 2
+    file.write_text(before + "{half a li")
+    with pytest.raises(InputError, match="line 2, is no kept run"):
+        read_run(tmp_path / "results/mine/dml-0")
+
+
 # --- how long ---------------------------------------------------------------------------------------------------------
 
 
-def test_estimates_come_from_kept_runs_and_benchmarks(tmp_path: Path) -> None:
-    run = tmp_path / "dml-0"
-    run.mkdir()
-    config = "batch_size: 32\nmethod: dml\ndata: {name: folder, image_size: 32}\nnetworks: {student: {name: a}}\n"
-    (run / "config.yaml").write_text(config)
-    (run / "summary.json").write_text('{"status": "finished", "images_per_second": 50.0, "seconds": 90.0}')
-    where = {"device": "cuda:0", "device_name": "some GPU", "processes": 1}
-    (run / "environment.json").write_text(json.dumps({"starts": [where]}))
-    benchmark = {
-        "environment": {"device": "cuda", "device_name": "other GPU"},
-        "rows": [{"row": "step_resnet34_18", "on": "batch 100, 224 px, 80 : 60 ms a step"}],
-    }
-    (tmp_path / "h.json").write_text(json.dumps(benchmark))
-    busy = shutil.copytree(run, tmp_path / "a busy machine's-0")
-    (busy / "summary.json").write_text('{"status": "finished", "images_per_second": 20.0, "seconds": 225.0}')
-    kept = [*step_times.kept_runs([tmp_path]), *step_times.kept_benchmarks(tmp_path)]
-    (tmp_path / "recipe.yaml").write_text(
-        "data: {name: folder, image_size: 32, classes: 20}\nnetworks: {student: {name: a}}\nfit: {epochs: 9}\n"
-    )
+def test_durations_are_those_of_the_same_run_with_another_seed(
+    command: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(reproduce, "gpus", list)
 
-    def hours(*flags: str, device: str = "cuda", recipe: str = "recipe.yaml") -> float | None:
-        argv = ["classification/tools/train.py", "--config", recipe, *flags]
-        found = step_times.estimate(argv, kept, device, tmp_path)
-        return found.hours if found is not None else None
+    def write(seed: int, seconds: float, device: str) -> None:
+        folder = tmp_path / f"runs/table01/proxy/vanilla-{seed}"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("method: vanilla\n")
+        (folder / "summary.json").write_text(json.dumps({"status": "finished", "seconds": seconds}))
+        start = {"device": device, "device_name": f"some {device}", "processes": 1}
+        (folder / "environment.json").write_text(json.dumps({"starts": [start]}))
 
-    dml = ["--method", "dml", "--data.per_class", "100"]
-    assert hours(*dml) == pytest.approx(9 * 20 * 100 / 50 / 3600)
-    assert hours(*dml, "--fit.epochs=3") == pytest.approx(3 * 20 * 100 / 50 / 3600)
-    assert hours(*dml, "--fit.steps", "10", "--batch_size", "64") == pytest.approx(640 / 50 / 3600)
-    for other in (["--method", "kdcl"], ["--networks.student.name", "b"], ["--data.image_size", "64"]):
-        assert hours(*dml, *other) is None
-    assert hours(*dml, device="cpu") is None and hours("--method", "dml") is None  # how many images is not said
+    def said() -> list[str]:
+        lines = command("run", "1", "--runs", "vanilla", "--dry-run").splitlines()
+        return [line for line in lines if line.startswith("#")]
 
-    (tmp_path / "imagenet.yaml").write_text("data: {name: imagenet}\nnetworks: {teacher: {name: resnet34}}\n")
-    pair = ["--networks.student.name", "resnet18", "--fit.epochs", "2", "--method"]
-    assert hours(*pair, "dml+adm", recipe="imagenet.yaml") == pytest.approx(2 * 1281167 * 0.080 / 100 / 3600)
-    assert hours(*pair, "dml", recipe="imagenet.yaml") == pytest.approx(2 * 1281167 * 0.060 / 100 / 3600)
-
-    same = step_times.of_same_runs([tmp_path / "dml"], "cuda")
-    assert same is not None and same.hours == pytest.approx(90 / 3600) and same.device_name == "some GPU"
-    assert (
-        step_times.of_same_runs([tmp_path / "dml"], "cpu") is step_times.of_same_runs([tmp_path / "d"], "cuda") is None
-    )
+    assert said()[0] == "# table01/proxy/vanilla-0: time unknown"
+    write(7, 7200.0, "cuda:0")
+    assert said()[0].startswith("# table01/proxy/vanilla-0: about 2 GPU-hours (some cuda:0, ")
+    write(8, 95.0, "cpu")  # as here
+    write(9, 75.0, "cpu")  # other work can only slow a run down
+    first, last = said()
+    assert "about 1 min 15 s on the CPU (some cpu, " in first and first.endswith("vanilla-9)")
+    assert last == "# together: about 1 min 15 s on the CPU; evaluation is not counted"
 
 
 def test_durations_are_readable() -> None:
@@ -554,12 +594,12 @@ def test_no_slurm_and_no_submitit_are_one_line_each(
     command: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(WrongInput, match="no SLURM on this machine"):
+    with pytest.raises(InputError, match="no SLURM on this machine"):
         command("run", "1", "--runs", "vanilla", "--cluster", "slurm")
     for name in ("sbatch", "srun"):
         program(tmp_path / name, "exit 1")
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(WrongInput, match=r"pip install -e '\.\[cluster\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[cluster\]'"):
         command("run", "1", "--runs", "vanilla", "--cluster", "slurm")
     assert not (tmp_path / "runs/table01").exists()
 
@@ -572,7 +612,7 @@ def test_jobs_of_a_cluster_call_this_tool_for_one_run_each(
     program(tmp_path / "sbatch", f"{counting}; echo Submitted batch job $n")
     program(tmp_path / "srun", "exit 0")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(WrongInput, match="--slurm"):
+    with pytest.raises(InputError, match="--slurm"):
         command("run", "1", "--runs", "shake", "--cluster", "slurm", "--slurm", "partitionn=x")
     text = command("run", "1", "--runs", "shake", "--cluster", "slurm", "--slurm", "partition=x", "time=90")
     assert "job 101: table01/proxy/vanilla-0" in text and "job 102: table01/proxy/shake-0" in text
@@ -684,9 +724,9 @@ def test_the_usage_in_the_docstring_is_real(capsys: pytest.CaptureFixture[str]) 
     lines = [
         line.split()[2:] for line in textwrap.dedent(reproduce.__doc__ or "").splitlines() if "reproduce.py" in line
     ]
-    assert len(lines) == 5
+    assert len(lines) == 6
     for words in lines:
         if words[0] == "run":
             assert reproduce.main([*words, "--dry-run"]) == 0
-        elif words[0] != "report":
+        elif words[0] not in ("report", "keep"):
             assert reproduce.main(words) == 0
