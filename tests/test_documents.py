@@ -135,7 +135,9 @@ def test_every_command_and_block_is_accounted_for() -> None:
     scripts, said = set(map(str, entry_points())), {"tools/report.py"}  # reproduce.py report
     for name, blocks in documents().items():
         for block in blocks:
-            assert block.language in ("bash", "python"), f"{name}: a block of {block.language!r} is run by no test"
+            assert block.language in ("bash", "python", "mermaid"), (
+                f"{name}: a block of {block.language!r} is run by no test"
+            )
             for command in command_lines(block.text) if block.language == "bash" else ():
                 line = f"{name}: {text_of(command)}"
                 if reason_not_to_run(command) is None:

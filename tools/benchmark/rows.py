@@ -237,7 +237,7 @@ def fit_overhead(settings: Settings) -> Values:
     steps = 20 if settings.quick else 500
     batch = {"image": torch.randn(64, 64), "target": torch.arange(64) % 10, "index": torch.arange(64), "weight": 1.0}
     fitted, other = TwoLinear(), TwoLinear()
-    bare = bare_steps(other.networks, lambda: other(batch, PROGRESS)[0], steps)
+    bare = bare_steps(dict(other.networks.items()), lambda: other(batch, PROGRESS)[0], steps)
     fit_loop = lambda: fit_seconds(fitted, [batch] * steps, steps, settings)[0]  # noqa: E731
     times = paired(fit_loop, settings.timer(bare), settings.pairs)
     _, on = ratios(times, "ms a step", 1e3 / steps)
