@@ -63,9 +63,10 @@ SHORT = {
     r"diffusion/tools/evaluate\.py (?!.*--features)": "--features digits",
     r"diffusion/tools/(evaluate|sample)\.py runs/(s2|dit)": "--sampling_steps 2",
     r"diffusion/tools/visualize\.py": "--images 8 --rows 1 --times 2 --device cpu",
-    r"tools/benchmark\.py": "--quick --pairs 2 --rows loader",
+    r"tools/benchmark/run\.py": "--quick --pairs 2 --rows loader",
     r"reproduce\.py run": "--dry-run",
     r"reproduce\.py report .*--document": "results.md",
+    r"reproduce\.py keep": "--results kept",
 }
 # What stands in for what a test has not: a download, a data set of so many classes, a run of so many steps.
 STANDS_IN = {
@@ -87,8 +88,10 @@ ALSO = {
     "docstrings of diffusion": {"runs/digits": "pd+adm", "runs/a": "pd+adm", "data/imagenet-latents": "../latents"},
     "docstrings of tools": {
         "runs/benchmark-before": "benchmark",
-        **{f"runs/{run}": f"../results/quickstart/{run}" for run in ("dml-0", "dml-1", "dml+adm-0", "dml+adm-1")},
+        "runs/runs.jsonl": "../results/quickstart/runs.jsonl",  # runs/dml-0 and others
+        "runs/quickstart/runs.jsonl": "../../results/quickstart/runs.jsonl",
     },
+    "CONTRIBUTING.md": {"runs/quickstart/runs.jsonl": "../../results/quickstart/runs.jsonl"},
 }
 NEEDS = {"segmentation": ["mmseg"], "diffusion": ["diffusers"], "results": ["mmseg", "diffusers"]}  # by name
 OWN_TESTS = ("README.md", "CONTRIBUTING.md")  # of their Python blocks
@@ -163,7 +166,7 @@ def test_a_document_can_be_followed(name: str, tmp_path: Path, monkeypatch: pyte
     if "diffusion" in name:
         make_vae(tmp_path / "vae")
     for link, target in ALSO.get(name, {}).items():
-        (tmp_path / link).parent.mkdir(exist_ok=True)
+        (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / link).symlink_to(target)
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from documented import ROOT, entry_points
 
 SUBCOMMANDS = {
     "diffusion/tools/train.py": ("progressive", "dit"),
-    "tools/reproduce.py": ("list", "show", "run", "status", "report"),
+    "tools/reproduce.py": ("list", "show", "run", "status", "keep", "report"),
 }
 WITHOUT_TORCH = ("tools/reproduce.py", "tools/compare.py", "tools/report.py")
 COMMANDS = [
