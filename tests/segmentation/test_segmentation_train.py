@@ -78,9 +78,9 @@ def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) 
 
     board = EventAccumulator(str(out / "tensorboard")).Reload()
     for kind in ("train", "evaluation"):
-        for name in (key for key in rows[-1 if kind == "evaluation" else 0] if key not in ("kind", "step", "split")):
+        for name in (key for key in logged[-1 if kind == "evaluation" else 0] if key not in ("kind", "step", "split")):
             shown = [(event.step, event.value) for event in board.Scalars(f"{kind}/{name}")]
-            assert shown == [(line["step"], pytest.approx(line[name])) for line in lines if line["kind"] == kind]
+            assert shown == [(line["step"], pytest.approx(line[name])) for line in logged if line["kind"] == kind]
 
     before = (out / "metrics.jsonl").read_bytes()
     code, _, log = train(command)
