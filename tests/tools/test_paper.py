@@ -376,6 +376,9 @@ def test_kept_runs_are_what_the_tables_would_run(monkeypatch: pytest.MonkeyPatch
                 resolved = replace(command[0], teacher="online" if needs else None).resolved()
             ours = flatten(json.loads(json.dumps(resolved)))
             kept = read_run(folder).config
+            if "adm.attention" in kept:  # what it was called: consensus, uniform, shuffled
+                attention = kept.pop("adm.attention")
+                kept["adm.control"] = "none" if attention == "consensus" else attention
             elsewhere = ("data.root", "data.download", "data.workers", "progress_bar", "fit.trackers", "fit.keep")
             keys = {key for key in ours.keys() & kept.keys() if not key.startswith(elsewhere)}
             keys = {key for key in keys if not key.endswith(("weights", "sha256", "teacher"))}
