@@ -58,16 +58,21 @@ _TABLE = {
 
 def load_tables(folder: Path = PAPER) -> dict[str, Table]:
     """All tables and figures by name, tables first. Raises: InputError naming file and key."""
-    raw = {file.stem: _read(file) for file in sorted(folder.glob("*.yaml"), key=lambda f: (f.stem[0] != "t", f.stem))}
+    raw = _read_all(folder)
     return {name: _table(name, raw) for name in raw}
 
 
 def load_table(name: str, folder: Path = PAPER) -> Table:
-    """One of them. Raises: InputError for an unknown name."""
-    tables = load_tables(folder)
-    if name not in tables:
-        raise InputError(f"no {name}: {', '.join(tables)}")
-    return tables[name]
+    """One of them. Raises: InputError as ``load_tables``, and for an unknown name."""
+    raw = _read_all(folder)
+    if name not in raw:
+        raise InputError(f"no {name}: {', '.join(raw)}")
+    return _table(name, raw)
+
+
+def _read_all(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(folder.glob("*.yaml"), key=lambda file: (file.stem[0] != "t", file.stem))
+    return {file.stem: _read(file) for file in files}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -224,10 +224,11 @@ def seeds_of(stem: Path | str) -> dict[int, Path]:
     """By seed the runs ``<stem>-<seed>``, in folders or kept."""
     stem = Path(stem)
     name, lines = _kept_beside(stem)
-    known = [stem.parent / Path(one).name for one in lines if Path(one).parent == Path(name).parent]
-    known += stem.parent.iterdir() if stem.parent.is_dir() else []
-    matches = ((re.fullmatch(re.escape(stem.name) + r"-(\d+)", path.name), path) for path in known)
-    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+    above, begin = name[: len(name) - len(stem.name)], f"{stem.name}-"
+    known = [one.removeprefix(above) for one in lines if one.startswith(above)]
+    known += [path.name for path in stem.parent.iterdir()] if stem.parent.is_dir() else []
+    seeds = {int(one[len(begin) :]) for one in known if one.startswith(begin) and one[len(begin) :].isdecimal()}
+    return {seed: stem.with_name(f"{begin}{seed}") for seed in sorted(seeds)}
 
 
 def make_folder(path: Path | str) -> Path:
