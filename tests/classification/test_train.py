@@ -58,7 +58,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     code, _, said = command(argv)
     assert code == 0 and f"resuming from step {stops[-1]}" in said
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
-    state = read_checkpoint(tmp_path / "cut/checkpoints/last")[1]
+    weights, state = read_checkpoint(tmp_path / "cut/checkpoints/last")
+    assert weights.keys() == {"teacher", "student"}
     assert "adm.adm.student:teacher.adapter.conv.weight" in state["extra"]
     assert [line["step"] for line in metrics(tmp_path / "cut") if line["kind"] == "train"] == [2, 4, 6, 8, 10, 12]
     assert [line["step"] for line in metrics(tmp_path / "cut") if line["kind"] == "evaluation"] == [3, 6, 9, 12]
