@@ -16,11 +16,7 @@ from classification.data.datasets import IN_MEMORY_NAMES
 from classification.data.noise import LabelNoise, draw_noise, with_noise
 from classification.data.sources import folder_sources, timm_sources
 from classification.distiller import ClassificationDistiller, NetworkConfig, build_networks, has_batchnorm
-from classification.networks.pretrained import (
-    metadata_of,
-    timm_keeps_head,
-    timm_normalisation,
-)
+from classification.networks.pretrained import timm_keeps_head, timm_normalisation
 from classification.networks.published import load_weights
 from core.errors import InputError, first_line
 from core.images import EXTENSIONS
@@ -146,7 +142,7 @@ def _normalisation(config: NetworkConfig, file: Path | None, datasets: DataSets)
 def _said_by_weights(config: NetworkConfig, file: Path | None) -> dict[str, Any]:
     """``mean`` and ``std`` that a network's weights were trained with, where their file or timm says so."""
     if file is not None:
-        return metadata_of(file)
+        return read_metadata(file)
     return timm_normalisation(config.name) if config.pretrained else {}
 
 

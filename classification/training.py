@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -169,11 +170,8 @@ def look(command: Command) -> int:
         )
         yield from estimate(steps, seconds, accelerator.device)
 
-    return dry_run(
-        command.resolved(),
-        [*describe(experiment, accelerator), f"{len(loader):,} steps an epoch, {steps:,} in all"],
-        timed if command.dry_run == "time" else None,
-    )
+    lines = chain(describe(experiment, accelerator), [f"{len(loader):,} steps an epoch, {steps:,} in all"])
+    return dry_run(command.resolved(), lines, timed if command.dry_run == "time" else None)
 
 
 def describe(experiment: Experiment, accelerator: Any) -> Iterator[str]:

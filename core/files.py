@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import TrainingError, first_line
+from .errors import InputError, TrainingError, first_line
 
 _PENDING = ".writing"
 
@@ -69,21 +69,33 @@ def _sync(path: Path) -> None:
             os.fsync(opened.fileno())
 
 
+def make_folder(folder: Path, option: str = "") -> Path:
+    """The folder, which is there then. Raises: InputError where there can be none, naming also the ``option``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}{option and f' ({option})'}: {error.strerror}") from error
+    return folder
+
+
 def save_json(values: Mapping[str, Any], path: str | Path) -> None:
     """Writes ``values`` atomically; JSON has no NaN or infinity, so that these become null.
 
     Raises: TrainingError where writing fails (see ``write_atomically``).
     """
-    text = json.dumps(plain(values), indent=2) + "\n"
+    text = json.dumps(plain(values, finite=True), indent=2) + "\n"
     write_atomically(Path(path), lambda file: file.write_text(text))
 
 
-def plain(value: Any) -> Any:
-    """Nested values as JSON and YAML have them: numbers that are not finite are None, paths are text."""
+def plain(value: Any, *, finite: bool = False) -> Any:
+    """Nested values as JSON and YAML have them: tuples are lists, paths are text.
+
+    ``finite``: numbers that are not are None, for JSON has no word for them (YAML has).
+    """
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): plain(v, finite=finite) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
+        return [plain(v, finite=finite) for v in value]
+    if finite and isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

@@ -44,12 +44,14 @@ def read_state_dict(file: str | Path, inside: Sequence[str] = ("model", "state_d
 def read_metadata(file: str | Path) -> dict[str, Any]:
     """What a ``.safetensors`` file of ours says: ``architecture``, ``role``, ``num_classes``, ``mean``, ``std``, ...
 
-    Empty for a file that says nothing. Raises: InputError for a file that is missing or cut off.
+    Empty for a file that says nothing, as any of another format. Raises: InputError for one that is missing or cut off.
     """
     from safetensors import SafetensorError, safe_open
 
     if not Path(file).is_file():
         raise InputError(f"no weight file {file}")
+    if Path(file).suffix != ".safetensors":
+        return {}
     try:
         with safe_open(file, "pt") as opened:
             said: dict[str, Any] = opened.metadata() or {}

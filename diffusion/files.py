@@ -1,4 +1,4 @@
-"""Files around networks and figures: JSON that says what is beside it, and folders that are made."""
+"""What commands find around them: JSON beside a network, and the packages that they need."""
 
 from __future__ import annotations
 
@@ -19,15 +19,6 @@ def read_json(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"cannot read {file}: {first_line(error)}") from error
-
-
-def make_folder(folder: Path, option: str = "") -> Path:
-    """The folder, which is there then. Raises: InputError where there can be none, naming also the ``option``."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}{option and f' ({option})'}: {error.strerror}") from error
-    return folder
 
 
 def need_packages(*names: str) -> None:

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.errors import InputError, first_line
+from core.files import make_folder
 from core.images import open_image
 from core.weights import read_torch
 from diffusion import proxies
-from diffusion.files import make_folder
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"

@@ -47,6 +47,7 @@ class RunHook(Hook):
         self, run: RunFolder, cfg: Config, stop: Stop, *, loaded: dict[str, Any] | None, summary: Mapping[str, Any]
     ) -> None:
         self.run, self.cfg, self.stop, self.summary = run, cfg, stop, summary
+        self.text = as_text(cfg)  # for the checkpoints
         self.result: dict[str, Any] = {}
         self.rank, self.processes = get_dist_info()
         self._loaded = loaded
@@ -170,7 +171,7 @@ class RunHook(Hook):
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self._saving
-        checkpoint["meta"]["cfg"] = as_text(self.cfg)
+        checkpoint["meta"]["cfg"] = self.text
         # Histories are objects that weights_only=True refuses, and numpy's scalars are too.
         hub = checkpoint["message_hub"]
         hub["log_scalars"] = type(hub["log_scalars"])()

@@ -59,7 +59,7 @@ def check_weights(file: Path, role: str, architecture: str, num_classes: int, sh
     """
     if sha256 is not None:
         file_hash(file, sha256)
-    said = metadata_of(file)
+    said = read_metadata(file)
     if not same_architecture(said.get("architecture", architecture), architecture):
         raise InputError(
             f"{file} is of another architecture: it holds {said['architecture']}, and {role} is {architecture}"
@@ -77,11 +77,6 @@ def file_hash(file: Path, expected: str | None = None) -> str:
             f"{expected[:12]}...: put that file back, or start a new run"
         )
     return found
-
-
-def metadata_of(file: Path) -> dict[str, Any]:
-    """``read_metadata`` of a ``.safetensors`` file; nothing of any other, which has no such place."""
-    return read_metadata(file) if file.suffix == ".safetensors" else {}
 
 
 def timm_normalisation(name: str) -> dict[str, Any]:

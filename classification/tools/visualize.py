@@ -33,7 +33,7 @@ from core.analysis.curves import draw_curves
 from core.analysis.figures import save_figure
 from core.analysis.maps import box_area_share, box_share, cam, draw_maps, pair_maps, relative_cam
 from core.errors import InputError
-from core.files import save_json
+from core.files import make_folder, save_json
 from core.images import EXTENSIONS
 from core.training.checkpoint import numbered
 from core.training.command import DONE, parse, run_command
@@ -60,10 +60,7 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
     experiment.distiller.to(device).eval()
     boxes = read_boxes(experiment, options) if options.boxes is not None else None
     figures = run / "figures"
-    try:
-        figures.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {figures}: {error.strerror}") from error
+    make_folder(figures)
     metrics = read_metrics(run / "metrics.jsonl")
     of_split = "" if options.split == "test" else f"-{options.split}"
     rows = []

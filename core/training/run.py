@@ -101,7 +101,7 @@ class RunFolder:
     def metric(self, values: Mapping[str, Any]) -> None:
         """One line of ``metrics.jsonl``."""
         if self.main:
-            _append(self.metrics_file, json.dumps(plain(values)))
+            _append(self.metrics_file, json.dumps(plain(values, finite=True)))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of ``metrics.jsonl``; a last line that was cut off is left out."""

@@ -13,6 +13,9 @@ from torch import Tensor
 from .distiller import Batch, Distiller, Losses, Progress
 from .meters import LossBuffer
 
+MIDWAY = Progress(step=1, epoch=0.5, steps=2, epochs=1.0)
+"""Where a step is that is taken for its cost alone: not at an epoch's start, which some methods prepare for."""
+
 
 def train_step(
     module: Any,
@@ -100,22 +103,20 @@ def seconds_a_step(
     *,
     accumulate: int = 1,
     clip: float | None = None,
-    progress: Progress | None = None,
-    steps: int = 4,
 ) -> float:
-    """The shortest of real steps on the loader's first batch, after one that warms up. The networks move on.
+    """The shortest of three real steps on the loader's first batch, after one that warms up. The networks move on.
 
-    Args: as ``fit`` takes them; ``progress``: where in training the steps are, unless given not at an epoch's start.
+    Args: as ``fit`` takes them.
     """
     module = accelerator.prepare(distiller)
     distiller.train()
     optim = optimizer(distiller.parameter_groups())
     losses = LossBuffer(accelerator.device, lambda values: values, "")
     batch, seconds = next(iter(loader)), []
-    for number in range(steps):
+    for number in range(4):
         started = time.perf_counter()
         train_step(
-            module, distiller, optim, batch, progress or Progress(1, 0.5, 2, 1.0), accelerator, losses,
+            module, distiller, optim, batch, MIDWAY, accelerator, losses,
             accumulate=accumulate, clip=clip,
         )  # fmt: skip
         losses.close_step(number)
@@ -145,9 +146,7 @@ def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor] = ()
     return total
 
 
-def memory_estimate(
-    distiller: Distiller, batch: Batch, images: int, *, moments: int, progress: Progress | None = None
-) -> int:
+def memory_estimate(distiller: Distiller, batch: Batch, images: int, *, moments: int) -> int:
     """Bytes of weights, gradients, the optimiser's moments and what ``images`` need for the backward pass.
 
     A lower bound: workspaces and fragments come on top. One forward of a small ``batch`` is taken, in this precision.
@@ -155,10 +154,9 @@ def memory_estimate(
     """
     parameters = list(distiller.parameters())
     distiller.train()
-    where = progress or Progress(1, 0.5, 2, 1.0)
 
     def forward() -> object:
-        return [distiller(distiller.before_step(batch, where), where, phase) for phase in distiller.phases[:1]]
+        return distiller(distiller.before_step(batch, MIDWAY), MIDWAY, distiller.phases[0])
 
     activations = saved_bytes(forward, [*parameters, *distiller.buffers()]) / batch_length(batch)
     weights = sum(p.nbytes for p in parameters) + sum(b.nbytes for b in distiller.buffers())

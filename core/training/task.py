@@ -50,10 +50,10 @@ def dry_run(resolved: Mapping[str, Any], lines: Iterable[str], seconds: Callable
     return DONE
 
 
-def estimate(steps: int, seconds: float, device: object, unit: str = "step") -> list[str]:
+def estimate(steps: int, seconds: float, device: object) -> list[str]:
     """What ``--dry-run --time`` says of a run of so many steps."""
     return [
-        f"{seconds:.3f} s a {unit} on {device}",
+        f"{seconds:.3f} s a step on {device}",
         f"estimate: {steps * seconds / 3600:.2f} hours, evaluation not counted",
     ]
 

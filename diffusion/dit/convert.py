@@ -60,7 +60,7 @@ def load_dit(path: str | Path) -> DiT:
         return _build(str(folder), *_read_folder(folder))
     if not path.is_file():
         raise InputError(f"no DiT at {path}: name a .pt or .safetensors file, a diffusers folder or a run folder")
-    heads = read_metadata(path).get("heads") if path.suffix == ".safetensors" else None
+    heads = read_metadata(path).get("heads")
     with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's own checkpoints keep their command line
         state = read_state_dict(path, inside=("ema", "model"))
     return _build(str(path), state, None if heads is None else int(heads))

@@ -97,7 +97,8 @@ def prepare(config: ProgressiveConfig, accelerator: Any) -> tuple[Tensor, Studen
         load_classifier(config.adm.classifier)
     if config.teacher is not None:
         return images, given_teacher(config, images)
-    base_distiller(config, images)
+    if not (config.out / BASE / "teacher").exists():  # else its round is over, and what it started from may be gone
+        base_distiller(config, images)
     return images, None
 
 

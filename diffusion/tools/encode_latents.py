@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, TrainingError
-from core.files import write_atomically
+from core.files import make_folder, write_atomically
 from core.images import open_image
 from core.training.command import DONE, INTERRUPTED, Stop, parse, run_command
 from diffusion.data import scaled
 from diffusion.dit.data import INDEX, ClassFiles, LatentIndex, class_files, open_shard, read_index, shard_file
-from diffusion.files import make_folder, need_packages
+from diffusion.files import need_packages
 from diffusion.tools.runs import add_device, check_counts, tool_parser
 
 if TYPE_CHECKING:

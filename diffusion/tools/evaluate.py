@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from core.errors import InputError
-from core.files import save_json
+from core.files import make_folder, save_json
 from core.training.command import DONE, parse, run_command
 from core.training.run import environment
 from diffusion.data import DataConfig
 from diffusion.dit.data import LabelledConfig
-from diffusion.files import make_folder, need_packages, read_json
+from diffusion.files import need_packages, read_json
 from diffusion.tools.runs import (
     DiTOptions,
     add_sampling_options,

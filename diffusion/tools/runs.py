@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 
 from core.errors import InputError
+from core.files import make_folder
 from diffusion.data import DataConfig
 from diffusion.dit.data import LabelledConfig
 from diffusion.dit.gaussian import Sampler
 from diffusion.dit.sampling import Precision
-from diffusion.files import make_folder, read_json
+from diffusion.files import read_json
 
 EXPORT = "export"
 """Where a DiT's run keeps its networks, in ``step-<iteration>/<role>``."""

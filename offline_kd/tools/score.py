@@ -32,7 +32,7 @@ from classification.networks.base import classifier_of
 from classification.tools.evaluate import align
 from core.analysis.figures import save_figure
 from core.errors import InputError
-from core.files import save_json
+from core.files import make_folder, save_json
 from core.network import as_network
 from core.training.command import DONE, parse, run_command
 from core.training.run import environment
@@ -52,10 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(table(rows)))
     if options.out is not None:
         out = Path(options.out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+        make_folder(out)
         about = {"teacher": options.teacher, "data": asdict(options.data), "batch_size": options.batch_size}
         about |= {"seeds": options.seeds, "environment": environment(device)}
         save_json({**about, "students": rows}, out / "score.json")

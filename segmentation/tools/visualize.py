@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
+from core.files import make_folder
 from core.training.command import DONE, LineParser, missing_extra, run_command
 
 
@@ -34,10 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     found = restore(options.run, None, options.checkpoint, None, options.data_root)
     figures = Path(options.run) / "figures"
-    try:
-        figures.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {figures}: {error.strerror}") from error
+    make_folder(figures)
     suffix = "" if options.checkpoint == "last" else f"-{found.checkpoint.stem}"
     file = figures / f"maps{suffix}.png"
     draw(found, options.images, file)

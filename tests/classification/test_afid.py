@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from classification.config import TrainConfig
@@ -546,9 +547,14 @@ def test_a_network_alone_is_not_afids_and_says_so(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, 1, weights, {})
     file = folder / "student.safetensors"
     assert read_metadata(file)["export_note"] == AFID.export_note
-    with pytest.warns(UserWarning, match="student.safetensors: trained by AFID.*its figures are not AFID's"):
-        command = weights_command(parse_options(["--weights", str(file), "--data.name", "digits"]))
-    assert command.config.networks["student"].name == "cifar_resnet8"
+    older = tmp_path / "older/student.safetensors"  # of a version that named the note otherwise
+    older.parent.mkdir()
+    said = distiller.metadata("student")
+    save_file(load_file(file), older, {**said, "caveat": said.pop("export_note")})
+    for written in (file, older):
+        with pytest.warns(UserWarning, match="student.safetensors: trained by AFID.*its figures are not AFID's"):
+            command = weights_command(parse_options(["--weights", str(written), "--data.name", "digits"]))
+        assert command.config.networks["student"].name == "cifar_resnet8"
 
 
 @pytest.mark.parametrize("count", [1, 3])

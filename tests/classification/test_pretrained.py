@@ -23,13 +23,13 @@ from classification.networks.pretrained import (
     check_weights,
     file_hash,
     find_weights,
-    metadata_of,
     same_architecture,
     timm_keeps_head,
 )
 from classification.tools import evaluate
 from core.errors import InputError
 from core.training.command import run_command
+from core.weights import read_metadata
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -143,7 +143,7 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "published.pth")
     for quiet in (bare, tmp_path / "published.pth"):
         check_weights(quiet, "teacher", "cifar_resnet14", 10, file_hash(quiet))
-        assert not metadata_of(quiet).keys() - {"format"}
+        assert not read_metadata(quiet).keys() - {"format"}
     file.write_bytes(file.read_bytes()[:3000])
     assert "incomplete" in refusal(lambda: check_weights(file, "teacher", "cifar_resnet8", 3))
 

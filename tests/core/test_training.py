@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from runs import assert_same, assert_same_runs, lines
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -784,3 +785,14 @@ def test_a_programming_error_keeps_its_traceback() -> None:
     with pytest.raises(SystemExit) as end:
         run_command(lambda: None)
     assert end.value.code == 0
+
+
+def test_a_config_keeps_numbers_that_are_not_finite_and_json_has_none(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run", {"clip": math.inf, "sides": (1, 2)})
+    run.open()
+    assert yaml.safe_load((run.path / "config.yaml").read_text()) == {"clip": math.inf, "sides": [1, 2]}
+    RunFolder(run.path, {"clip": math.inf, "sides": (1, 2)})  # the same run: it may be resumed
+    with pytest.raises(InputError, match="clip"):
+        RunFolder(run.path, {"clip": None, "sides": (1, 2)})
+    run.write_json("summary.json", {"loss": math.nan, "place": tmp_path})
+    assert json.loads((run.path / "summary.json").read_text()) == {"loss": None, "place": str(tmp_path)}

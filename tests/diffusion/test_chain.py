@@ -93,6 +93,18 @@ def test_a_chain_from_noise_to_one_step(whole: Path, command: Command) -> None:
     assert code == 0 and "is finished" in said
 
 
+def test_a_resumed_chain_does_not_ask_for_what_its_finished_base_network_started_from(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, out = diffusers_folder(tmp_path / "start"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, 2)
+        assert command(arguments(out, "--init", str(start)))[0] == 130
+    shutil.rmtree(start)
+    code, _, said = command(arguments(out, "--init", str(start)))
+    assert code == 0, said
+
+
 def test_interrupted_in_the_middle_of_rounds_and_resumed_equals_uninterrupted(
     whole: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from written import write_evaluation, write_run
+from written import ADM, DML, TABLE, write_evaluation, write_run
 
 from core.errors import InputError
 from tools import document
@@ -18,27 +18,6 @@ from tools.paper_files import load_table
 from tools.runs import keep, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = """
-table: 1
-title: Top-1 accuracy of two methods
-task: classification
-metric: {name: top-1, unit: "%"}
-notes: The paper does not say which data.
-runs:
-  dml: {recipe: recipes/big.yaml, method: dml, proxy: {recipe: recipes/small.yaml, results: kept/dml}}
-  dml+adm: {recipe: recipes/big.yaml, method: dml+adm, proxy: {recipe: recipes/small.yaml, results: kept/adm}}
-  kdcl: {recipe: recipes/big.yaml, method: kdcl, proxy: {recipe: recipes/small.yaml}}
-baselines: {dml+adm: dml}
-columns: [DML, DML+ADM, KDCL]
-rows:
-  - name: Student
-    read: last.student/top1
-    cells:
-      - {column: DML, paper: 73.95, run: dml}
-      - {column: DML+ADM, paper: 74.235, run: dml+adm}
-      - {column: KDCL, paper: 74.5, run: kdcl}
-"""
-DML, ADM = {0: 60.5, 1: 61.25, 2: 60.0}, {0: 62.5, 1: 63.0, 2: 61.0}
 
 
 def write(path: Path, seed: int, top1: float, method: str = "dml", status: str = "finished") -> Path:
