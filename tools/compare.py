@@ -14,15 +14,16 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from core.analysis.figures import save_figure
 from core.errors import InputError
-from core.files import save_json, write_atomically
+from core.files import make_folder, save_json, write_atomically
 from core.training.command import LineParser, run_command
 from tools.curves import figure_of
-from tools.groups import PERCENT, Comparison, Group, Versus, chosen_by, compare_runs, lower_is_better, named
-from tools.runs import Run, make_folder, read_run, runs_in
+from tools.groups import PERCENT, Comparison, Group, chosen_by, compare_runs, lower_is_better, named
+from tools.runs import Run, read_run, runs_in
 from tools.stats import Grid, markdown, mean_std, spread
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = render(compared, left_out)
     print(text)
     if options.out is not None:
-        folder = make_folder(options.out)
+        folder = make_folder(Path(options.out))
         save_json(as_json(compared, left_out), folder / "compare.json")
         write_atomically(folder / "compare.md", lambda file: file.write_text(f"# Comparison\n\n{text}\n"))
         save_figure(figure_of(compared), folder / "compare.png")
@@ -75,11 +76,11 @@ def render(compared: Comparison, left_out: Sequence[Run]) -> str:
         parts.append("Best was chosen by test accuracy, which flatters it: read last.")
     if compared.versus:
         parts.append(
-            f"Difference of the {'last ' if compared.has_best else ''}{measure} from {compared.versus[0].baseline}"
+            f"Difference of the {'last ' if compared.has_best else ''}{measure} from {compared.baseline}"
             f"{', in points' if percent else better}, paired by seed; t interval"
             + (f", not corrected for {len(compared.versus)} comparisons." if len(compared.versus) > 1 else ".")
         )
-        parts.append(markdown(difference_rows(compared.versus), aligned=True))
+        parts.append(markdown(difference_rows(compared), aligned=True))
     unfinished = [run for run in compared.runs if not run.finished]
     if unfinished:
         told = ", ".join(f"{run.path} ({when(run.last)})" for run in unfinished)
@@ -104,20 +105,20 @@ def score_rows(compared: Comparison) -> Grid:
     heads = [f"{role} {which if compared.has_best else measure}" for role in compared.roles for which in kinds]
     rows = [["group", "n", *heads, *(["best chosen by"] if compared.has_best else [])]]
     for group in compared.groups:
-        cells = [spread(group.scores(role, which).values()) for role in compared.roles for which in kinds]
+        cells = [spread(compared.scores(group, role, which).values()) for role in compared.roles for which in kinds]
         chosen = [", ".join(sorted({chosen_by(run) for run in group.runs.values()}))] if compared.has_best else []
         rows.append([group.label, str(len(group.runs)), *cells, *chosen])
     return rows
 
 
-def difference_rows(versus: Sequence[Versus]) -> Grid:
+def difference_rows(compared: Comparison) -> Grid:
     """The table of differences, its head first."""
     rows = [["group", "role", "n", "difference", "95 % interval", "verdict"]]
-    for one in versus:
+    for one in compared.versus:
         d = one.difference
         mean = f"{d.mean:+.2f}" if d.mean is not None else "-"
         between = f"{d.interval[0]:+.2f} to {d.interval[1]:+.2f}" if d.interval is not None else "-"
-        rows.append([one.group, one.role, str(len(d.by_seed)), mean, between, one.verdict])
+        rows.append([one.group, one.role, str(len(d.by_seed)), mean, between, d.verdict(str(compared.baseline))])
     return rows
 
 
@@ -129,7 +130,7 @@ def as_json(compared: Comparison, left_out: Sequence[Run]) -> dict[str, Any]:
         return {"n": len(values), "mean": mean, "std": std, "by_seed": values}
 
     def scores(group: Group, role: str) -> dict[str, Any]:
-        return {which: described(group.scores(role, which)) for which in ("last", "best")}
+        return {which: described(compared.scores(group, role, which)) for which in ("last", "best")}
 
     groups = [
         {
@@ -140,13 +141,13 @@ def as_json(compared: Comparison, left_out: Sequence[Run]) -> dict[str, Any]:
                 for s, run in group.runs.items()
             ],
             "best_chosen_by": sorted({chosen_by(run) for run in group.runs.values()}),
-            group.measure: {role: scores(group, role) for role in compared.roles},
+            compared.measure: {role: scores(group, role) for role in compared.roles},
         }
         for group in compared.groups
     ]
     differences = [
-        {"group": one.group, "role": one.role, "baseline": one.baseline, "n": len(one.difference.by_seed),
-         **asdict(one.difference), "verdict": one.verdict}
+        {"group": one.group, "role": one.role, "baseline": compared.baseline, "n": len(one.difference.by_seed),
+         **asdict(one.difference), "verdict": one.difference.verdict(str(compared.baseline))}
         for one in compared.versus
     ]  # fmt: skip
     left = [str(run.path) for run in left_out]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,6 @@ from tools.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 SEGMENTATION_FLAGS = ("method", "amp")  # of its train.py; all else are options of the config
-DATA_KEYS = ("data.root", "data_root")
 
 Scale = Literal["paper", "proxy"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -66,22 +65,18 @@ class Setting:
         """``<stem>-<seed>`` is where such runs may be kept: in ``reproduce``, as they were run, or in ``results``."""
         return [self.stem(results / "reproduce"), *([results / self.results] if self.results else [])]
 
-    def commands(self, seed: int, out: Path | str, data: Path | str = "data") -> list[list[str]]:
-        """What to call after ``python``, in the repository's root: the task's train.py, then what scores the run.
-
-        Args: ``data``: the folder that holds the data sets, by the names that the table gives them below ``data``.
-        """
+    def commands(self, seed: int, out: Path | str) -> list[list[str]]:
+        """What to call after ``python``, in the repository's root: the task's train.py, then what scores the run."""
         texts = {"run": str(self.folder(seed, out)), "seed": str(seed)}
         for table, needed in self.needs:
             texts[f"run:{table}/{needed}"] = str(Path(out) / table / self.scale / f"{needed}-{seed}")
-        overrides = {key: _moved(key, value, data) for key, value in self.overrides.items()}
         ends = ["--seed", str(seed), "--out", texts["run"]]
         train = [f"{self.task}/tools/train.py", *([self.command] if self.command else [])]
         if self.task == "segmentation":
-            flags, options = _segmentation_words(overrides)
+            flags, options = _segmentation_words(self.overrides)
             words = [*train, self.recipe, *flags, *ends, *options]  # the options take all that follows
         else:
-            words = [*train, "--config", self.recipe, *_flags(overrides), *ends]
+            words = [*train, "--config", self.recipe, *_flags(self.overrides), *ends]
         return [
             [_filled(word, texts) for word in words],
             *([_filled(word, texts) for word in line.split()] for line in self.after),
@@ -92,6 +87,7 @@ class Setting:
 class Cell:
     """A number (or picture) of the paper and where ours is."""
 
+    row: str
     column: str
     metric: Metric
     paper: float | None = None
@@ -109,14 +105,6 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of a table as printed."""
-
-    name: str
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
 class Table:
     """A table or figure of the paper."""
 
@@ -127,39 +115,38 @@ class Table:
     metric: Metric
     notes: str
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    cells: tuple[Cell, ...]
+    """Row by row, as printed."""
     runs: Mapping[str, Mapping[Scale, Setting]]
     """By id, at the scales that it can be run at."""
-    baselines: Mapping[str, str] = field(default_factory=dict)
+    baselines: Mapping[str, str]
     """By run the one that it adds to."""
-    seeds: int | None = None
-    needs: Mapping[str, str] = field(default_factory=dict)
+    needs: Mapping[str, str]
 
     @property
     def label(self) -> str:
         """``Table 1``."""
-        kind, number = re.fullmatch(r"([a-z]+)(\d+)", self.name).groups()  # type: ignore[union-attr]
-        return f"{kind.capitalize()} {int(number)}"
+        return f"{self.name[:-2].capitalize()} {int(self.name[-2:])}"
 
-    def cells(self) -> Iterator[tuple[Row, Cell]]:
-        """Every cell with its row, as printed."""
-        for row in self.rows:
-            for cell in row.cells:
-                yield row, cell
+    @property
+    def rows(self) -> list[str]:
+        """The names of the rows, as printed."""
+        return list(dict.fromkeys(cell.row for cell in self.cells))
 
-    def baseline(self, row: Row, cell: Cell) -> tuple[Row, Cell] | None:
+    def baseline(self, cell: Cell) -> Cell | None:
         """The cell of the same measure whose run this cell's adds to; of several the one in its row."""
         baseline = self.baselines.get(cell.run or "")
         if baseline is None or cell.show is not None:
             return None
         same = [
-            (other_row, other)
-            for other_row, other in self.cells()
+            other
+            for other in self.cells
             if other.run == baseline
+            and other.show is None
             and (other.metric, other.where, other.at) == (cell.metric, cell.where, cell.at)
-            and (other_row is row or other.read == cell.read)
+            and (other.row == cell.row or other.read == cell.read)
         ]
-        return max(same, key=lambda one: one[0] is row, default=None)
+        return max(same, key=lambda other: other.row == cell.row, default=None)
 
     def setting(self, run_id: str, scale: Scale) -> Setting:
         """Raises: InputError where there is no such run, or none at this scale."""
@@ -171,17 +158,10 @@ class Table:
 
     def complete(self, run_id: str, run: Run) -> bool:
         """Whether a run has ended, and has every number and picture that the table takes from it."""
-        own = [cell for _, cell in self.cells() if cell.run == run_id]
+        own = [cell for cell in self.cells if cell.run == run_id]
         return run.finished and all(
             cell.value(run) is not None if cell.show is None else (run.path / cell.show).is_file() for cell in own
         )
-
-
-def _moved(key: str, value: Any, data: Path | str) -> Any:
-    """A data set's folder below ``data`` instead."""
-    if key not in DATA_KEYS or not (value == "data" or str(value).startswith("data/")):
-        return value
-    return str(Path(data) / str(value).removeprefix("data").lstrip("/"))
 
 
 def _flags(overrides: Mapping[str, Any]) -> list[str]:

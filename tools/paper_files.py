@@ -32,7 +32,7 @@ none of their own.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from typing import Any
 import yaml
 
 from core.errors import InputError
-from tools.paper import SCALES, Cell, Metric, Row, Scale, Setting, Table
+from tools.paper import SCALES, Cell, Metric, Scale, Setting, Table
 from tools.runs import Loader
 
 PAPER = Path(__file__).resolve().parent / "paper"
@@ -50,10 +50,8 @@ _SETTING = {"recipe", "overrides", "after", "task", "command", "same_as", "resul
 _RUN = {"base", "method", "all_scales", "proxy", *_SETTING} - {"results"}
 _INHERITED = {"run", "read", "where", "at", "metric"}  # what cells take from their row or column
 _CELL = {"column", "paper", "label", "why", "show", *_INHERITED}
-_TABLE = {
-    "table", "figure", "title", "notes", "task", "command", "metric", "seeds", "needs", "bases", "runs", "baselines",
-    "columns", "rows",
-}  # fmt: skip
+_REQUIRED = ("title", "task", "metric", "columns", "rows")
+_TABLE = {"table", "figure", "notes", "command", "seeds", "needs", "bases", "runs", "baselines", *_REQUIRED}
 
 
 def load_tables(folder: Path = PAPER) -> dict[str, Table]:
@@ -95,8 +93,7 @@ def _known(named: str, values: Any, keys: set[str]) -> dict[str, Any]:
 
 def _table(name: str, raw: Mapping[str, dict[str, Any]]) -> Table:
     values = _known(name, raw[name], _TABLE)
-    missing = [key for key in ("title", "task", "metric", "columns", "rows") if key not in values]
-    if missing:
+    if missing := [key for key in _REQUIRED if key not in values]:
         raise InputError(f"{name}: {missing[0]} is missing")
     kind = "table" if "table" in values else "figure"
     if name != f"{kind}{values.get(kind, 0):02d}":
@@ -104,10 +101,16 @@ def _table(name: str, raw: Mapping[str, dict[str, Any]]) -> Table:
     if values["task"] not in TASKS:
         raise InputError(f"{name}: task {values['task']!r} is none of {', '.join(TASKS)}")
     metric = _metric(name, values["metric"])
-    runs = {run_id: _settings(name, run_id, raw) for run_id in values.get("runs") or {}}
-    columns = dict(_column(name, column) for column in values["columns"])
-    rows = tuple(_row(name, row, metric, columns, runs) for row in values["rows"])
-    names = [row.name for row in rows]
+    found = {run_id: {s: _setting(name, run_id, s, raw) for s in SCALES} for run_id in values.get("runs") or {}}
+    runs = {run_id: {s: one for s, one in of.items() if one is not None} for run_id, of in found.items()}
+    if undefined := next((run_id for run_id, settings in runs.items() if not settings), None):
+        raise InputError(f"{name}, run {undefined}: neither recipe nor same_as")
+    columns = {}
+    for column in values["columns"]:
+        given = column if isinstance(column, dict) else {"name": column}
+        columns[str(given.get("name"))] = _known(f"{name}, column", given, {"name", *_INHERITED})
+    rows = [_known(f"{name}, row", row, {"name", "cells", *_INHERITED}) for row in values["rows"]]
+    names = [str(row.get("name")) for row in rows]
     if twice := next((one for one in names if names.count(one) > 1), None):
         raise InputError(f"{name}: two rows are named {twice}")
     baselines = _known(f"{name}, baselines", values.get("baselines") or {}, set(runs))
@@ -120,10 +123,9 @@ def _table(name: str, raw: Mapping[str, dict[str, Any]]) -> Table:
         metric=metric,
         notes=" ".join((values.get("notes") or "").split()),
         columns=tuple(columns),
-        rows=rows,
+        cells=tuple(cell for row in rows for cell in _cells(name, row, metric, columns, runs)),
         runs=runs,
         baselines=baselines,
-        seeds=values.get("seeds"),
         needs=_known(f"{name}, needs", values.get("needs") or {}, set(SCALES)),
     )
 
@@ -132,90 +134,55 @@ def _metric(named: str, values: Any) -> Metric:
     return Metric(**_known(f"{named}, metric", values, {"name", "unit", "higher_is_better", "proxy"}))
 
 
-def _column(name: str, values: Any) -> tuple[str, dict[str, Any]]:
-    """Its name, and what it gives its cells."""
-    if not isinstance(values, dict):
-        return str(values), {}
-    given = dict(_known(f"{name}, column", values, {"name", *_INHERITED}))
-    return str(given.pop("name", None)), given
+def _cells(
+    name: str, row: Mapping[str, Any], metric: Metric, columns: Mapping[str, Mapping[str, Any]], runs: Mapping
+) -> Iterator[Cell]:
+    """The cells of a row."""
+    for given in row.get("cells") or ():
+        column = str(_known(f"{name}, row {row.get('name')}", given, _CELL).get("column"))
+        values = {**columns.get(column, {}), **row, **given}
+        named, run = f"{name}, row {row.get('name')}, {column}", values.get("run")
+        for wrong, says in (
+            (column not in columns, f"no column {column}; there are {', '.join(columns)}"),
+            (run is None and not values.get("why"), "no run and no why"),
+            (run is not None and run not in runs, f"no run {run}"),
+            (run is not None and "show" not in values and values.get("read") is None, "neither read nor show"),
+        ):
+            if wrong:
+                raise InputError(f"{named}: {says}")
+        own = {key: value for key, value in values.items() if key in _CELL}
+        own |= {"column": column, "metric": _metric(named, values["metric"]) if "metric" in values else metric}
+        yield Cell(str(row.get("name")), **own)
 
 
-def _row(name: str, values: Any, metric: Metric, columns: Mapping[str, Mapping[str, Any]], runs: Mapping) -> Row:
-    values = _known(f"{name}, row", values, {"name", "cells", *_INHERITED})
-    named = f"{name}, row {values.get('name')}"
-    own = {key: value for key, value in values.items() if key in _INHERITED}
-    cells = []
-    for given in values.get("cells") or ():
-        column = str(_known(named, given, _CELL).get("column"))
-        if column not in columns:
-            raise InputError(f"{named}: no column {column}; there are {', '.join(columns)}")
-        cell = {**columns[column], **own, **given, "column": column}
-        cells.append(_cell(f"{named}, {column}", cell, metric, runs))
-    return Row(str(values.get("name")), tuple(cells))
-
-
-def _cell(named: str, values: dict[str, Any], metric: Metric, runs: Mapping) -> Cell:
-    if values.get("run") is None:
-        if not values.get("why"):
-            raise InputError(f"{named}: no run and no why")
-        values = {**values, "read": None, "where": None, "at": None}
-    elif values["run"] not in runs:
-        raise InputError(f"{named}: no run {values['run']}")
-    elif "show" in values:
-        values = {**values, "read": None}
-    elif values.get("read") is None:
-        raise InputError(f"{named}: neither read nor show")
-    own = _metric(named, values["metric"]) if "metric" in values else metric
-    return Cell(**{**values, "metric": own})
-
-
-def _settings(name: str, run_id: str, raw: Mapping[str, dict[str, Any]]) -> dict[Scale, Setting]:
-    """The run at its scales, found where it is defined."""
-    run = _merged(name, run_id, raw[name])
-    named = f"{name}, run {run_id}"
-    settings: dict[Scale, Setting] = {}
-    for scale in SCALES:
-        values = run if scale == "paper" else run.get("proxy") or {}
-        _known(named if scale == "paper" else f"{named}, proxy", values, _RUN if scale == "paper" else _SETTING)
-        same = values.get("same_as") or (run.get("same_as") if scale == "proxy" and "recipe" not in values else None)
-        if same is not None:
-            table, _, other = same.partition("/")
-            if other not in (raw.get(table, {}).get("runs") or {}):
-                raise InputError(f"{named}: same_as {same}, and there is no such run")
-            found = _settings(table, other, raw)
-            if scale in found:
-                more = values.get("after") or run.get("after") or ()
-                settings[scale] = replace(found[scale], after=(*found[scale].after, *more))
-        elif "recipe" in values:
-            settings[scale] = _setting(name, run_id, scale, run, values, raw)
-    if not settings:
-        raise InputError(f"{named}: neither recipe nor same_as")
-    return settings
-
-
-def _setting(
-    name: str, run_id: str, scale: Scale, run: Mapping[str, Any], values: Mapping[str, Any], raw: Mapping[str, Any]
-) -> Setting:
-    table = raw[name]
-    task = values.get("task") or run.get("task") or table["task"]
-    overrides = {**(values.get("overrides") or {}), **(run.get("all_scales") or {})}
-    if "method" in run:
-        overrides = {"method": run["method"], **overrides}
+def _setting(name: str, run_id: str, scale: Scale, raw: Mapping[str, dict[str, Any]]) -> Setting | None:
+    """The run at a scale, found where it is defined; None where it is not of that scale."""
+    run, named = _merged(name, run_id, raw[name]), f"{name}, run {run_id}"
+    values = run if scale == "paper" else _known(f"{named}, proxy", run.get("proxy") or {}, _SETTING)
+    if same := values.get("same_as") or ("recipe" not in values and run.get("same_as")):
+        table, _, other = same.partition("/")
+        if other not in (raw.get(table, {}).get("runs") or {}):
+            raise InputError(f"{named}: same_as {same}, and there is no such run")
+        found = _setting(table, other, scale, raw)
+        return found and replace(found, after=(*found.after, *(values.get("after") or run.get("after") or ())))
+    if "recipe" not in values:
+        return None
     needs: dict[tuple[str, str], None] = {}
 
     def folder(match: re.Match[str]) -> str:
-        if match[1] not in (table.get("runs") or {}):
-            raise InputError(f"{name}, run {run_id}: {match[0]}, and there is no such run")
-        other = _settings(name, match[1], raw)[scale]
+        other = _setting(name, match[1], scale, raw) if match[1] in (raw[name].get("runs") or {}) else None
+        if other is None:
+            raise InputError(f"{named}: {match[0]}, and there is no such run")
         needs[other.table, other.run] = None
         return f"{{run:{other.table}/{other.run}}}"
 
     def qualify(text: Any) -> Any:
         return re.sub(r"\{run:([^}]+)\}", folder, text) if isinstance(text, str) else text
 
-    overrides = {key: qualify(value) for key, value in overrides.items()}
-    after = tuple(map(qualify, values.get("after") or ()))
-    command = values.get("command") or run.get("command") or table.get("command")
+    method = {"method": run["method"]} if "method" in run else {}
+    overrides = {**method, **(values.get("overrides") or {}), **(run.get("all_scales") or {})}
+    task = values.get("task") or run.get("task") or raw[name]["task"]
+    command = values.get("command") or run.get("command") or raw[name].get("command")
     return Setting(
         table=name,
         run=run_id,
@@ -223,8 +190,8 @@ def _setting(
         task=task,
         command=command if task == "diffusion" else None,
         recipe=values["recipe"],
-        overrides=overrides,
-        after=after,
+        overrides={key: qualify(value) for key, value in overrides.items()},
+        after=tuple(map(qualify, values.get("after") or ())),
         needs=tuple(needs),
         results=values.get("results"),
     )

@@ -87,7 +87,7 @@ def select(
     """
     wanted: dict[str, list[str]] = {}
     for kind, asked, there in (
-        ("row", rows, [row.name for row in table.rows]),
+        ("row", rows, table.rows),
         ("column", columns, list(table.columns)),
         ("run", runs, list(table.runs)),
     ):
@@ -99,7 +99,7 @@ def select(
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, there)) or 'none'}"
                 raise InputError(f"{table.name} has no {kind} {pattern!r}: {hint}")
             wanted[kind] += found
-    in_cells = {c.run for row, c in table.cells() if row.name in wanted["row"] and c.column in wanted["column"]}
+    in_cells = {c.run for c in table.cells if c.row in wanted["row"] and c.column in wanted["column"]}
     # A run that no cell reads is there for others, and may be named all the same.
     named = set(wanted["run"]) if runs is not None and rows is None and columns is None else in_cells
     return [r for r, settings in table.runs.items() if r in named and r in wanted["run"] and scale in settings]

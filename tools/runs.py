@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from core.errors import InputError
-from core.files import write_atomically
+from core.files import make_folder, write_atomically
 from core.training.run import flatten
 
 KEPT = "runs.jsonl"
@@ -229,15 +229,6 @@ def seeds_of(stem: Path | str) -> dict[int, Path]:
     known += [path.name for path in stem.parent.iterdir()] if stem.parent.is_dir() else []
     seeds = {int(one[len(begin) :]) for one in known if one.startswith(begin) and one[len(begin) :].isdecimal()}
     return {seed: stem.with_name(f"{begin}{seed}") for seed in sorted(seeds)}
-
-
-def make_folder(path: Path | str) -> Path:
-    """A folder to write into. Raises: InputError where there can be none."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write into {path}: {error.strerror}") from error
-    return Path(path)
 
 
 # --- keeping ----------------------------------------------------------------------------------------------------------

@@ -53,6 +53,15 @@ class Difference:
         low, high = self.interval
         return f"{self.mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
+    def verdict(self, baseline: str) -> str:
+        """What may be said of it: a difference only where the interval leaves out zero."""
+        if not self.by_seed:
+            return f"no seed in common with a {baseline} of these settings"
+        if self.interval is None:
+            return "one seed in common: no interval"
+        low, high = self.interval
+        return f"{'higher than' if low > 0 else 'lower than' if high < 0 else 'not distinguishable from'} {baseline}"
+
 
 def paired(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Difference:
     """The difference over the seeds that both have."""

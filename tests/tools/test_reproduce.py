@@ -712,14 +712,6 @@ def test_the_tool_needs_no_torch_and_answers_at_once(words: list[str]) -> None:
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
-def test_report_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools import report
-
-    seen: list[Any] = []
-    monkeypatch.setattr(report, "main", lambda words: seen.append(words) or 0)
-    assert reproduce.main(["report", "--out", "x"]) == 0 and seen == [["--out", "x"]]
-
-
 def test_the_usage_in_the_docstring_is_real(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
         line.split()[2:] for line in textwrap.dedent(reproduce.__doc__ or "").splitlines() if "reproduce.py" in line
