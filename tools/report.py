@@ -68,7 +68,7 @@ def main(options: argparse.Namespace) -> int:
     """Returns the exit code. Raises: InputError."""
     results = Path(options.results)
     if options.document is not None:
-        save(Path(options.document), render(results))
+        save(Path(options.document), render(results).encode())
         print(f"written: {options.document}")
         return 0
     parts: list[Part] = []
@@ -84,7 +84,8 @@ def main(options: argparse.Namespace) -> int:
         raise InputError(f"no run of the paper's tables in {options.runs} or {options.results}: reproduce.py run")
     last = [f"Nothing is finished for: {'; '.join(left)}."] if left else []
     texts = {"report.md": as_markdown(parts, last), "report.csv": as_table(parts), "report.html": as_html(parts, last)}
-    for name, content in (item for files in (*(part.files for part in parts), texts) for item in files.items()):
+    pictures = {name: png for part in parts for name, png in part.files.items()}
+    for name, content in [*pictures.items(), *((name, text.encode()) for name, text in texts.items())]:
         save(Path(options.out) / name, content)
     print(f"written to {options.out}: {', '.join(texts)}")
     return 0
@@ -264,8 +265,7 @@ def as_html(parts: Sequence[Part], last: Sequence[str]) -> str:
     return page.from_string(Path(__file__).with_suffix(".html").read_text()).render(parts=parts, last=last)
 
 
-def save(file: Path, content: str | bytes) -> None:
+def save(file: Path, content: bytes) -> None:
     """Raises: InputError where its folder cannot be made, TrainingError where it cannot be written."""
-    data = content.encode() if isinstance(content, str) else content
     make_folder(file.parent)
-    write_atomically(file, lambda temporary: temporary.write_bytes(data))
+    write_atomically(file, lambda temporary: temporary.write_bytes(content))

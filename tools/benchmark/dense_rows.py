@@ -6,7 +6,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 import torch
 
-from tools.benchmark.ratios import Values, paired, ratios
-from tools.benchmark.steps import Settings
+from tools.benchmark.ratios import Values, ratios
+from tools.benchmark.steps import Settings, Step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "segmentation" / "configs"
 CLASSES = 19
@@ -82,36 +81,30 @@ def make_batch(settings: Settings) -> tuple[torch.Tensor, list[Any]]:
     return torch.randn(batch, 3, *crop, device=device), samples
 
 
-def make_steps(model: Any, settings: Settings, repeat: int) -> Callable[[], None]:
+def make_step(architecture: str, settings: Settings, method: str) -> Step:
+    model = make_model(architecture, settings, method)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
     images, samples = make_batch(settings)
 
-    def steps() -> None:
-        for _ in range(repeat):
-            loss, _ = model.parse_losses(model.loss(images, samples))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    def step() -> None:
+        loss, _ = model.parse_losses(model.loss(images, samples))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    return steps
+    return step
 
 
 def step_ratio(architecture: str, settings: Settings) -> Values:
     """A step of DML + ADM over one of DML."""
-    a, b = (make_steps(make_model(architecture, settings, method), settings, 1) for method in ("dml+adm", "dml"))
-    values, on = ratios(paired(settings.timer(a), settings.timer(b), settings.pairs), "s a step", 1.0)
-    return values, f"{sizes(settings)}, {on}"
+    a, b = (settings.timer(make_step(architecture, settings, method)) for method in ("dml+adm", "dml"))
+    return settings.ratio(a, b, f"{sizes(settings)},", "s a step")
 
 
 def memory_ratio(architecture: str, settings: Settings) -> Values:
-    """Peak bytes of DML + ADM over DML, from building the networks to the end of their second step."""
-
-    def two_steps(method: str) -> Callable[[], None]:
-        steps = make_steps(make_model(architecture, settings, method), settings, repeat=2)
-        steps()
-        return steps
-
-    return settings.memory_ratio((partial(two_steps, "dml+adm"), partial(two_steps, "dml")), sizes(settings))
+    """Peak bytes of DML + ADM over DML."""
+    ours, other = (partial(make_step, architecture, settings, method) for method in ("dml+adm", "dml"))
+    return settings.memory_ratio(ours, other, sizes(settings))
 
 
 def make_street(root: Path, height: int, width: int) -> None:
@@ -139,8 +132,7 @@ def loop_ratio(architecture: str, settings: Settings) -> Values:
     the command measures.
     """
     settings, (batch, crop) = replace(settings, now=time.perf_counter), shape(settings)
-    networks = make_model(architecture, settings, "vanilla")
-    bare = settings.timer(make_steps(networks, settings, repeat=ITERATIONS - WARM))
+    bare = settings.timer(make_step(architecture, settings, "vanilla"), ITERATIONS - WARM)
     from segmentation.training import train
 
     options = {

@@ -37,20 +37,22 @@ class Measure:
         return value >= self.target if self.at_least else value <= self.target
 
 
-def seconds(work: Callable[[], object], now: Callable[[], float]) -> float:
-    """The duration of one call by the clock ``now``."""
+def seconds(work: Callable[[], object], times: int, now: Callable[[], float]) -> float:
+    """The duration of so many calls by the clock ``now``."""
     before = now()
-    work()
+    for _ in range(times):
+        work()
     return now() - before
 
 
-def cuda_seconds(work: Callable[[], object]) -> float:
-    """The duration of one call on the GPU, from its first kernel to its last."""
+def cuda_seconds(work: Callable[[], object], times: int) -> float:
+    """The duration of so many calls on the GPU, from their first kernel to their last."""
     import torch
 
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    work()
+    for _ in range(times):
+        work()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
