@@ -34,7 +34,7 @@ from core.errors import InputError
 from tools.compare import difference_rows, score_rows
 from tools.groups import compare_runs
 from tools.ours import gather, grids, numbers
-from tools.paper_files import load_table
+from tools.paper import load_table
 from tools.runs import Run, read_run, seeds_of
 from tools.stats import markdown, paired, spread
 

@@ -13,24 +13,10 @@ from tools.stats import Difference, paired
 
 # Where and on what a run ran, and how much it said meanwhile: no different experiment.
 IGNORED = (
-    "seed",
-    "data.root",
-    "data.download",
-    "data.workers",
-    "fit.device",
-    "fit.keep",
-    "fit.log_every",
-    "fit.trackers",
-    "progress_bar",
-    "data_root",
-    "run.",
-    "train_dataloader.num_workers",
-    "val_dataloader",
-    "env_cfg",
-    "visualizer",
-    "log_level",
-    "custom_imports",
-)
+    "seed", "data.root", "data.download", "data.workers", "fit.device", "fit.keep", "fit.log_every", "fit.trackers",
+    "progress_bar", "data_root", "run.", "train_dataloader.num_workers", "val_dataloader", "env_cfg", "visualizer",
+    "log_level", "custom_imports",
+)  # fmt: skip
 
 MEASURES = {"top1": "top-1", "mIoU": "mIoU"}
 """What is compared, in percent, and how it is called: the first of these that a run has, else what its evaluation files

@@ -281,6 +281,24 @@ def _outcome(one: _Running, code: int, stopped: bool) -> Outcome:
     return Outcome(FAILED, f"{how}{', ' + said if said else ''} (log {one.job.log})")
 
 
+def conclude(outcomes: Mapping[str, Outcome], asked: int) -> int:
+    """Says what failed and how to go on; returns the exit code."""
+    by_state: dict[str, list[str]] = {}
+    for name, outcome in outcomes.items():
+        by_state.setdefault(outcome.state, []).append(name)
+    left = asked - len(outcomes)
+    parts = [f"{len(names)} {word}" for word, names in by_state.items()] + ([f"{left} not started"] if left else [])
+    print(", ".join(parts))
+    for name in [*by_state.get(FAILED, ()), *by_state.get(BLOCKED, ())]:
+        print(f"{outcomes[name].state}: {name}: {outcomes[name].reason}", file=sys.stderr)
+    if by_state.get(ELSEWHERE):
+        print("another process runs the others: status says how far they are")
+    if by_state.get(INTERRUPTED) or left:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 1 if by_state.get(FAILED) or by_state.get(BLOCKED) else 0
+
+
 def readable(seconds: float) -> str:
     """``75`` as "1 min 15 s"."""
     minutes, rest = divmod(round(seconds), 60)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import csv
 import io
 import re
 import shlex
@@ -22,14 +23,13 @@ from statistics import fmean
 
 from core.errors import InputError
 from core.files import make_folder, write_atomically
-from tools.curves import figure_of
+from tools.compare import figure_of
 from tools.document import render
 from tools.groups import Comparison, Group, common_roles, measure_of
 from tools.ours import Number, gather, grids, numbers
-from tools.paper import SCALES, Scale, Table
-from tools.paper_files import load_tables
+from tools.paper import SCALES, Scale, Table, load_tables
 from tools.runs import Run
-from tools.stats import Grid, as_csv, markdown, mean_std
+from tools.stats import Grid, markdown, mean_std
 
 WIDTH = 1000  # pixels of an embedded picture, at most
 INTRODUCTION = (
@@ -66,15 +66,14 @@ class Part:
 
 def main(options: argparse.Namespace) -> int:
     """Returns the exit code. Raises: InputError."""
-    results = Path(options.results)
     if options.document is not None:
-        save(Path(options.document), render(results).encode())
+        save(options.document, render(options.results).encode())
         print(f"written: {options.document}")
         return 0
     parts: list[Part] = []
     left: list[str] = []
-    for table in load_tables(Path(options.tables)).values():
-        found = [paper_part(table, scale, Path(options.runs), results) for scale in SCALES]
+    for table in load_tables(options.tables).values():
+        found = [paper_part(table, scale, options.runs, options.results) for scale in SCALES]
         parts += [part for part, _ in found if part is not None]
         if not any(part for part, _ in found):
             left.append(
@@ -86,7 +85,7 @@ def main(options: argparse.Namespace) -> int:
     texts = {"report.md": as_markdown(parts, last), "report.csv": as_table(parts), "report.html": as_html(parts, last)}
     pictures = {name: png for part in parts for name, png in part.files.items()}
     for name, content in [*pictures.items(), *((name, text.encode()) for name, text in texts.items())]:
-        save(Path(options.out) / name, content)
+        save(options.out / name, content)
     print(f"written to {options.out}: {', '.join(texts)}")
     return 0
 
@@ -231,13 +230,15 @@ def commands(members: Members) -> list[str]:
 def as_table(parts: Sequence[Part]) -> str:
     """CSV, a line a number, in full precision."""
     head = "part row column metric unit higher_is_better scale paper paper_label ours_is ours_mean ours_std n"
-    lines: list[list[object]] = [[*head.split(), "ours_less_paper"]]
+    out = io.StringIO()
+    write = csv.writer(out, lineterminator="\n").writerow
+    write([*head.split(), "ours_less_paper"])
     for of, one in ((part, number) for part in parts for number in part.numbers):
         cell, metric = one.cell, one.cell.metric
         paper = [metric.name, metric.unit, metric.higher_is_better, of.scale, cell.paper, cell.label]
         ours = [one.measure, *mean_std(one.by_seed.values()), len(one.by_seed), one.difference]
-        lines.append([of.table.label, cell.row, one.column, *paper, *ours])
-    return as_csv(lines)
+        write([of.table.label, cell.row, one.column, *paper, *ours])
+    return out.getvalue()
 
 
 def as_markdown(parts: Sequence[Part], last: Sequence[str]) -> str:

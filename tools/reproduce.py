@@ -26,22 +26,9 @@ from core.errors import InputError
 from core.training.command import LineParser, run_command
 from tools import report
 from tools.ours import finished_runs
-from tools.paper import ROOT, SCALES, Cell, Setting
-from tools.paper_files import PAPER, load_tables
+from tools.paper import PAPER, ROOT, SCALES, Cell, Setting, load_tables
 from tools.plan import Place, Plan, find_table, known_jobs, make_job, make_place, select
-from tools.processes import (
-    BLOCKED,
-    ELSEWHERE,
-    FAILED,
-    INTERRUPTED,
-    Job,
-    Outcome,
-    gpus,
-    readable,
-    run_jobs,
-    slots,
-    state,
-)
+from tools.processes import Job, conclude, gpus, readable, run_jobs, slots, state
 from tools.runs import KEPT, Run, keep, read_run, runs_in, seeds_of
 from tools.stats import columns
 
@@ -69,9 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
         return one.add_argument
 
     def places(option: Any, out: bool = True) -> None:
-        option("--tables", default=str(PAPER), metavar="FOLDER", help="the tables as data; tools/paper")
+        option("--tables", type=Path, default=PAPER, metavar="FOLDER", help="the tables as data; tools/paper")
         if out:
-            option("--out", default=str(OUT), metavar="FOLDER", help=f"where the runs go; {OUT}")
+            option("--out", type=Path, default=OUT, metavar="FOLDER", help=f"where the runs go; {OUT}")
 
     places(add("list", list_tables, "the tables and figures of the paper, one a line"), out=False)
     option = add("show", show_table, "a table's numbers in the paper, and the runs that yield ours")
@@ -100,16 +87,18 @@ def make_parser() -> argparse.ArgumentParser:
     option("runs", nargs="+", metavar="RUN", help="run folders, or folders of them")
     option("--to", required=True, metavar="EXPERIMENT", help="the folder in results/")
     option("--partial", action="store_true", help="keep unfinished runs too, as far as they are")
-    option("--results", default=str(RESULTS), metavar="FOLDER", help="the results; those of the repository")
+    option("--results", type=Path, default=RESULTS, metavar="FOLDER", help="the results; those of the repository")
     text = "the paper's numbers beside ours as Markdown, CSV and a page; its own --help says more"
     option = add("report", report.main, text, (report.__doc__ or "").partition("\n")[0])
     runs = "where reproduce.py run has put its runs; %(default)s"
-    option("--runs", default=str(OUT), metavar="FOLDER", help=runs)
-    option("--results", default=str(ROOT / "results"), metavar="FOLDER", help="kept results; those of the repository")
-    option("--out", default=str(OUT / "report"), metavar="FOLDER", help="where the report goes; %(default)s")
+    option("--runs", type=Path, default=OUT, metavar="FOLDER", help=runs)
+    option(
+        "--results", type=Path, default=ROOT / "results", metavar="FOLDER", help="kept results; those of the repository"
+    )
+    option("--out", type=Path, default=OUT / "report", metavar="FOLDER", help="where the report goes; %(default)s")
     places(option, out=False)
     document = "write docs/results.md, or FILE, from the kept results, and nothing else"
-    option("--document", nargs="?", const=str(ROOT / "docs/results.md"), metavar="FILE", help=document)
+    option("--document", nargs="?", type=Path, const=ROOT / "docs/results.md", metavar="FILE", help=document)
     return parser
 
 
@@ -126,13 +115,13 @@ def _number(least: int) -> Any:
 
 
 def list_tables(options: argparse.Namespace) -> int:
-    for name, table in load_tables(Path(options.tables)).items():
+    for name, table in load_tables(options.tables).items():
         print(f"{name:9} {table.task:14} {counted(table.runs, 'run'):>8}  {table.title}")
     return 0
 
 
 def show_table(options: argparse.Namespace) -> int:
-    table, scale = find_table(options.table, load_tables(Path(options.tables))), options.scale
+    table, scale = find_table(options.table, load_tables(options.tables)), options.scale
     place = make_place(options.out)
     unit = f", {table.metric.unit}" if table.metric.unit else ""
     print(f"{table.label}: {table.title} ({table.task}; {table.metric.name}{unit})")
@@ -160,7 +149,7 @@ def show_table(options: argparse.Namespace) -> int:
 
 
 def run_tables(options: argparse.Namespace) -> int:
-    tables, place = load_tables(Path(options.tables)), make_place(options.out, options.data)
+    tables, place = load_tables(options.tables), make_place(options.out, options.data)
     if options.slurm and options.cluster is None:
         raise InputError("--slurm counts only with --cluster slurm")
     if options.jobs is not None and options.cluster is not None:
@@ -195,7 +184,7 @@ def run_tables(options: argparse.Namespace) -> int:
 
 
 def tell_status(options: argparse.Namespace) -> int:
-    tables, place = load_tables(Path(options.tables)), make_place(options.out)
+    tables, place = load_tables(options.tables), make_place(options.out)
     chosen = [find_table(name, tables) for name in options.table]
     begun = False
     for table in chosen or tables.values():
@@ -220,7 +209,7 @@ def keep_runs(options: argparse.Namespace) -> int:
     unfinished = next((run for run in runs if not run.finished and "summary" in run.files), None)
     if unfinished is not None and not options.partial:
         raise InputError(f"{unfinished.path} is not finished: --partial keeps it as far as it is")
-    folder = Path(options.results) / options.to
+    folder = options.results / options.to
     print(f"{folder / KEPT}: kept {', '.join(keep(runs, folder))}")
     return 0
 
@@ -278,7 +267,7 @@ def queue(options: argparse.Namespace, todo: Mapping[str, Job], plan: Plan) -> i
     place = plan.place
     executor = make_executor(ROOT / place.out / "slurm", options.slurm)
     rest = ["--scale", plan.scale, "--out", str(place.out), "--jobs", "1"]
-    rest += ["--tables", str(Path(options.tables).absolute())]
+    rest += ["--tables", str(options.tables.absolute())]
     rest += ["--data", str(place.data), *(f"{name}={path}" for name, path in place.sets.items())]
     ids: dict[str, str] = {}
     for name, job in todo.items():
@@ -289,24 +278,6 @@ def queue(options: argparse.Namespace, todo: Mapping[str, Job], plan: Plan) -> i
             print(f"job {ids[name]}: {name}", flush=True)
     print("queued: status says how far they are")
     return 0
-
-
-def conclude(outcomes: Mapping[str, Outcome], asked: int) -> int:
-    """Says what failed and how to go on; returns the exit code."""
-    by_state: dict[str, list[str]] = {}
-    for name, outcome in outcomes.items():
-        by_state.setdefault(outcome.state, []).append(name)
-    left = asked - len(outcomes)
-    parts = [f"{len(names)} {word}" for word, names in by_state.items()] + ([f"{left} not started"] if left else [])
-    print(", ".join(parts))
-    for name in [*by_state.get(FAILED, ()), *by_state.get(BLOCKED, ())]:
-        print(f"{outcomes[name].state}: {name}: {outcomes[name].reason}", file=sys.stderr)
-    if by_state.get(ELSEWHERE):
-        print("another process runs the others: status says how far they are")
-    if by_state.get(INTERRUPTED) or left:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 1 if by_state.get(FAILED) or by_state.get(BLOCKED) else 0
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------

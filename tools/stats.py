@@ -1,9 +1,7 @@
-"""Means, spreads and paired differences over seeds, and grids of text as Markdown, CSV or plain columns."""
+"""Means, spreads and paired differences over seeds, and grids of text as Markdown or plain columns."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,10 +84,3 @@ def columns(grid: Grid) -> str:
 
 def _widths(grid: Grid) -> list[int]:
     return [max(map(len, column)) for column in zip(*grid, strict=True)]
-
-
-def as_csv(lines: Iterable[Iterable[object]]) -> str:
-    """Comma-separated values, numbers in full precision."""
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(lines)
-    return out.getvalue()

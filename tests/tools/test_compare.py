@@ -18,7 +18,7 @@ from PIL import Image
 from written import write_chain, write_evaluation, write_run
 
 from core.errors import InputError
-from tools import compare, curves, groups
+from tools import compare, groups
 from tools.runs import keep, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,7 +249,7 @@ def test_the_figure_shows_every_group(runs: list[Path], tmp_path: Path, command:
 def test_curves_are_means_over_seeds_where_all_runs_have_them(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / "a", 0, [10.0, 20.0, 30.0]), write_run(tmp_path / "b", 1, [14.0, 20.0])]
     compared = groups.compare_runs([read_run(path) for path in paths])
-    assert curves.curve(compared, compared.groups[0], "student") == [
+    assert compare.curve(compared, compared.groups[0], "student") == [
         (1.0, 12.0, pytest.approx(math.sqrt(8))),
         (2.0, 20.0, 0.0),
     ]

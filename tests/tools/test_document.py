@@ -14,7 +14,7 @@ from core.errors import InputError
 from tools import document
 from tools.compare import difference_rows, score_rows
 from tools.groups import compare_runs
-from tools.paper_files import load_table
+from tools.paper import load_table
 from tools.runs import keep, read_run
 
 ROOT = Path(__file__).resolve().parents[2]

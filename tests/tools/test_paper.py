@@ -18,8 +18,7 @@ from written import write_run
 
 from core.errors import InputError
 from core.training.run import flatten
-from tools.paper import ROOT, SCALES, Cell, Setting, Table
-from tools.paper_files import load_table, load_tables
+from tools.paper import ROOT, SCALES, Cell, Setting, Table, load_table, load_tables
 from tools.runs import read_run, seeds_of
 
 TABLES = load_tables()
@@ -81,7 +80,7 @@ def test_no_number_is_printed_twice_for_one_run() -> None:
 
 
 def test_loading_needs_no_torch() -> None:
-    code = "import sys, tools.paper_files; tools.paper_files.load_tables(); sys.exit('torch' in sys.modules)"
+    code = "import sys, tools.paper; tools.paper.load_tables(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

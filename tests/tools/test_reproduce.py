@@ -21,7 +21,7 @@ from written import write_chain, write_run
 from core.errors import InputError
 from core.training import command as shell
 from tools import plan, processes, reproduce
-from tools.paper_files import PAPER, load_tables
+from tools.paper import PAPER, load_tables
 from tools.processes import Job, Outcome, run_jobs, state
 from tools.runs import kept_name, read_run, seeds_of
 
