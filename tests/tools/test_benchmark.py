@@ -14,8 +14,7 @@ from matplotlib.image import imread
 
 from core.errors import InputError
 from tools.benchmark import rows, run
-from tools.benchmark.ratios import Measure, changes, interval, line, paired, peak_bytes, ratios, summary
-from tools.benchmark.steps import Settings
+from tools.benchmark.ratios import Measure, Settings, changes, interval, line, paired, peak_bytes, ratios, summary
 
 KEYS = {
     "row", "what", "unit", "target", "at_least", "median", "quartiles", "interval", "reached", "certain", "pairs", "on",

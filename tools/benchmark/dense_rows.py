@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from tools.benchmark.ratios import Values, ratios
-from tools.benchmark.steps import Settings, Step
+from tools.benchmark.ratios import Settings, Step, Values, ratios
 
 CONFIGS = Path(__file__).resolve().parents[2] / "segmentation" / "configs"
 CLASSES = 19

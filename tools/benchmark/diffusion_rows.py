@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tools.benchmark.ratios import Values
-from tools.benchmark.steps import Settings, bare_step, own_step
+from tools.benchmark.ratios import Settings, Values, bare_step, own_step
 
 STEPS = 4  # of the student: its round is one in which ADM acts
 

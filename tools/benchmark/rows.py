@@ -23,8 +23,7 @@ from core.adm import ADMConfig
 from core.training.distiller import Batch, Distiller, Losses, Progress
 from offline_kd.methods import METHODS as OFFLINE_METHODS
 from tools.benchmark import dense_rows, diffusion_rows
-from tools.benchmark.ratios import Measure, Values, paired, ratios
-from tools.benchmark.steps import PROGRESS, Settings, Step, bare_step, own_step, sgd
+from tools.benchmark.ratios import PROGRESS, Measure, Settings, Step, Values, bare_step, own_step, paired, ratios, sgd
 
 EPOCH = 391  # steps of a CIFAR epoch at batch 128, after which fit() saves a checkpoint and draws the curves
 MEAN_STD = ((0.5,) * 3, (0.25,) * 3)
