@@ -133,9 +133,6 @@ def as_json(compared: Comparison, left_out: Sequence[Run]) -> dict[str, Any]:
         mean, std = mean_std(values.values())
         return {"n": len(values), "mean": mean, "std": std, "by_seed": values}
 
-    def scores(group: Group, role: str) -> dict[str, Any]:
-        return {which: described(compared.scores(group, role, which)) for which in ("last", "best")}
-
     groups = [
         {
             "label": group.label,
@@ -145,7 +142,10 @@ def as_json(compared: Comparison, left_out: Sequence[Run]) -> dict[str, Any]:
                 for s, run in group.runs.items()
             ],
             "best_chosen_by": sorted({chosen_by(run) for run in group.runs.values()}),
-            compared.measure: {role: scores(group, role) for role in compared.roles},
+            compared.measure: {
+                role: {which: described(compared.scores(group, role, which)) for which in ("last", "best")}
+                for role in compared.roles
+            },
         }
         for group in compared.groups
     ]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tools.benchmark.ratios import Settings, Step, Values, ratios
+from tools.benchmark.ratios import Settings, Step, Values, bare_step, ratios, sgd
 
 CONFIGS = Path(__file__).resolve().parents[2] / "segmentation" / "configs"
 CLASSES = 19
@@ -58,14 +58,6 @@ def options_of(method: str, settings: Settings) -> dict[str, Any]:
     }
 
 
-def make_model(architecture: str, settings: Settings, method: str) -> Any:
-    from segmentation.config import build, complete, load_config
-
-    cfg = load_config(CONFIGS / f"{architecture}_cityscapes_mmseg.py", options_of(method, settings))
-    torch.manual_seed(0)
-    return build(complete(cfg, 1, settings.device.type).model).to(settings.device).train()
-
-
 def make_batch(settings: Settings) -> tuple[torch.Tensor, list[Any]]:
     """Normalised images and their labels, a quarter of them ignored."""
     from mmengine.structures import PixelData
@@ -81,17 +73,15 @@ def make_batch(settings: Settings) -> tuple[torch.Tensor, list[Any]]:
 
 
 def make_step(architecture: str, settings: Settings, method: str) -> Step:
-    model = make_model(architecture, settings, method)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    """Forward, all losses of mmseg's and backward of both networks, and SGD."""
+    from segmentation.config import build, complete, load_config
+
+    cfg = load_config(CONFIGS / f"{architecture}_cityscapes_mmseg.py", options_of(method, settings))
+    torch.manual_seed(0)
+    model = build(complete(cfg, 1, settings.device.type).model).to(settings.device).train()
     images, samples = make_batch(settings)
-
-    def step() -> None:
-        loss, _ = model.parse_losses(model.loss(images, samples))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    forward = lambda: {"both": {"loss": model.parse_losses(model.loss(images, samples))[0]}}  # noqa: E731
+    return bare_step({"both": model}, forward, partial(sgd, lr=1e-4))
 
 
 def step_ratio(architecture: str, settings: Settings) -> Values:

@@ -51,9 +51,6 @@ class Measure:
         return value >= self.target if self.at_least else value <= self.target
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
 def seconds(work: Callable[[], object], times: int, now: Callable[[], float]) -> float:
     """The duration of so many calls by the clock ``now``."""
     before = now()
