@@ -89,11 +89,10 @@ class Run:
         if document is None:
             return _look_up(self.summary, query)
         rows = document if isinstance(document, Sequence) else document.get("rows")
+        names = document.get("features", {}) if isinstance(document, Mapping) else {}
         if rows is not None:
-            key = (
-                document["features"].get(key, key) if isinstance(document, Mapping) and "features" in document else key
-            )
             document = _only_row(rows, where or {}, at) if at is None or self.finished else {}
+            key = names.get(key, key)
         return _look_up(document, key)
 
     def number(self, query: str, where: Mapping[str, Any] | None = None, at: float | None = None) -> float | None:
@@ -157,11 +156,8 @@ def _read_folder(folder: Path) -> dict[str, Any]:
         files |= {file.stem: json.loads(file.read_text()) for file in documents}
         if lines := [line for line in _log(folder / "metrics.jsonl") if line.get("kind") == "evaluation"]:
             files["metrics"] = lines
-        rounds = sorted(
-            {file.parent for name in ("metrics.jsonl", "summary.json") for file in folder.glob(f"*/{name}")}
-        )
-        if rounds:
-            files["rounds"] = {one.name: _read_round(one) for one in rounds}
+        if rounds := {one.name: found for one in sorted(folder.glob("*/")) if (found := _read_round(one))}:
+            files["rounds"] = rounds
         if not all(isinstance(values, (Mapping, list)) for values in files.values()):
             raise ValueError("a file of it is no mapping")
         return files

@@ -73,26 +73,20 @@ def sampling_ratio(settings: Settings) -> Values:
     return settings.ratio(settings.timer(bare), settings.timer(whole), on, "ms", 1e3)
 
 
-def dit_pair(settings: Settings) -> tuple[Any, Any, int]:
-    """DiT-B/2 and DiT-S/2 for ImageNet's latents, and images a step; on the CPU half as wide and a third as deep."""
-    from diffusion.dit.model import DiT, DiTConfig
-
-    quick = DiTConfig(None, 24, 2, 3, 2), DiTConfig(None, 16, 2, 2, 2), 8, 2
-    cpu = DiTConfig(None, 384, 4, 6, 2), DiTConfig(None, 192, 4, 3, 2), 32, 8
-    teacher, student, size, count = settings.pick(quick, cpu, (DiTConfig("B/2"), DiTConfig("S/2"), 32, 128))
-    networks = [DiT(config, 4, size, 1000).to(settings.device) for config in (teacher, student)]
-    return networks[0], networks[1], count
-
-
 def dit_step_ratio(with_adm: bool, settings: Settings) -> Values:
     """A distillation step over the teacher's forward and the student's forward, MSE, backward and AdamW.
 
-    The step's own part: noise and times, task and distillation losses, the moving average; ADM's with phi.
+    The step's own part: noise and times, task and distillation losses, the moving average; ADM's with phi. DiT-B/2 and
+    DiT-S/2 for ImageNet's latents; on the CPU half as wide and a third as deep.
     """
     from diffusion.dit.distiller import ADMConfig, DiTDistiller
+    from diffusion.dit.model import DiT, DiTConfig
 
-    teacher, student, count = dit_pair(settings)
-    size, bare_student = student.input_size, copy.deepcopy(student)
+    quick = (None, 24, 2, 3, 2), (None, 16, 2, 2, 2), 8, 2
+    cpu = (None, 384, 4, 6, 2), (None, 192, 4, 3, 2), 32, 8
+    *pair, size, count = settings.pick(quick, cpu, (("B/2",), ("S/2",), 32, 128))
+    teacher, student = (DiT(DiTConfig(*config), 4, size, 1000).to(settings.device) for config in pair)
+    bare_student = copy.deepcopy(student)
     distiller = DiTDistiller(student, teacher, adm=ADMConfig() if with_adm else None).to(settings.device)
     image = torch.randn(count, 4, size, size, device=settings.device)
     t, label = torch.full((count,), 500, device=settings.device), torch.arange(count, device=settings.device)
