@@ -135,7 +135,7 @@ def call(script: str, words: list[str]) -> None:
 
 def test_every_command_and_block_is_accounted_for() -> None:
     extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.M))
-    scripts, said = set(map(str, entry_points())), {"tools/report.py"}  # reproduce.py report
+    scripts, said = set(map(str, entry_points())), set()
     for name, blocks in documents().items():
         for block in blocks:
             assert block.language in ("bash", "python", "mermaid"), (

@@ -14,7 +14,7 @@ SUBCOMMANDS = {
     "diffusion/tools/train.py": ("progressive", "dit"),
     "tools/reproduce.py": ("list", "show", "run", "status", "keep", "report"),
 }
-WITHOUT_TORCH = ("tools/reproduce.py", "tools/compare.py", "tools/report.py")
+WITHOUT_TORCH = ("tools/reproduce.py", "tools/compare.py")
 COMMANDS = [
     [str(script), *more] for script in entry_points() for more in ([], *([s] for s in SUBCOMMANDS.get(str(script), ())))
 ]

@@ -11,19 +11,24 @@ Of a diffusion run it takes what evaluate.py wrote beside it, a column for each 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from core.analysis.figures import save_figure
 from core.errors import InputError
-from core.files import save_json, write_atomically
+from core.files import make_folder, save_json, write_atomically
 from core.training.command import LineParser, run_command
-from tools.curves import figure_of
-from tools.groups import PERCENT, Comparison, Group, Versus, chosen_by, compare_runs, lower_is_better, named
-from tools.runs import Run, make_folder, read_run, runs_in
+from tools.groups import PERCENT, Comparison, Group, chosen_by, compare_runs, lower_is_better, named, score
+from tools.runs import Run, read_run, runs_in
 from tools.stats import Grid, markdown, mean_std, spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = render(compared, left_out)
     print(text)
     if options.out is not None:
-        folder = make_folder(options.out)
+        folder = make_folder(Path(options.out))
         save_json(as_json(compared, left_out), folder / "compare.json")
         write_atomically(folder / "compare.md", lambda file: file.write_text(f"# Comparison\n\n{text}\n"))
         save_figure(figure_of(compared), folder / "compare.png")
@@ -75,11 +80,11 @@ def render(compared: Comparison, left_out: Sequence[Run]) -> str:
         parts.append("Best was chosen by test accuracy, which flatters it: read last.")
     if compared.versus:
         parts.append(
-            f"Difference of the {'last ' if compared.has_best else ''}{measure} from {compared.versus[0].baseline}"
+            f"Difference of the {'last ' if compared.has_best else ''}{measure} from {compared.baseline}"
             f"{', in points' if percent else better}, paired by seed; t interval"
             + (f", not corrected for {len(compared.versus)} comparisons." if len(compared.versus) > 1 else ".")
         )
-        parts.append(markdown(difference_rows(compared.versus), aligned=True))
+        parts.append(markdown(difference_rows(compared), aligned=True))
     unfinished = [run for run in compared.runs if not run.finished]
     if unfinished:
         told = ", ".join(f"{run.path} ({when(run.last)})" for run in unfinished)
@@ -104,20 +109,20 @@ def score_rows(compared: Comparison) -> Grid:
     heads = [f"{role} {which if compared.has_best else measure}" for role in compared.roles for which in kinds]
     rows = [["group", "n", *heads, *(["best chosen by"] if compared.has_best else [])]]
     for group in compared.groups:
-        cells = [spread(group.scores(role, which).values()) for role in compared.roles for which in kinds]
+        cells = [spread(compared.scores(group, role, which).values()) for role in compared.roles for which in kinds]
         chosen = [", ".join(sorted({chosen_by(run) for run in group.runs.values()}))] if compared.has_best else []
         rows.append([group.label, str(len(group.runs)), *cells, *chosen])
     return rows
 
 
-def difference_rows(versus: Sequence[Versus]) -> Grid:
+def difference_rows(compared: Comparison) -> Grid:
     """The table of differences, its head first."""
     rows = [["group", "role", "n", "difference", "95 % interval", "verdict"]]
-    for one in versus:
+    for one in compared.versus:
         d = one.difference
         mean = f"{d.mean:+.2f}" if d.mean is not None else "-"
         between = f"{d.interval[0]:+.2f} to {d.interval[1]:+.2f}" if d.interval is not None else "-"
-        rows.append([one.group, one.role, str(len(d.by_seed)), mean, between, one.verdict])
+        rows.append([one.group, one.role, str(len(d.by_seed)), mean, between, d.verdict(str(compared.baseline))])
     return rows
 
 
@@ -128,9 +133,6 @@ def as_json(compared: Comparison, left_out: Sequence[Run]) -> dict[str, Any]:
         mean, std = mean_std(values.values())
         return {"n": len(values), "mean": mean, "std": std, "by_seed": values}
 
-    def scores(group: Group, role: str) -> dict[str, Any]:
-        return {which: described(group.scores(role, which)) for which in ("last", "best")}
-
     groups = [
         {
             "label": group.label,
@@ -140,17 +142,97 @@ def as_json(compared: Comparison, left_out: Sequence[Run]) -> dict[str, Any]:
                 for s, run in group.runs.items()
             ],
             "best_chosen_by": sorted({chosen_by(run) for run in group.runs.values()}),
-            group.measure: {role: scores(group, role) for role in compared.roles},
+            compared.measure: {
+                role: {which: described(compared.scores(group, role, which)) for which in ("last", "best")}
+                for role in compared.roles
+            },
         }
         for group in compared.groups
     ]
     differences = [
-        {"group": one.group, "role": one.role, "baseline": one.baseline, "n": len(one.difference.by_seed),
-         **asdict(one.difference), "verdict": one.verdict}
+        {"group": one.group, "role": one.role, "baseline": compared.baseline, "n": len(one.difference.by_seed),
+         **asdict(one.difference), "verdict": one.difference.verdict(str(compared.baseline))}
         for one in compared.versus
     ]  # fmt: skip
     left = [str(run.path) for run in left_out]
     return {"command": sys.argv, "groups": groups, "differences": differences, "left_out": left}
+
+
+# --- the figure -------------------------------------------------------------------------------------------------------
+
+
+def figure_of(compared: Comparison) -> Figure:
+    """The score over epochs, a panel for each role: the mean over seeds in a band of one sample standard deviation.
+
+    Of runs that are evaluated at their end alone (diffusion) the last scores side by side, with error bars: the roles
+    along the x axis, a panel for what stands behind their comma ("..., guidance 4").
+    """
+    from matplotlib.figure import Figure
+
+    curves = any(curve(compared, group, role) for group in compared.groups for role in compared.roles)
+    panels: dict[str, list[str]] = {}
+    for role in compared.roles:
+        panels.setdefault(role if curves else role.partition(", ")[2], []).append(role)
+    if curves:
+        lines = max(sum(_told(compared, g, role).count("\n") + 1 for g in compared.groups) for role in compared.roles)
+    height = 4.2 + 0.2 * lines if curves else 3.8 + 0.2 * len(compared.groups)  # legends stand below
+    figure = Figure(figsize=(5.6 * len(panels), height), layout="constrained")
+    for axis, (title, roles) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        (draw_curves if curves else draw_points)(axis, compared, roles)
+        axis.set_title(title)
+        axis.grid(alpha=0.3, linewidth=0.6)
+    return figure
+
+
+def curve(compared: Comparison, group: Group, role: str) -> list[tuple[float, float, float]]:
+    """(epoch, mean score, its sample standard deviation over seeds; 0 of one run) at each epoch that all runs have.
+
+    Iterations stand for epochs where a run counts those.
+    """
+    by_epoch: dict[float, list[float]] = {}
+    for line in (line for run in group.runs.values() for line in run.evaluations):
+        value = score(line, role, compared.measure)
+        if value is not None:
+            by_epoch.setdefault(round(line.get("epoch", line["step"]), 6), []).append(value)
+    full = ((epoch, *mean_std(values)) for epoch, values in sorted(by_epoch.items()) if len(values) == len(group.runs))
+    return [(epoch, mean or 0.0, std or 0.0) for epoch, mean, std in full]
+
+
+def draw_points(axis: Any, compared: Comparison, roles: Sequence[str]) -> None:
+    for number, group in enumerate(compared.groups):
+        scores = [mean_std(list(compared.scores(group, role).values()) or [math.nan]) for role in roles]
+        x = [position + 0.08 * (number - (len(compared.groups) - 1) / 2) for position in range(len(roles))]
+        y, s = [mean for mean, _ in scores], [std or 0.0 for _, std in scores]
+        text = textwrap.fill(f"{group.label} (n = {len(group.runs)})", 56)
+        axis.errorbar(x, y, s, fmt="o-", color=f"C{number % 10}", markersize=4, linewidth=1, capsize=3, label=text)
+    axis.set_xticks(range(len(roles)), [role.partition(", ")[0].replace(" ", "\n") for role in roles])
+    axis.set_ylabel(named(compared.measure) + (" (lower is better)" if lower_is_better(compared.measure) else ""))
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), borderaxespad=0)
+
+
+def draw_curves(axis: Any, compared: Comparison, roles: Sequence[str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    (role,), measure = roles, named(compared.measure)
+    unit = "epoch" if any("epoch" in line for run in compared.runs for line in run.evaluations) else "iteration"
+    for number, group in enumerate(compared.groups):
+        points = curve(compared, group, role)
+        if not points:
+            continue
+        x, y, s = zip(*points, strict=True)
+        style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+        marker, told = "o" if len(x) <= 30 else None, _told(compared, group, role)
+        axis.plot(x, y, **style, marker=marker, markersize=3, linewidth=1.4, label=told)
+        low, high = [m - d for m, d in zip(y, s, strict=True)], [m + d for m, d in zip(y, s, strict=True)]
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    axis.set(xlabel=unit, ylabel=f"{measure} (%)" if compared.measure in PERCENT else measure)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "borderaxespad": 0}
+    axis.legend(fontsize="small", title=f"last {measure}, mean ± std over seeds", title_fontsize="small", **below)
+
+
+def _told(compared: Comparison, group: Group, role: str) -> str:
+    return textwrap.fill(f"{group.label}: {spread(compared.scores(group, role).values())} (n = {len(group.runs)})", 56)
 
 
 if __name__ == "__main__":

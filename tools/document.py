@@ -34,7 +34,7 @@ from core.errors import InputError
 from tools.compare import difference_rows, score_rows
 from tools.groups import compare_runs
 from tools.ours import gather, grids, numbers
-from tools.paper_files import load_table
+from tools.paper import load_table
 from tools.runs import Run, read_run, seeds_of
 from tools.stats import markdown, paired, spread
 
@@ -136,7 +136,7 @@ def compare_block(folder: Path, spec: Mapping[str, Any]) -> str:
     runs = [run for name in spec["runs"] for run in find(folder, name).values()]
     if spec["show"] == "scores":
         return markdown(score_rows(compare_runs(runs)))
-    return markdown(difference_rows(compare_runs(runs, baseline=spec["baseline"]).versus))
+    return markdown(difference_rows(compare_runs(runs, baseline=spec["baseline"])))
 
 
 def paper_block(folder: Path, spec: Mapping[str, Any]) -> str:
@@ -146,7 +146,7 @@ def paper_block(folder: Path, spec: Mapping[str, Any]) -> str:
     if not any(one.by_seed for one in found):
         raise ValueError(f"no run of {spec['table']} is kept")
     made = grids(table, scale, [one for one in found if one.by_seed or not spec.get("finished")])
-    return "\n\n".join(f"{one.caption}:\n\n{markdown(one.grid)}" for one in made)
+    return "\n\n".join(f"{caption}:\n\n{markdown(grid)}" for caption, grid in made.items())
 
 
 def benchmark_block(folder: Path, spec: Mapping[str, Sequence[str]]) -> str:

@@ -13,24 +13,10 @@ from tools.stats import Difference, paired
 
 # Where and on what a run ran, and how much it said meanwhile: no different experiment.
 IGNORED = (
-    "seed",
-    "data.root",
-    "data.download",
-    "data.workers",
-    "fit.device",
-    "fit.keep",
-    "fit.log_every",
-    "fit.trackers",
-    "progress_bar",
-    "data_root",
-    "run.",
-    "train_dataloader.num_workers",
-    "val_dataloader",
-    "env_cfg",
-    "visualizer",
-    "log_level",
-    "custom_imports",
-)
+    "seed", "data.root", "data.download", "data.workers", "fit.device", "fit.keep", "fit.log_every", "fit.trackers",
+    "progress_bar", "data_root", "run.", "train_dataloader.num_workers", "val_dataloader", "env_cfg", "visualizer",
+    "log_level", "custom_imports",
+)  # fmt: skip
 
 MEASURES = {"top1": "top-1", "mIoU": "mIoU"}
 """What is compared, in percent, and how it is called: the first of these that a run has, else what its evaluation files
@@ -42,52 +28,31 @@ PERCENT = (*MEASURES, "top5", "aAcc", "ece")
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one experiment, by seed. ``config``: what decides it; ``measure``: what is compared."""
+    """Runs of one experiment, by seed. ``config``: what decides it."""
 
     runs: Mapping[Any, Run]
     config: Mapping[str, Any]
-    measure: str
     label: str = ""
-
-    def scores(self, role: str, which: str) -> dict[Any, float]:
-        """The measure by seed, of "last" or "best"."""
-        of = last_scores if which == "last" else lambda run: run.summary.get("best")
-        found = {seed: score(of(run), role, self.measure) for seed, run in self.runs.items()}
-        return {seed: value for seed, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Versus:
-    """A group's last score less that of its baseline (as the command named it), paired by seed, in points."""
+    """A group's last score less that of its baseline, paired by seed, in points."""
 
     group: str
     role: str
-    baseline: str
     difference: Difference
-
-    @property
-    def verdict(self) -> str:
-        if not self.difference.by_seed:
-            return f"no seed in common with a {self.baseline} of these settings"
-        if self.difference.interval is None:
-            return "one seed in common: no interval"
-        low, high = self.difference.interval
-        if low <= 0 <= high:
-            return f"not distinguishable from {self.baseline}"
-        return f"{'higher' if low > 0 else 'lower'} than {self.baseline}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups that measure the same, the roles that all have, and differences from a baseline if one was named."""
+    """Groups by a measure, the roles that all have, and differences from a baseline (as the command named it)."""
 
+    measure: str
     groups: Sequence[Group]
     roles: Sequence[str]
+    baseline: str | None = None
     versus: Sequence[Versus] = ()
-
-    @property
-    def measure(self) -> str:
-        return self.groups[0].measure
 
     @property
     def runs(self) -> list[Run]:
@@ -97,6 +62,12 @@ class Comparison:
     def has_best(self) -> bool:
         """Whether a best evaluation was chosen in any run: where images are evaluated there is but one."""
         return any(run.summary.get("best") for run in self.runs)
+
+    def scores(self, group: Group, role: str, which: str = "last") -> dict[Any, float]:
+        """The measure by seed, of "last" or "best"."""
+        of = last_scores if which == "last" else lambda run: run.summary.get("best")
+        found = {seed: score(of(run), role, self.measure) for seed, run in group.runs.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -164,9 +135,9 @@ def compare_runs(runs: Sequence[Run], measure: str | None = None, baseline: str 
         told = "; ".join(f"{run.path}: {named(name)}" for name, run in reversed(measures.items()))
         raise InputError(f"the runs measure different things ({told})")
     measure = measure or next(iter(measures))
-    roles, groups = common_roles(runs, measure), make_groups(runs, measure)
-    versus = [] if baseline is None else differences_from(baseline, groups, roles)
-    return Comparison(groups, roles, versus)
+    roles = common_roles(runs, measure)
+    compared = Comparison(measure, make_groups(runs), roles, baseline)
+    return compared if baseline is None else replace(compared, versus=differences_from(baseline, compared))
 
 
 def common_roles(runs: Sequence[Run], measure: str) -> list[str]:
@@ -181,7 +152,7 @@ def common_roles(runs: Sequence[Run], measure: str) -> list[str]:
     return sorted(common, key=lambda role: (order.get(role.partition("_")[0], 2), len(role), role))
 
 
-def make_groups(runs: Sequence[Run], measure: str) -> list[Group]:
+def make_groups(runs: Sequence[Run]) -> list[Group]:
     """Runs that differ in nothing but their seed, in the order of their first run.
 
     Raises: InputError where two runs of one group have the same seed: it would count twice.
@@ -194,7 +165,7 @@ def make_groups(runs: Sequence[Run], measure: str) -> list[Group]:
                 f"{members[run.seed].path} and {run.path} are one experiment with one seed: give one of them"
             )
         members[run.seed] = run
-    groups = [Group(members, experiment(next(iter(members.values()))), measure) for members in found.values()]
+    groups = [Group(members, experiment(next(iter(members.values())))) for members in found.values()]
     return [replace(group, label=label(group, groups)) for group in groups]
 
 
@@ -225,8 +196,9 @@ def label(group: Group, groups: Sequence[Group]) -> str:
     return " ".join([str(method), *told])
 
 
-def differences_from(baseline: str, groups: Sequence[Group], roles: Sequence[str]) -> list[Versus]:
+def differences_from(baseline: str, compared: Comparison) -> list[Versus]:
     """Of each other group in each role. Raises: InputError naming the labels where no group has that name."""
+    groups = compared.groups
     rivals = [group for group in groups if group.label == baseline]
     rivals = rivals or [group for group in groups if group.config.get("method") == baseline]
     if not rivals:
@@ -235,9 +207,9 @@ def differences_from(baseline: str, groups: Sequence[Group], roles: Sequence[str
     found = []
     for group in (group for group in groups if group not in rivals):
         rival = match(group, rivals)
-        for role in roles:
-            theirs = rival.scores(role, "last") if rival is not None else {}
-            found.append(Versus(group.label, role, baseline, paired(group.scores(role, "last"), theirs)))
+        for role in compared.roles:
+            theirs = compared.scores(rival, role) if rival is not None else {}
+            found.append(Versus(group.label, role, paired(compared.scores(group, role), theirs)))
     return found
 
 

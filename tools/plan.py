@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,23 +25,24 @@ class Place:
     sets: Mapping[str, Path]
     """What lies elsewhere: data sets by the name that they have below ``data``, other folders by theirs (weights)."""
 
-    def read(self, word: str) -> tuple[str, Path | None]:
-        """A word as what stands before its path, and the path of what it reads; None where it is none of these."""
-        key, equals, value = word.rpartition("=")  # mmengine's KEY=VALUE, or the value alone
-        path = Path(value)
-        known = path.parts[:1] in (("data",), ("weights",)) and not path.is_relative_to(self.out)
-        return key + equals, path if known else None
-
     def located(self, word: str) -> str:
         """A word of a command, with a path as the tables have it moved to where it is here."""
-        before, path = self.read(word)
-        if path is None:
+        key, equals, value = word.rpartition("=")  # mmengine's KEY=VALUE, or the value alone
+        path = Path(value)
+        if path.parts[:1] not in (("data",), ("weights",)) or path.is_relative_to(self.out):
             return word
         for name, folder in self.sets.items():
             for begin in (Path("data", name), Path(name)):
                 if path.is_relative_to(begin):
-                    return f"{before}{folder / path.relative_to(begin)}"
-        return f"{before}{self.data / path.relative_to('data')}" if path.parts[0] == "data" else word
+                    return f"{key}{equals}{folder / path.relative_to(begin)}"
+        return f"{key}{equals}{self.data / path.relative_to('data')}" if path.parts[0] == "data" else word
+
+    def inputs(self, job: Job) -> Iterator[Path]:
+        """The data and weights that a job's commands name."""
+        for path in (Path(word.rpartition("=")[2]) for command in job.commands for word in command):
+            folders = (self.data, Path("weights"), *self.sets.values())
+            if any(map(path.is_relative_to, folders)) and not path.is_relative_to(self.out):
+                yield path
 
 
 def make_place(out: str, data: Sequence[str] = ()) -> Place:
@@ -87,7 +88,7 @@ def select(
     """
     wanted: dict[str, list[str]] = {}
     for kind, asked, there in (
-        ("row", rows, [row.name for row in table.rows]),
+        ("row", rows, table.rows),
         ("column", columns, list(table.columns)),
         ("run", runs, list(table.runs)),
     ):
@@ -99,7 +100,7 @@ def select(
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, there)) or 'none'}"
                 raise InputError(f"{table.name} has no {kind} {pattern!r}: {hint}")
             wanted[kind] += found
-    in_cells = {c.run for row, c in table.cells() if row.name in wanted["row"] and c.column in wanted["column"]}
+    in_cells = {c.run for c in table.cells if c.row in wanted["row"] and c.column in wanted["column"]}
     # A run that no cell reads is there for others, and may be named all the same.
     named = set(wanted["run"]) if runs is not None and rows is None and columns is None else in_cells
     return [r for r, settings in table.runs.items() if r in named and r in wanted["run"] and scale in settings]
@@ -166,23 +167,20 @@ class Plan:
 
     def check_sets(self) -> None:
         """Raises: InputError for ``--data NAME=FOLDER`` of which no run reads anything."""
-        words = [Path(w.rpartition("=")[2]) for job in self.jobs.values() for words in job.commands for w in words]
+        paths = {path for job in self.jobs.values() for path in self.place.inputs(job)}
         for name, folder in self.place.sets.items():
-            if not any(word.is_relative_to(folder) for word in words):
+            if not any(path.is_relative_to(folder) for path in paths):
                 raise InputError(f"--data {name}={folder}: no run here reads data/{name} (nor {name}/)")
 
     def check_data(self, names: Iterable[str]) -> None:
         """Raises: InputError where a folder or file that one of these jobs reads is not there."""
         for name in names:
-            table, run_id, seed = self.origins[name][0]
-            setting = table.setting(run_id, self.scale)
-            download = setting.overrides.get("data.download") is True
-            for word in (word for command in setting.commands(seed, self.place.out) for word in command):
-                _, path = self.place.read(word)
-                here = None if path is None else self.place.located(str(path))
-                if here is None or (path == Path("data") and download) or (ROOT / here).exists():
+            table, run_id, _ = self.origins[name][0]
+            download = table.setting(run_id, self.scale).overrides.get("data.download") is True
+            for path in self.place.inputs(self.jobs[name]):
+                if (ROOT / path).exists() or (path == self.place.data and download):
                     continue
                 needs = f"; {table.label} needs {table.needs[self.scale]}" if self.scale in table.needs else ""
                 raise InputError(
-                    f"{name} reads {here}, which is not there: --data says where, --rows leaves runs out{needs}"
+                    f"{name} reads {path}, which is not there: --data says where, --rows leaves runs out{needs}"
                 )

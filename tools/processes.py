@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +22,7 @@ POLL = 0.1  # seconds
 FINISHED, FAILED, INTERRUPTED, ELSEWHERE, BLOCKED = "finished", "failed", "interrupted", "running elsewhere", "blocked"
 _MARK = "== "  # begins our own lines in a log
 _END = f"{_MARK}ended: "
+Process = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job went: one of the states above, and in a line why, where there is something to say."""
+    """How a job went: one of the states above, in a line why, where there is something to say, and how long it took."""
 
     state: str
     reason: str = ""
+    seconds: float | None = field(default=None, compare=False)
 
 
 def state(job: Job) -> str:
@@ -123,41 +125,6 @@ def _stopping() -> Iterator[Stop]:
             signal.signal(signal.SIGHUP, before)
 
 
-class _Running:
-    """A job's process, one after the other of its commands. ``log``: open and locked."""
-
-    def __init__(self, job: Job, slot: Mapping[str, str], log: IO[bytes], folder: Path) -> None:
-        self.job, self.slot, self.log, self.folder = job, slot, log, folder
-        self.rest = list(job.commands)
-        self.started = time.monotonic()
-        self.next()
-
-    def next(self) -> None:
-        """Starts the next command. In a session of its own: the terminal's Ctrl-C reaches us alone, who pass it on."""
-        command = self.rest.pop(0)
-        self.write(f"{_MARK}{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}")
-        self.process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=self.folder,
-            env={**os.environ, **self.slot},
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,  # with its lock, which thus outlives us where we are killed
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def write(self, line: str) -> None:
-        self.log.write(f"{line}\n".encode())
-        self.log.flush()
-
-    def stop(self, *, hard: bool) -> None:
-        if self.process.poll() is None:
-            if hard:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            else:  # the process alone: it ends its workers itself
-                self.process.terminate()
-
-
 def run_jobs(
     jobs: Sequence[Job], where: Sequence[Mapping[str, str]], folder: Path, say: Callable[[str], None]
 ) -> dict[str, Outcome]:
@@ -168,117 +135,150 @@ def run_jobs(
     Args: the jobs, in order; the environment of each slot; the folder in which commands run; where lines go.
     Raises: OSError where a log cannot be written.
     """
-    pool = _Pool(jobs, where, folder, say)
-    told = False
     with _stopping() as stop:
+        pool = _Pool(list(jobs), list(where)[::-1], folder, say, stop)
+        told = False
         try:
             while pool.running or (pool.waiting and not stop.requested):
                 if stop.requested and not told:
                     told = True
-                    pool.stop(hard=False)
+                    pool.end_processes(Process.terminate)
                     say("stopping: the runs save and leave (Ctrl-C again: at once, unsaved)")
                 if not stop.requested:
                     pool.start()
-                pool.collect(stopping=stop.requested)
+                pool.collect()
                 if pool.running:
                     time.sleep(POLL)
         except KeyboardInterrupt:
-            pool.stop(hard=True, wait=True)
+            pool.end_processes(lambda process: os.killpg(process.pid, signal.SIGKILL), wait=True)
             say("killed")
-            pool.collect(stopping=True)
+            pool.collect()
         finally:  # where something went wrong: nothing stays behind
-            pool.stop(hard=False, wait=True)
+            pool.end_processes(Process.terminate, wait=True)
     return pool.outcomes
 
 
+@dataclass
+class _Running:
+    """A job that has been started, the rest of its work, and the process of its current command."""
+
+    job: Job
+    slot: Mapping[str, str]
+    work: Generator[Process, None, Outcome]
+    process: Process = field(init=False)
+
+
+@dataclass
 class _Pool:
     """Jobs that wait, run and have ended."""
 
-    def __init__(
-        self, jobs: Sequence[Job], where: Sequence[Mapping[str, str]], folder: Path, say: Callable[[str], None]
-    ) -> None:
-        self.waiting, self.free, self.folder, self.say = list(jobs), list(where)[::-1], folder, say
-        self.count = len(jobs)
-        self.running: list[_Running] = []
-        self.outcomes: dict[str, Outcome] = {}
+    waiting: list[Job]
+    free: list[Mapping[str, str]]
+    folder: Path
+    say: Callable[[str], None]
+    stop: Stop
+    running: dict[str, _Running] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def start(self) -> None:
         """Starts what can be started."""
         for job in list(self.waiting):
-            if not self.free:
-                return
-            ended = [self.outcomes[name].state for name in job.needs if name in self.outcomes]
-            if any(other.name in job.needs for other in self.waiting) or self._runs(job.needs):
+            pending = {*self.running, *(other.name for other in self.waiting)}
+            if not self.free or not pending.isdisjoint(job.needs):
                 continue
             self.waiting.remove(job)
-            if any(word != FINISHED for word in ended):
-                missing = next(name for name in job.needs if self.outcomes[name].state != FINISHED)
-                self._end(job, Outcome(BLOCKED, f"it starts from {missing}: {self.outcomes[missing].state}"))
-                continue
-            log = _open(job)
-            if log is None:
-                self._end(job, Outcome(ELSEWHERE))
-            elif job.finished():  # elsewhere, meanwhile
-                log.close()
-                self._end(job, Outcome(FINISHED))
-            else:
-                slot = self.free.pop()
-                on = f" on GPU {slot['CUDA_VISIBLE_DEVICES']}" if "CUDA_VISIBLE_DEVICES" in slot else ""
-                self.say(f"started{on}: {job.name}, log {job.log}")
-                self.running.append(_Running(job, slot, log, self.folder))
+            slot = self.free.pop()
+            self._go_on(_Running(job, slot, self._work(job, slot)))
 
-    def stop(self, *, hard: bool, wait: bool = False) -> None:
-        """Asks what runs to save and leave; ``hard``: ends it at once."""
-        for one in self.running:
-            one.stop(hard=hard)
-        for one in self.running if wait else ():
+    def collect(self) -> None:
+        """Goes on with the jobs whose processes have ended."""
+        for one in [one for one in self.running.values() if one.process.poll() is not None]:
+            self._go_on(one)
+
+    def end_processes(self, end: Callable[[Process], None], *, wait: bool = False) -> None:
+        """Ends what runs. To terminate is to ask to save and leave; a process ends its workers itself."""
+        for one in self.running.values():
+            if one.process.poll() is None:
+                end(one.process)
+        for one in self.running.values() if wait else ():
             one.process.wait()
 
-    def collect(self, *, stopping: bool) -> None:
-        """Takes in the processes that have ended, and starts the next commands of their jobs."""
-        for one in list(self.running):
-            code = one.process.poll()
-            if code == 0 and one.rest and not stopping:
-                one.next()
-            elif code is not None:
-                outcome = _outcome(one, code, stopping)
-                one.write(f"{_END}{outcome.state}")
-                one.log.close()
-                self.running.remove(one)
-                self.free.append(one.slot)
-                self._end(one.job, outcome, time.monotonic() - one.started)
+    def _go_on(self, one: _Running) -> None:
+        try:
+            one.process = next(one.work)
+            self.running[one.job.name] = one
+        except StopIteration as end:
+            self.running.pop(one.job.name, None)
+            self.free.append(one.slot)
+            self.outcomes[one.job.name] = outcome = end.value
+            count = len(self.outcomes) + len(self.running) + len(self.waiting)
+            took = f" in {readable(outcome.seconds)}" if outcome.seconds is not None else ""
+            reason = f": {outcome.reason}" if outcome.reason else ""
+            self.say(f"[{len(self.outcomes)}/{count}] {outcome.state}{took}: {one.job.name}{reason}")
 
-    def _runs(self, names: Sequence[str]) -> bool:
-        return any(one.job.name in names for one in self.running)
+    def _work(self, job: Job, slot: Mapping[str, str]) -> Generator[Process, None, Outcome]:
+        """Starts one command after the other: yields the process of each, and goes on when that has ended."""
+        for missing in (name for name in job.needs if name in self.outcomes):
+            if self.outcomes[missing].state != FINISHED:
+                return Outcome(BLOCKED, f"it starts from {missing}: {self.outcomes[missing].state}")
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(job.log, "ab", buffering=0) as log:
+            if not _lock(log, tries=3):  # who only looks how a job stands has it for an instant
+                return Outcome(ELSEWHERE)
+            if job.finished():  # elsewhere, meanwhile
+                return Outcome(FINISHED)
+            on = f" on GPU {slot['CUDA_VISIBLE_DEVICES']}" if "CUDA_VISIBLE_DEVICES" in slot else ""
+            self.say(f"started{on}: {job.name}, log {job.log}")
+            started, code, rest = time.monotonic(), 0, list(job.commands)
+            while rest and code == 0 and not self.stop.requested:
+                command = rest.pop(0)
+                log.write(f"{_MARK}{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
+                process = Process(
+                    [sys.executable, *command],
+                    cwd=self.folder,
+                    env={**os.environ, **slot},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,  # with its lock, which thus outlives us where we are killed
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # the terminal's Ctrl-C reaches us alone, who pass it on
+                )
+                yield process
+                code = process.wait()
+            state, reason = FINISHED, ""
+            if rest or code:
+                state, reason = _failure(job, code, self.stop.requested)
+            elif not job.finished():
+                state, reason = FAILED, f"ended without a result (log {job.log})"
+            log.write(f"{_END}{state}\n".encode())
+        return Outcome(state, reason, time.monotonic() - started)
 
-    def _end(self, job: Job, outcome: Outcome, duration: float | None = None) -> None:
-        self.outcomes[job.name] = outcome
-        took = f" in {readable(duration)}" if duration is not None else ""
-        reason = f": {outcome.reason}" if outcome.reason else ""
-        self.say(f"[{len(self.outcomes)}/{self.count}] {outcome.state}{took}: {job.name}{reason}")
 
-
-def _open(job: Job) -> IO[bytes] | None:
-    """The job's log with its lock, None where another process has it."""
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    log = open(job.log, "ab")  # noqa: SIM115  (it stays open as long as the job runs)
-    if _lock(log, tries=3):  # who only looks how a job stands has it for an instant
-        return log
-    log.close()
-    return None
-
-
-def _outcome(one: _Running, code: int, stopped: bool) -> Outcome:
-    if code == 0 and not one.rest:
-        if one.job.finished():
-            return Outcome(FINISHED)
-        return Outcome(FAILED, f"ended without a result (log {one.job.log})")
+def _failure(job: Job, code: int, stopped: bool) -> tuple[str, str]:
+    """State and reason of a job whose command left with this exit code, or behind which others were not started."""
     if code in (0, 130) or (stopped and code < 0):
-        return Outcome(INTERRUPTED)
+        return INTERRUPTED, ""
     how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-    lines = [line for line in last_lines(one.job.log) if line.strip()]
+    lines = [line for line in last_lines(job.log) if line.strip()]
     said = lines[-1] if lines and not lines[-1].startswith(_MARK) else ""  # as the commands end: in one line
-    return Outcome(FAILED, f"{how}{', ' + said if said else ''} (log {one.job.log})")
+    return FAILED, f"{how}{', ' + said if said else ''} (log {job.log})"
+
+
+def conclude(outcomes: Mapping[str, Outcome], asked: int) -> int:
+    """Says what failed and how to go on; returns the exit code."""
+    by_state: dict[str, list[str]] = {}
+    for name, outcome in outcomes.items():
+        by_state.setdefault(outcome.state, []).append(name)
+    left = asked - len(outcomes)
+    parts = [f"{len(names)} {word}" for word, names in by_state.items()] + ([f"{left} not started"] if left else [])
+    print(", ".join(parts))
+    for name in [*by_state.get(FAILED, ()), *by_state.get(BLOCKED, ())]:
+        print(f"{outcomes[name].state}: {name}: {outcomes[name].reason}", file=sys.stderr)
+    if by_state.get(ELSEWHERE):
+        print("another process runs the others: status says how far they are")
+    if by_state.get(INTERRUPTED) or left:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 1 if by_state.get(FAILED) or by_state.get(BLOCKED) else 0
 
 
 def readable(seconds: float) -> str:

@@ -13,7 +13,6 @@ The same command again skips what is finished and resumes what was cut off. `--d
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
 import sys
@@ -25,22 +24,11 @@ from typing import Any
 
 from core.errors import InputError
 from core.training.command import LineParser, run_command
-from tools.paper import ROOT, SCALES, Cell, Setting
-from tools.paper_files import PAPER, load_tables
+from tools import report
+from tools.ours import finished_runs
+from tools.paper import PAPER, ROOT, SCALES, Cell, Setting, load_tables
 from tools.plan import Place, Plan, find_table, known_jobs, make_job, make_place, select
-from tools.processes import (
-    BLOCKED,
-    ELSEWHERE,
-    FAILED,
-    INTERRUPTED,
-    Job,
-    Outcome,
-    gpus,
-    readable,
-    run_jobs,
-    slots,
-    state,
-)
+from tools.processes import Job, conclude, gpus, readable, run_jobs, slots, state
 from tools.runs import KEPT, Run, keep, read_run, runs_in, seeds_of
 from tools.stats import columns
 
@@ -50,12 +38,7 @@ RESULTS = Path(os.path.relpath(ROOT / "results"))
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["report"]:
-        from tools import report
-
-        return report.main(words[1:])
-    options = make_parser().parse_args(words)
+    options = make_parser().parse_args(argv)
     try:
         return options.call(options)
     except BrokenPipeError:  # show table01 | head
@@ -67,19 +50,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser = LineParser(prog="reproduce.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, call: Any, text: str) -> Any:
-        one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def add(name: str, call: Any, text: str, about: str = "") -> Any:
+        one = commands.add_parser(name, help=text, description=about or text, allow_abbrev=False)
         one.set_defaults(call=call)
         return one.add_argument
 
-    tables = {"default": str(PAPER), "metavar": "FOLDER", "help": "the tables as data; tools/paper"}
-    out = {"default": str(OUT), "metavar": "FOLDER", "help": f"where the runs go; {OUT}"}
-    add("list", list_tables, "the tables and figures of the paper, one a line")("--tables", **tables)
+    def places(option: Any, out: bool = True) -> None:
+        option("--tables", type=Path, default=PAPER, metavar="FOLDER", help="the tables as data; tools/paper")
+        if out:
+            option("--out", type=Path, default=OUT, metavar="FOLDER", help=f"where the runs go; {OUT}")
+
+    places(add("list", list_tables, "the tables and figures of the paper, one a line"), out=False)
     option = add("show", show_table, "a table's numbers in the paper, and the runs that yield ours")
     option("table", metavar="TABLE")
     option("--scale", choices=SCALES, default="proxy", help="whose commands to print; proxy")
-    option("--tables", **tables)
-    option("--out", **out)
+    places(option)
     option = add("run", run_tables, "run tables: what is finished is skipped, what was cut off is resumed")
     option("table", nargs="+", metavar="TABLE", help="as list names them, or 1 for table01")
     option("--rows", nargs="+", metavar="ROW", help="only these, by name or pattern ('ResNet-32x4*')")
@@ -94,19 +79,26 @@ def make_parser() -> argparse.ArgumentParser:
     slurm = "what a job asks for: partition=gpu time=1440 ..."
     option("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help=slurm)
     option("--dry-run", action="store_true", help="print every command, and how long it took where it has been run")
-    option("--tables", **tables)
-    option("--out", **out)
+    places(option)
     option = add("status", tell_status, "how far the runs of each table are")
     option("table", nargs="*", metavar="TABLE", help="with every run; all in short unless given")
-    option("--tables", **tables)
-    option("--out", **out)
+    places(option)
     option = add("keep", keep_runs, f"add runs to results/EXPERIMENT/{KEPT}, without weights and training losses")
     option("runs", nargs="+", metavar="RUN", help="run folders, or folders of them")
     option("--to", required=True, metavar="EXPERIMENT", help="the folder in results/")
     option("--partial", action="store_true", help="keep unfinished runs too, as far as they are")
-    option("--results", default=str(RESULTS), metavar="FOLDER", help="the results; those of the repository")
+    option("--results", type=Path, default=RESULTS, metavar="FOLDER", help="the results; those of the repository")
     text = "the paper's numbers beside ours as Markdown, CSV and a page; its own --help says more"
-    commands.add_parser("report", help=text)  # parsed there
+    option = add("report", report.main, text, (report.__doc__ or "").partition("\n")[0])
+    runs = "where reproduce.py run has put its runs; %(default)s"
+    option("--runs", type=Path, default=OUT, metavar="FOLDER", help=runs)
+    option(
+        "--results", type=Path, default=ROOT / "results", metavar="FOLDER", help="kept results; those of the repository"
+    )
+    option("--out", type=Path, default=OUT / "report", metavar="FOLDER", help="where the report goes; %(default)s")
+    places(option, out=False)
+    document = "write docs/results.md, or FILE, from the kept results, and nothing else"
+    option("--document", nargs="?", type=Path, const=ROOT / "docs/results.md", metavar="FILE", help=document)
     return parser
 
 
@@ -123,26 +115,21 @@ def _number(least: int) -> Any:
 
 
 def list_tables(options: argparse.Namespace) -> int:
-    for name, table in load_tables(Path(options.tables)).items():
+    for name, table in load_tables(options.tables).items():
         print(f"{name:9} {table.task:14} {counted(table.runs, 'run'):>8}  {table.title}")
     return 0
 
 
 def show_table(options: argparse.Namespace) -> int:
-    table, place, scale = (
-        find_table(options.table, load_tables(Path(options.tables))),
-        make_place(options.out),
-        options.scale,
-    )
+    table, scale = find_table(options.table, load_tables(options.tables)), options.scale
+    place = make_place(options.out)
     unit = f", {table.metric.unit}" if table.metric.unit else ""
     print(f"{table.label}: {table.title} ({table.task}; {table.metric.name}{unit})")
     if table.notes:
         print(f"\n{table.notes}")
-    lines = [["paper", *table.columns]]
-    for row in table.rows:
-        by_column = {cell.column: cell for cell in row.cells}
-        lines.append([row.name, *(printed(by_column.get(column)) for column in table.columns)])
-    print(f"\n{columns(lines)}")
+    cells = {(cell.row, cell.column): printed(cell) for cell in table.cells}
+    lines = [[row, *(cells.get((row, column), "") for column in table.columns)] for row in table.rows]
+    print(f"\n{columns([['paper', *table.columns], *lines])}")
     print(f"\nRuns, {scale} scale:" if table.runs else "\nNothing is run for it.")
     for run_id, settings in table.runs.items():
         if scale not in settings:
@@ -154,16 +141,15 @@ def show_table(options: argparse.Namespace) -> int:
         print(f"  {run_id}: {state(make_job(table, run_id, scale, 0, place))}{told_kept}")
         for command in settings[scale].commands(0, place.out):
             print(f"    {told(command)}")
-    for row, cell in table.cells():
-        if cell.why is not None:
-            print(f"Not run: {row.name}, {cell.column}: {cell.why}")
+    for cell in (cell for cell in table.cells if cell.why is not None):
+        print(f"Not run: {cell.row}, {cell.column}: {cell.why}")
     if scale in table.needs:
         print(f"Needs: {table.needs[scale]}")
     return 0
 
 
 def run_tables(options: argparse.Namespace) -> int:
-    tables, place = load_tables(Path(options.tables)), make_place(options.out, options.data)
+    tables, place = load_tables(options.tables), make_place(options.out, options.data)
     if options.slurm and options.cluster is None:
         raise InputError("--slurm counts only with --cluster slurm")
     if options.jobs is not None and options.cluster is not None:
@@ -198,7 +184,7 @@ def run_tables(options: argparse.Namespace) -> int:
 
 
 def tell_status(options: argparse.Namespace) -> int:
-    tables, place = load_tables(Path(options.tables)), make_place(options.out)
+    tables, place = load_tables(options.tables), make_place(options.out)
     chosen = [find_table(name, tables) for name in options.table]
     begun = False
     for table in chosen or tables.values():
@@ -223,7 +209,7 @@ def keep_runs(options: argparse.Namespace) -> int:
     unfinished = next((run for run in runs if not run.finished and "summary" in run.files), None)
     if unfinished is not None and not options.partial:
         raise InputError(f"{unfinished.path} is not finished: --partial keeps it as far as it is")
-    folder = Path(options.results) / options.to
+    folder = options.results / options.to
     print(f"{folder / KEPT}: kept {', '.join(keep(runs, folder))}")
     return 0
 
@@ -261,12 +247,8 @@ def dry_run(plan: Plan) -> int:
 def run_before(setting: Setting, place: Place, device: str) -> Run | None:
     """The fastest finished run of another seed, here or kept: other work can only slow one down. One on such a device
     ("cuda", "cpu") before all others."""
-    found: list[Run] = []
-    for stem in (setting.stem(ROOT / place.out), *setting.kept_stems(RESULTS)):
-        for path in seeds_of(stem).values():
-            with contextlib.suppress(InputError):  # damaged
-                found.append(read_run(path))
-    known = [run for run in found if run.finished and run.seconds and run.start.get("processes") == 1]
+    found, _ = finished_runs(setting, ROOT / place.out, RESULTS)
+    known = [run for _, run in found if run.seconds and run.start.get("processes") == 1]
     return min(known, key=lambda run: (device_of(run) != device, run.seconds), default=None)
 
 
@@ -285,7 +267,7 @@ def queue(options: argparse.Namespace, todo: Mapping[str, Job], plan: Plan) -> i
     place = plan.place
     executor = make_executor(ROOT / place.out / "slurm", options.slurm)
     rest = ["--scale", plan.scale, "--out", str(place.out), "--jobs", "1"]
-    rest += ["--tables", str(Path(options.tables).absolute())]
+    rest += ["--tables", str(options.tables.absolute())]
     rest += ["--data", str(place.data), *(f"{name}={path}" for name, path in place.sets.items())]
     ids: dict[str, str] = {}
     for name, job in todo.items():
@@ -296,24 +278,6 @@ def queue(options: argparse.Namespace, todo: Mapping[str, Job], plan: Plan) -> i
             print(f"job {ids[name]}: {name}", flush=True)
     print("queued: status says how far they are")
     return 0
-
-
-def conclude(outcomes: Mapping[str, Outcome], asked: int) -> int:
-    """Says what failed and how to go on; returns the exit code."""
-    by_state: dict[str, list[str]] = {}
-    for name, outcome in outcomes.items():
-        by_state.setdefault(outcome.state, []).append(name)
-    left = asked - len(outcomes)
-    parts = [f"{len(names)} {word}" for word, names in by_state.items()] + ([f"{left} not started"] if left else [])
-    print(", ".join(parts))
-    for name in [*by_state.get(FAILED, ()), *by_state.get(BLOCKED, ())]:
-        print(f"{outcomes[name].state}: {name}: {outcomes[name].reason}", file=sys.stderr)
-    if by_state.get(ELSEWHERE):
-        print("another process runs the others: status says how far they are")
-    if by_state.get(INTERRUPTED) or left:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 1 if by_state.get(FAILED) or by_state.get(BLOCKED) else 0
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------
@@ -329,10 +293,8 @@ def told(command: Sequence[str]) -> str:
     return shlex.join(["python", *command])
 
 
-def printed(cell: Cell | None) -> str:
+def printed(cell: Cell) -> str:
     """What the paper prints in a cell."""
-    if cell is None:
-        return ""
     return ("-" if cell.paper is None else f"{cell.paper:g}") + (f" {cell.label}" if cell.label else "")
 
 

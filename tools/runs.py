@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from core.errors import InputError
-from core.files import write_atomically
+from core.files import make_folder, write_atomically
 from core.training.run import flatten
 
 KEPT = "runs.jsonl"
@@ -89,11 +89,10 @@ class Run:
         if document is None:
             return _look_up(self.summary, query)
         rows = document if isinstance(document, Sequence) else document.get("rows")
+        names = document.get("features", {}) if isinstance(document, Mapping) else {}
         if rows is not None:
-            key = (
-                document["features"].get(key, key) if isinstance(document, Mapping) and "features" in document else key
-            )
             document = _only_row(rows, where or {}, at) if at is None or self.finished else {}
+            key = names.get(key, key)
         return _look_up(document, key)
 
     def number(self, query: str, where: Mapping[str, Any] | None = None, at: float | None = None) -> float | None:
@@ -134,12 +133,13 @@ def read_run(path: Path | str) -> Run:
     path = Path(path)
     if is_folder_of_run(path):
         return Run(path, _read_folder(path))
-    name, lines = _kept_beside(path)
-    if name in lines:
-        return Run(path, lines[name])
+    beside, kept = _kept_beside(path)
+    if path in kept:
+        return Run(path, kept[path])
     if path.is_dir():
         raise InputError(f"{path} is no run folder: it has no config.yaml")
-    raise InputError(f"no run folder {path}" + (f", and {KEPT} there keeps no {name}" if lines else ""))
+    lacks = f", and {KEPT} there keeps no {path.relative_to(beside).as_posix()}" if kept else ""
+    raise InputError(f"no run folder {path}{lacks}")
 
 
 def is_folder_of_run(path: Path) -> bool:
@@ -156,11 +156,8 @@ def _read_folder(folder: Path) -> dict[str, Any]:
         files |= {file.stem: json.loads(file.read_text()) for file in documents}
         if lines := [line for line in _log(folder / "metrics.jsonl") if line.get("kind") == "evaluation"]:
             files["metrics"] = lines
-        rounds = sorted(
-            {file.parent for name in ("metrics.jsonl", "summary.json") for file in folder.glob(f"*/{name}")}
-        )
-        if rounds:
-            files["rounds"] = {one.name: _read_round(one) for one in rounds}
+        if rounds := {one.name: found for one in sorted(folder.glob("*/")) if (found := _read_round(one))}:
+            files["rounds"] = rounds
         if not all(isinstance(values, (Mapping, list)) for values in files.values()):
             raise ValueError("a file of it is no mapping")
         return files
@@ -180,22 +177,21 @@ def _log(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def _kept_beside(path: Path) -> tuple[str, Mapping[str, Any]]:
-    """A path's name in the nearest ``runs.jsonl`` above it, and the runs that this one keeps."""
+def _kept_beside(path: Path) -> tuple[Path, Mapping[Path, Any]]:
+    """The folder of the nearest ``runs.jsonl`` above a path, and by their paths the runs that this one keeps."""
     for folder in (path, *path.parents):
         if (folder / KEPT).is_file():
-            name = path.relative_to(folder).as_posix()
-            return name, _read_kept(folder / KEPT, (folder / KEPT).stat().st_mtime_ns)
-    return path.name, {}
+            return folder, _read_kept(folder / KEPT, (folder / KEPT).stat().st_mtime_ns)
+    return path, {}
 
 
 @lru_cache(maxsize=64)
-def _read_kept(file: Path, changed: int) -> dict[str, dict[str, Any]]:
+def _read_kept(file: Path, changed: int) -> dict[Path, dict[str, Any]]:
     found = {}
     for number, text in enumerate(file.read_text().splitlines(), start=1):
         try:
             line = json.loads(text)
-            found[line.pop("run")] = line
+            found[file.parent / line.pop("run")] = line
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{file}, line {number}, is no kept run") from error
     return found
@@ -208,13 +204,11 @@ def runs_in(path: Path | str) -> list[Path]:
     """
     path = Path(path)
     path = path.parent if path.name == KEPT else path
-    name, lines = _kept_beside(path)
-    if is_folder_of_run(path) or name in lines:
+    _, kept = _kept_beside(path)
+    if is_folder_of_run(path) or path in kept:
         return [path]
-    root = Path(*path.parts[: len(path.parts) - len(Path(name).parts)])
-    kept = [root / one for one in lines]
     found = {one for one in kept if path in one.parents or fnmatch.fnmatchcase(str(one), str(path))}
-    found |= {folder for folder in path.glob("*") if is_folder_of_run(folder)} if path.is_dir() else set()
+    found |= {folder for folder in path.glob("*") if is_folder_of_run(folder)}
     if not found:
         read_run(path)  # says what is wrong
     return sorted(found)
@@ -223,21 +217,11 @@ def runs_in(path: Path | str) -> list[Path]:
 def seeds_of(stem: Path | str) -> dict[int, Path]:
     """By seed the runs ``<stem>-<seed>``, in folders or kept."""
     stem = Path(stem)
-    name, lines = _kept_beside(stem)
-    above, begin = name[: len(name) - len(stem.name)], f"{stem.name}-"
-    known = [one.removeprefix(above) for one in lines if one.startswith(above)]
-    known += [path.name for path in stem.parent.iterdir()] if stem.parent.is_dir() else []
-    seeds = {int(one[len(begin) :]) for one in known if one.startswith(begin) and one[len(begin) :].isdecimal()}
+    there = stem.parent.iterdir() if stem.parent.is_dir() else ()
+    names = [path.name for path in (*_kept_beside(stem)[1], *there) if path.parent == stem.parent]
+    begin = f"{stem.name}-"
+    seeds = {int(name[len(begin) :]) for name in names if name.startswith(begin) and name[len(begin) :].isdecimal()}
     return {seed: stem.with_name(f"{begin}{seed}") for seed in sorted(seeds)}
-
-
-def make_folder(path: Path | str) -> Path:
-    """A folder to write into. Raises: InputError where there can be none."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write into {path}: {error.strerror}") from error
-    return Path(path)
 
 
 # --- keeping ----------------------------------------------------------------------------------------------------------
@@ -256,14 +240,15 @@ def keep(runs: Iterable[Run], folder: Path) -> list[str]:
     Raises: InputError for a name that is kept there already, and changes nothing then.
     """
     file = folder / KEPT
-    lines = dict(_read_kept(file, file.stat().st_mtime_ns)) if file.is_file() else {}
+    kept = dict(_read_kept(file, file.stat().st_mtime_ns)) if file.is_file() else {}
     new: list[str] = []
     for run in runs:
         name = kept_name(run.path)
-        if name in lines:
+        if folder / name in kept:
             raise InputError(f"{file} keeps a run {name} already: remove that line, or rename the folder {run.path}")
-        lines[name] = dict(run.files)
+        kept[folder / name] = dict(run.files)
         new.append(name)
+    lines = {path.relative_to(folder).as_posix(): files for path, files in kept.items()}
     text = "".join(json.dumps({"run": name, **lines[name]}) + "\n" for name in sorted(lines))
     make_folder(folder)
     write_atomically(file, lambda temporary: temporary.write_text(text))

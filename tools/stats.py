@@ -1,9 +1,7 @@
-"""Means, spreads and paired differences over seeds, and grids of text as Markdown, CSV or plain columns."""
+"""Means, spreads and paired differences over seeds, and grids of text as Markdown or plain columns."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +51,15 @@ class Difference:
         low, high = self.interval
         return f"{self.mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
+    def verdict(self, baseline: str) -> str:
+        """What may be said of it: a difference only where the interval leaves out zero."""
+        if not self.by_seed:
+            return f"no seed in common with a {baseline} of these settings"
+        if self.interval is None:
+            return "one seed in common: no interval"
+        low, high = self.interval
+        return f"{'higher than' if low > 0 else 'lower than' if high < 0 else 'not distinguishable from'} {baseline}"
+
 
 def paired(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Difference:
     """The difference over the seeds that both have."""
@@ -77,10 +84,3 @@ def columns(grid: Grid) -> str:
 
 def _widths(grid: Grid) -> list[int]:
     return [max(map(len, column)) for column in zip(*grid, strict=True)]
-
-
-def as_csv(lines: Iterable[Iterable[object]]) -> str:
-    """Comma-separated values, numbers in full precision."""
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(lines)
-    return out.getvalue()

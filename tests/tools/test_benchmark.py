@@ -14,8 +14,7 @@ from matplotlib.image import imread
 
 from core.errors import InputError
 from tools.benchmark import rows, run
-from tools.benchmark.ratios import Measure, changes, interval, line, paired, peak_bytes, ratios, summary
-from tools.benchmark.steps import Settings
+from tools.benchmark.ratios import Measure, Settings, changes, interval, line, paired, peak_bytes, ratios, summary
 
 KEYS = {
     "row", "what", "unit", "target", "at_least", "median", "quartiles", "interval", "reached", "certain", "pairs", "on",
@@ -89,7 +88,8 @@ def test_peak_memory_counts_what_a_step_allocates() -> None:
     settings = Settings(torch.device("cpu"), pairs=1, quick=True)
 
     def two_steps() -> Callable[[], None]:
-        step = rows.make_steps(rows.CIFAR, settings, repeat=2)
+        step = rows.make_step(rows.CIFAR, settings)
+        step()
         step()
         return step
 

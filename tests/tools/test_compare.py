@@ -18,7 +18,7 @@ from PIL import Image
 from written import write_chain, write_evaluation, write_run
 
 from core.errors import InputError
-from tools import compare, curves, groups
+from tools import compare, groups
 from tools.runs import keep, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,8 +248,11 @@ def test_the_figure_shows_every_group(runs: list[Path], tmp_path: Path, command:
 
 def test_curves_are_means_over_seeds_where_all_runs_have_them(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / "a", 0, [10.0, 20.0, 30.0]), write_run(tmp_path / "b", 1, [14.0, 20.0])]
-    (group,) = groups.make_groups([read_run(path) for path in paths], "top1")
-    assert curves.curve(group, "student") == [(1.0, 12.0, pytest.approx(math.sqrt(8))), (2.0, 20.0, 0.0)]
+    compared = groups.compare_runs([read_run(path) for path in paths])
+    assert compare.curve(compared, compared.groups[0], "student") == [
+        (1.0, 12.0, pytest.approx(math.sqrt(8))),
+        (2.0, 20.0, 0.0),
+    ]
 
 
 def test_real_runs_compare(tmp_path: Path, command: Any) -> None:
@@ -307,7 +310,7 @@ def test_wrong_input_is_one_line(runs: list[Path], tmp_path: Path) -> None:
         ([damaged], "damaged"),
         ([*runs, again], "one experiment with one seed"),
         ([stopped], "--partial"),
-        ([*runs, "--out", damaged / "config.yaml"], "cannot write"),
+        ([*runs, "--out", damaged / "config.yaml"], "cannot make the folder"),
     ):
         with pytest.raises(InputError) as error:
             compare.main([str(a) for a in argv])

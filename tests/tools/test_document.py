@@ -14,7 +14,7 @@ from core.errors import InputError
 from tools import document
 from tools.compare import difference_rows, score_rows
 from tools.groups import compare_runs
-from tools.paper_files import load_table
+from tools.paper import load_table
 from tools.runs import keep, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +113,7 @@ def test_the_document_compares_as_compare_does(results: Path) -> None:
     text = document.render(notes(results, block.format("scores") + block.format("differences")))
     runs = [read_run(results / f"kept/{name}-{seed}") for name in ("dml", "adm") for seed in (0, 1, 2)]
     compared = compare_runs(runs, baseline="dml")
-    expected = [*score_rows(compared)[1:], *difference_rows(compared.versus)[1:]]
+    expected = [*score_rows(compared)[1:], *difference_rows(compared)[1:]]
     assert len(expected) == 3 and all("| " + " | ".join(row) + " |" in text for row in expected)
 
 

@@ -18,8 +18,7 @@ from written import write_run
 
 from core.errors import InputError
 from core.training.run import flatten
-from tools.paper import ROOT, SCALES, Cell, Setting, Table
-from tools.paper_files import load_table, load_tables
+from tools.paper import ROOT, SCALES, Cell, Setting, Table, load_table, load_tables
 from tools.runs import read_run, seeds_of
 
 TABLES = load_tables()
@@ -38,17 +37,17 @@ def test_a_table_is_whole(table: Table) -> None:
     assert table.notes, "what is open or wrong in the paper"
     assert bool(table.runs) == (table.task != "none")
     for row in table.rows:
-        columns = [cell.column for cell in row.cells]
-        assert columns == list(table.columns), f"{row.name}: a cell for each column, in their order"
-    used = {cell.run for _, cell in table.cells()} - {None}
+        columns = [cell.column for cell in table.cells if cell.row == row]
+        assert columns == list(table.columns), f"{row}: a cell for each column, in their order"
+    used = {cell.run for cell in table.cells} - {None}
     for run_id, run in table.runs.items():
         needed = {other for one in table.runs.values() for s in one.values() for _, other in s.needs}
         assert run_id in used | needed, f"no cell reads {run_id}"
         assert run_id not in used or set(run) == set(SCALES), f"{run_id} is of {', '.join(run)} alone"
     assert set(table.needs) == (set(SCALES) if table.runs else set())
-    for row, cell in table.cells():
+    for cell in table.cells:
         adds = cell.run in table.baselines and cell.show is None
-        assert (table.baseline(row, cell) is not None) == adds, f"{row.name}, {cell.column}: nothing to compare with"
+        assert (table.baseline(cell) is not None) == adds, f"{cell.row}, {cell.column}: nothing to compare with"
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
@@ -68,7 +67,7 @@ def test_no_number_is_printed_twice_for_one_run() -> None:
     """Of one run's one value, tables that share the run print the same, but where the paper contradicts itself."""
     seen: dict[tuple[Any, ...], dict[float, set[str]]] = {}
     for table in TABLES.values():
-        for _, cell in table.cells():
+        for cell in table.cells:
             if cell.run is None or cell.paper is None:
                 continue
             setting = table.setting(cell.run, "paper")
@@ -81,7 +80,7 @@ def test_no_number_is_printed_twice_for_one_run() -> None:
 
 
 def test_loading_needs_no_torch() -> None:
-    code = "import sys, tools.paper_files; tools.paper_files.load_tables(); sys.exit('torch' in sys.modules)"
+    code = "import sys, tools.paper; tools.paper.load_tables(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -90,20 +89,20 @@ def test_loading_needs_no_torch() -> None:
 
 def test_the_command_of_a_cell() -> None:
     run = "runs/reproduce/table01/paper/resnet-dml-3"
-    assert TABLES["table01"].setting("resnet-dml", "paper").commands(3, "runs/reproduce", "/sets") == [
+    assert TABLES["table01"].setting("resnet-dml", "paper").commands(3, "runs/reproduce") == [
         [
             "classification/tools/train.py", "--config", "classification/recipes/cifar100.yaml", "--method", "dml",
-            "--data.root", "/sets", "--data.download", "true", "--networks.teacher.name", "cifar_resnet32x4",
+            "--data.root", "data", "--data.download", "true", "--networks.teacher.name", "cifar_resnet32x4",
             "--networks.student.name", "cifar_resnet8x4", "--seed", "3", "--out", run,
         ]
     ]  # fmt: skip
 
 
 def test_segmentation_is_called_mmengines_way() -> None:
-    (command,) = TABLES["table05"].setting("pspnet-dml+adm", "proxy").commands(1, "out", "sets")
+    (command,) = TABLES["table05"].setting("pspnet-dml+adm", "proxy").commands(1, "out")
     assert command == [
         "segmentation/tools/train.py", "segmentation/configs/pspnet_camvid.py", "--method", "dml+adm",
-        "--data-root", "sets/camvid", "--seed", "1", "--out", "out/table05/proxy/pspnet-dml+adm-1",
+        "--data-root", "data/camvid", "--seed", "1", "--out", "out/table05/proxy/pspnet-dml+adm-1",
     ]  # fmt: skip
 
 
@@ -192,7 +191,7 @@ def test_cells_take_from_their_row_before_their_column(tmp_path: Path) -> None:
             "cells": [{"column": "k"}, {"column": "l", "read": "own", "run": "y"}],
         }
     ]
-    first, second = load_table("table01", write(tmp_path, columns=columns, rows=rows)).rows[0].cells
+    first, second = load_table("table01", write(tmp_path, columns=columns, rows=rows)).cells
     assert (first.run, first.read, first.at, first.metric.name) == ("x", "last.row", 0.5, "of column")
     assert (second.run, second.read, second.at, second.metric.name) == ("y", "own", None, "mIoU")
 
@@ -244,7 +243,7 @@ def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
 
 def test_a_cell_reads_its_run(tmp_path: Path) -> None:
     def value(**cell: Any) -> float | None:
-        return Cell("c", TABLES["table01"].metric, run="x", **cell).value(read_run(run))
+        return Cell("r", "c", TABLES["table01"].metric, run="x", **cell).value(read_run(run))
 
     run = write_run(tmp_path / "x-0", 0, [70.0, 71.5])
     assert value(read="last.student/top1") == 71.5
@@ -422,7 +421,7 @@ def test_numbers_are_the_papers(paper: list[str], number: int) -> None:
     if number in (10, 12):
         parts = [column.split(" / ") for column in table.columns]
         heads = [float(part[i]) for i in range(len(parts[0])) for part in parts]
-    ours = [cell.paper for _, cell in table.cells() if cell.paper is not None]
+    ours = [cell.paper for cell in table.cells if cell.paper is not None]
     assert [float(found) for found in NUMBER.findall(text)] == heads + ours
-    for _, cell in table.cells():
+    for cell in table.cells:
         assert cell.label is None or cell.label in text

@@ -21,7 +21,7 @@ from PIL import Image
 from written import ADM, DML, TABLE, write_evaluation, write_run
 
 from core.errors import InputError
-from tools import report
+from tools import reproduce
 from tools.runs import keep, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +72,7 @@ def keep_all(place: Path) -> None:
 
 def made(place: Path, *more: str) -> Path:
     folders = [f"--{name}={place / name}" for name in ("tables", "runs", "results", "out")]
-    assert report.main([*folders, *more]) == 0
+    assert reproduce.main(["report", *folders, *more]) == 0
     return place / "out"
 
 
@@ -178,7 +178,7 @@ def test_wrong_input_is_one_line(place: Path) -> None:
     (place / "empty").mkdir()
     for argv, words in (
         (["--bsaeline", "dml"], "--bsaeline"),
-        ([f"--out={place}/tables/table01.yaml"], "cannot write into"),
+        ([f"--out={place}/tables/table01.yaml"], "cannot make the folder"),
         ([f"--runs={place}/empty", f"--results={place}/empty"], "no run of the paper's tables"),
     ):
         with pytest.raises(InputError) as error:

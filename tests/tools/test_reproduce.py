@@ -21,7 +21,7 @@ from written import write_chain, write_run
 from core.errors import InputError
 from core.training import command as shell
 from tools import plan, processes, reproduce
-from tools.paper_files import PAPER, load_tables
+from tools.paper import PAPER, load_tables
 from tools.processes import Job, Outcome, run_jobs, state
 from tools.runs import kept_name, read_run, seeds_of
 
@@ -710,14 +710,6 @@ def test_the_tool_needs_no_torch_and_answers_at_once(words: list[str]) -> None:
         subprocess.run([sys.executable, "tools/reproduce.py", *words], capture_output=True, check=True, cwd=ROOT)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)  # not by the wall's clock: others may compute here
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
-
-
-def test_report_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools import report
-
-    seen: list[Any] = []
-    monkeypatch.setattr(report, "main", lambda words: seen.append(words) or 0)
-    assert reproduce.main(["report", "--out", "x"]) == 0 and seen == [["--out", "x"]]
 
 
 def test_the_usage_in_the_docstring_is_real(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 
 import torch
 
-from tools.benchmark.ratios import Values, paired, ratios
-from tools.benchmark.steps import Settings
+from tools.benchmark.ratios import Settings, Step, Values, bare_step, ratios, sgd
 
 CONFIGS = Path(__file__).resolve().parents[2] / "segmentation" / "configs"
 CLASSES = 19
@@ -60,14 +58,6 @@ def options_of(method: str, settings: Settings) -> dict[str, Any]:
     }
 
 
-def make_model(architecture: str, settings: Settings, method: str) -> Any:
-    from segmentation.config import build, complete, load_config
-
-    cfg = load_config(CONFIGS / f"{architecture}_cityscapes_mmseg.py", options_of(method, settings))
-    torch.manual_seed(0)
-    return build(complete(cfg, 1, settings.device.type).model).to(settings.device).train()
-
-
 def make_batch(settings: Settings) -> tuple[torch.Tensor, list[Any]]:
     """Normalised images and their labels, a quarter of them ignored."""
     from mmengine.structures import PixelData
@@ -82,36 +72,28 @@ def make_batch(settings: Settings) -> tuple[torch.Tensor, list[Any]]:
     return torch.randn(batch, 3, *crop, device=device), samples
 
 
-def make_steps(model: Any, settings: Settings, repeat: int) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
+def make_step(architecture: str, settings: Settings, method: str) -> Step:
+    """Forward, all losses of mmseg's and backward of both networks, and SGD."""
+    from segmentation.config import build, complete, load_config
+
+    cfg = load_config(CONFIGS / f"{architecture}_cityscapes_mmseg.py", options_of(method, settings))
+    torch.manual_seed(0)
+    model = build(complete(cfg, 1, settings.device.type).model).to(settings.device).train()
     images, samples = make_batch(settings)
-
-    def steps() -> None:
-        for _ in range(repeat):
-            loss, _ = model.parse_losses(model.loss(images, samples))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return steps
+    forward = lambda: {"both": {"loss": model.parse_losses(model.loss(images, samples))[0]}}  # noqa: E731
+    return bare_step({"both": model}, forward, partial(sgd, lr=1e-4))
 
 
 def step_ratio(architecture: str, settings: Settings) -> Values:
     """A step of DML + ADM over one of DML."""
-    a, b = (make_steps(make_model(architecture, settings, method), settings, 1) for method in ("dml+adm", "dml"))
-    values, on = ratios(paired(settings.timer(a), settings.timer(b), settings.pairs), "s a step", 1.0)
-    return values, f"{sizes(settings)}, {on}"
+    a, b = (settings.timer(make_step(architecture, settings, method)) for method in ("dml+adm", "dml"))
+    return settings.ratio(a, b, f"{sizes(settings)},", "s a step")
 
 
 def memory_ratio(architecture: str, settings: Settings) -> Values:
-    """Peak bytes of DML + ADM over DML, from building the networks to the end of their second step."""
-
-    def two_steps(method: str) -> Callable[[], None]:
-        steps = make_steps(make_model(architecture, settings, method), settings, repeat=2)
-        steps()
-        return steps
-
-    return settings.memory_ratio((partial(two_steps, "dml+adm"), partial(two_steps, "dml")), sizes(settings))
+    """Peak bytes of DML + ADM over DML."""
+    ours, other = (partial(make_step, architecture, settings, method) for method in ("dml+adm", "dml"))
+    return settings.memory_ratio(ours, other, sizes(settings))
 
 
 def make_street(root: Path, height: int, width: int) -> None:
@@ -139,8 +121,7 @@ def loop_ratio(architecture: str, settings: Settings) -> Values:
     the command measures.
     """
     settings, (batch, crop) = replace(settings, now=time.perf_counter), shape(settings)
-    networks = make_model(architecture, settings, "vanilla")
-    bare = settings.timer(make_steps(networks, settings, repeat=ITERATIONS - WARM))
+    bare = settings.timer(make_step(architecture, settings, "vanilla"), ITERATIONS - WARM)
     from segmentation.training import train
 
     options = {

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from core.training.distiller import Losses
-from tools.benchmark.ratios import Values, paired, ratios
-from tools.benchmark.steps import Settings, bare_steps, own_steps
+from tools.benchmark.ratios import Settings, Values, bare_step, own_step
 
 STEPS = 4  # of the student: its round is one in which ADM acts
 
@@ -40,17 +38,16 @@ def step_ratio(with_adm: bool, settings: Settings) -> Values:
     ).to(settings.device)  # fmt: skip
     image = torch.randn(count, 3, 32, 32, device=settings.device)
     optimizer = torch.optim.Adam(distiller.parameter_groups())
-    own = own_steps(distiller, optimizer, {"image": image}, settings.repeat)
+    own = own_step(distiller, optimizer, {"image": image})
     fixed, student = copy.deepcopy(teacher).eval(), copy.deepcopy(teacher).requires_grad_(True).train()
     t = torch.full((count,), 512, device=settings.device)
 
-    def forward() -> Losses:
-        with torch.no_grad():
-            fixed(image, t)
-            fixed(image, t)
-        return {"student": {"mse": F.mse_loss(student(image, t, return_dict=False)[0], image)}}
-
-    bare = bare_steps({"student": student}, forward, settings.repeat, partial(torch.optim.Adam, lr=5e-5))
+    bare = bare_step(
+        {"student": student},
+        lambda: {"student": {"mse": F.mse_loss(student(image, t, return_dict=False)[0], image)}},
+        partial(torch.optim.Adam, lr=5e-5),
+        teacher=lambda: (fixed(image, t), fixed(image, t)),
+    )
     return settings.step_ratio(own, bare, f"batch {count}, 32 px")
 
 
@@ -72,42 +69,35 @@ def sampling_ratio(settings: Settings) -> Values:
     def whole() -> None:
         sample(network, schedule, "x", STEPS, range(count), 0, (3, 32, 32), batch_size=count, device=settings.device)
 
-    values, on = ratios(paired(settings.timer(bare), settings.timer(whole), settings.pairs), "ms", 1e3)
-    return values, f"{count} images of 32 px in {STEPS} steps, bare : whole {on}"
-
-
-def dit_pair(settings: Settings) -> tuple[Any, Any, int]:
-    """DiT-B/2 and DiT-S/2 for ImageNet's latents, and images a step; on the CPU half as wide and a third as deep."""
-    from diffusion.dit.model import DiT, DiTConfig
-
-    quick = DiTConfig(None, 24, 2, 3, 2), DiTConfig(None, 16, 2, 2, 2), 8, 2
-    cpu = DiTConfig(None, 384, 4, 6, 2), DiTConfig(None, 192, 4, 3, 2), 32, 8
-    teacher, student, size, count = settings.pick(quick, cpu, (DiTConfig("B/2"), DiTConfig("S/2"), 32, 128))
-    networks = [DiT(config, 4, size, 1000).to(settings.device) for config in (teacher, student)]
-    return networks[0], networks[1], count
+    on = f"{count} images of 32 px in {STEPS} steps, bare : whole"
+    return settings.ratio(settings.timer(bare), settings.timer(whole), on, "ms", 1e3)
 
 
 def dit_step_ratio(with_adm: bool, settings: Settings) -> Values:
     """A distillation step over the teacher's forward and the student's forward, MSE, backward and AdamW.
 
-    The step's own part: noise and times, task and distillation losses, the moving average; ADM's with phi.
+    The step's own part: noise and times, task and distillation losses, the moving average; ADM's with phi. DiT-B/2 and
+    DiT-S/2 for ImageNet's latents; on the CPU half as wide and a third as deep.
     """
     from diffusion.dit.distiller import ADMConfig, DiTDistiller
+    from diffusion.dit.model import DiT, DiTConfig
 
-    teacher, student, count = dit_pair(settings)
-    size, bare_student = student.input_size, copy.deepcopy(student)
+    quick = (None, 24, 2, 3, 2), (None, 16, 2, 2, 2), 8, 2
+    cpu = (None, 384, 4, 6, 2), (None, 192, 4, 3, 2), 32, 8
+    *pair, size, count = settings.pick(quick, cpu, (("B/2",), ("S/2",), 32, 128))
+    teacher, student = (DiT(DiTConfig(*config), 4, size, 1000).to(settings.device) for config in pair)
+    bare_student = copy.deepcopy(student)
     distiller = DiTDistiller(student, teacher, adm=ADMConfig() if with_adm else None).to(settings.device)
     image = torch.randn(count, 4, size, size, device=settings.device)
     t, label = torch.full((count,), 500, device=settings.device), torch.arange(count, device=settings.device)
     optimizer = torch.optim.AdamW(distiller.parameter_groups())
-    own = own_steps(distiller, optimizer, {"image": image, "label": label}, settings.repeat)
-
-    def forward() -> Losses:
-        with torch.no_grad():
-            target = teacher(image, t, label)
-        return {"student": {"mse": F.mse_loss(bare_student(image, t, label), target)}}
-
-    bare = bare_steps(
-        {"student": bare_student}, forward, settings.repeat, partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0)
+    own = own_step(distiller, optimizer, {"image": image, "label": label})
+    with torch.no_grad():
+        target = teacher(image, t, label)
+    bare = bare_step(
+        {"student": bare_student},
+        lambda: {"student": {"mse": F.mse_loss(bare_student(image, t, label), target)}},
+        partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0),
+        teacher=lambda: teacher(image, t, label),
     )
     return settings.step_ratio(own, bare, f"batch {count}, {size} x {size} latents")

@@ -8,7 +8,7 @@ import io
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,7 @@ from core.adm import ADMConfig
 from core.training.distiller import Batch, Distiller, Losses, Progress
 from offline_kd.methods import METHODS as OFFLINE_METHODS
 from tools.benchmark import dense_rows, diffusion_rows
-from tools.benchmark.ratios import Measure, Values, paired, ratios
-from tools.benchmark.steps import PROGRESS, Settings, bare_steps, own_steps, sgd
+from tools.benchmark.ratios import PROGRESS, Measure, Settings, Step, Values, bare_step, own_step, paired, ratios, sgd
 
 EPOCH = 391  # steps of a CIFAR epoch at batch 128, after which fit() saves a checkpoint and draws the curves
 MEAN_STD = ((0.5,) * 3, (0.25,) * 3)
@@ -83,68 +82,61 @@ def make_distiller(
     return made.to(settings.device).train()
 
 
-def make_steps(
+def make_step(
     pair: Pair,
     settings: Settings,
     adm: ADMConfig | None = None,
     variant: str = "",
-    repeat: int | None = None,
     method: type[Method] = METHODS["dml"],
-) -> Callable[[], None]:
-    """Training's own steps of a method on one batch. ``variant``: "bf16", "channels_last" or "compile"."""
+) -> Step:
+    """Training's own step of a method on one batch. ``variant``: "bf16", "channels_last" or "compile"."""
     distiller = make_distiller(pair, settings, adm, variant == "channels_last", method)
     if variant == "compile":
         distiller.compile()
     batch = pair.batch_for(settings)
     if distiller.method.views == "separate":
         batch["image"] = torch.stack([batch["image"]] * len(distiller.networks), dim=1)  # [B, V, C, H, W]
-    optimizer = sgd(distiller.parameter_groups())
-    return own_steps(distiller, optimizer, batch, repeat or settings.repeat, bf16=variant == "bf16")
+    return own_step(distiller, sgd(distiller.parameter_groups()), batch, bf16=variant == "bf16")
+
+
+def make_bare_step(networks: Any, roles: Iterable[str], pair: Pair, settings: Settings) -> Step:
+    """The bare cross-entropy step of these roles; where that is not the teacher's, with the teacher's forward."""
+    batch, trained = pair.batch_for(settings), {role: networks[role] for role in roles}
+    view, target = batch["image"].float() / 255.0, batch["target"]
+    return bare_step(
+        trained,
+        lambda: {role: {"ce": F.cross_entropy(network(view), target)} for role, network in trained.items()},
+        teacher=None if "teacher" in trained else lambda: networks["teacher"](view),
+    )
 
 
 def method_ratio(method: type[Method], pair: Pair, settings: Settings, bare: bool = False) -> Values:
     """A step of a method over one of DML, or over the bare cross-entropy step of the same networks."""
     if bare:
-        networks, batch = make_distiller(pair, settings).networks, pair.batch_for(settings)
-        view, target = batch["image"].float() / 255.0, batch["target"]
-        forward = lambda: {r: {"ce": F.cross_entropy(n(view), target)} for r, n in networks.items()}  # noqa: E731
-        other = bare_steps(networks, forward, settings.repeat)
+        networks = make_distiller(pair, settings).networks
+        other = make_bare_step(networks, networks, pair, settings)
     else:
-        other = make_steps(pair, settings)
-    return settings.step_ratio(make_steps(pair, settings, method=method), other, pair.sizes(settings))
+        other = make_step(pair, settings)
+    return settings.step_ratio(make_step(pair, settings, method=method), other, pair.sizes(settings))
 
 
 def offline_ratio(method: type[Method], adm: ADMConfig | None, pair: Pair, settings: Settings) -> Values:
     """A step of an offline method over the teacher's forward and the student's bare cross-entropy step."""
-    networks, batch = make_distiller(pair, settings, method=method).networks, pair.batch_for(settings)
-    teacher, student = networks["teacher"], networks["student"]
-    view, target = batch["image"].float() / 255.0, batch["target"]
-
-    def forward() -> Losses:
-        with torch.no_grad():
-            teacher(view)
-        return {"student": {"ce": F.cross_entropy(student(view), target)}}
-
-    other = bare_steps({"student": student}, forward, settings.repeat)
-    return settings.step_ratio(make_steps(pair, settings, adm, method=method), other, pair.sizes(settings))
+    networks = make_distiller(pair, settings, method=method).networks
+    other = make_bare_step(networks, ["student"], pair, settings)
+    return settings.step_ratio(make_step(pair, settings, adm, method=method), other, pair.sizes(settings))
 
 
 def adm_ratio(pair: Pair, settings: Settings, variant: str = "", against_fp32: bool = False) -> Values:
     """A step of DML + ADM over one of DML, or over one of DML + ADM in fp32."""
-    other = make_steps(pair, settings, pair.adm) if against_fp32 else make_steps(pair, settings, variant=variant)
-    return settings.step_ratio(make_steps(pair, settings, pair.adm, variant), other, pair.sizes(settings))
+    other = make_step(pair, settings, pair.adm) if against_fp32 else make_step(pair, settings, variant=variant)
+    return settings.step_ratio(make_step(pair, settings, pair.adm, variant), other, pair.sizes(settings))
 
 
 def memory_ratio(pair: Pair, settings: Settings, **changes: Any) -> Values:
-    """Peak bytes of DML + ADM over DML, from building the networks to the end of their second step."""
-
-    def two_steps(adm: ADMConfig | None) -> Callable[[], None]:
-        steps = make_steps(pair, settings, adm, repeat=2)
-        steps()
-        return steps
-
-    sides = (partial(two_steps, replace(pair.adm, **changes)), partial(two_steps, None))
-    return settings.memory_ratio(sides, pair.sizes(settings))
+    """Peak bytes of DML + ADM over DML."""
+    ours, other = (partial(make_step, pair, settings, adm) for adm in (replace(pair.adm, **changes), None))
+    return settings.memory_ratio(ours, other, pair.sizes(settings))
 
 
 # --- the loop and the loader ------------------------------------------------------------------------------------------
@@ -204,7 +196,7 @@ def fit_ratio(settings: Settings) -> Values:
     fitted, other = (make_distiller(CIFAR, settings) for _ in range(2))
     view, networks = other.views(batch["image"])["teacher"], other.networks
     forward = lambda: mutual_loss({r: n(view) for r, n in networks.items()}, target)  # noqa: E731
-    bare = settings.timer(bare_steps(networks, forward, steps))
+    bare = settings.timer(bare_step(networks, forward), steps)
     saving: list[float] = []
 
     def fit_epoch() -> float:
@@ -237,9 +229,9 @@ def fit_overhead(settings: Settings) -> Values:
     steps = 20 if settings.quick else 500
     batch = {"image": torch.randn(64, 64), "target": torch.arange(64) % 10, "index": torch.arange(64), "weight": 1.0}
     fitted, other = TwoLinear(), TwoLinear()
-    bare = bare_steps(dict(other.networks.items()), lambda: other(batch, PROGRESS)[0], steps)
+    bare = bare_step(dict(other.networks.items()), lambda: other(batch, PROGRESS)[0])
     fit_loop = lambda: fit_seconds(fitted, [batch] * steps, steps, settings)[0]  # noqa: E731
-    times = paired(fit_loop, settings.timer(bare), settings.pairs)
+    times = paired(fit_loop, settings.timer(bare, steps), settings.pairs)
     _, on = ratios(times, "ms a step", 1e3 / steps)
     return [1e3 * (a - b) / steps for a, b in times], f"two linear layers, batch 64, {on}"
 
@@ -261,13 +253,13 @@ def loader_ratio(settings: Settings) -> Values:
     theirs = torch.utils.data.DataLoader(cifar, 128, shuffle=True, num_workers=1, persistent_workers=True)
 
     epoch_of_theirs = settings.timer(lambda: [None for _ in theirs])
-    epochs_of_ours = settings.timer(lambda: [None for _ in range(epochs) for _ in ours])
+    epochs_of_ours = settings.timer(lambda: [None for _ in ours], epochs)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    times = paired(epoch_of_theirs, lambda: epochs_of_ours() / epochs, settings.pairs)
+    on = "batch 128, one thread, torchvision : ours"
+    measured = settings.ratio(epoch_of_theirs, lambda: epochs_of_ours() / epochs, on, "us an image", 1e6 / count)
     torch.set_num_threads(threads)
-    values, on = ratios(times, "us an image", 1e6 / count)
-    return values, f"batch 128, one thread, torchvision : ours {on}"
+    return measured
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

@@ -24,9 +24,8 @@ import torch
 from core.errors import InputError, unknown
 from core.files import save_json
 from core.training.command import run_command
-from tools.benchmark.ratios import HEADER, changes, draw, line, summary
+from tools.benchmark.ratios import HEADER, Settings, changes, draw, line, summary
 from tools.benchmark.rows import GPU_ROWS, ROWS
-from tools.benchmark.steps import Settings
 
 
 def make_parser() -> argparse.ArgumentParser:
