@@ -24,34 +24,26 @@ from torch import Tensor
 from core.errors import InputError
 from core.files import write_atomically
 from core.images import EXTENSIONS, image_files
-from diffusion.data import Shuffled, read_files, read_named
+from diffusion.data import DataConfig, Shuffled, read_files, read_named
 
 INDEX = "index.json"
 
 
 @dataclass(frozen=True)
-class LabelledConfig:
+class LabelledConfig(DataConfig):
     """Which images, with labels.
 
     Args:
         name: latents (a folder that encode_latents.py wrote), or pixels: folder (a sub-folder a class, in ``root`` or
             in ``root``/train), cifar10 (torchvision's, training part) or digits (scikit-learn's, 8 x 8, one channel).
-        root: folder that holds the data set.
-        download: fetch CIFAR-10 into ``root`` if it is missing.
         image_size: height and width in pixels. A folder's images of another size are cropped to a square and resized;
             of latents, the size of the images that were encoded, which must be this one if it is given.
-        flip: mirror half of the images; yes unless given, no for digits (a mirrored digit is another shape).
         limit: only so many images, spread evenly over the set, as files lie class by class.
         classes: how many classes the set must have; whatever it has unless given.
         latent_scale: the factor on latents that their folder must have; whatever it has unless given.
     """
 
-    name: Literal["latents", "digits", "cifar10", "folder"] = "latents"
-    root: str = "data"
-    download: bool = False
-    image_size: int | None = None
-    flip: bool | None = None
-    limit: int | None = None
+    name: Literal["latents", "digits", "cifar10", "folder"] = "latents"  # type: ignore[assignment]
     classes: int | None = None
     latent_scale: float | None = None
 
@@ -65,35 +57,30 @@ class LabelledConfig:
         if self.latent_scale is not None and self.name != "latents":
             raise InputError(f"data.latent_scale {self.latent_scale}: {self.name} has no latents, leave it out")
 
-    @property
-    def flips(self) -> bool:
-        return self.name != "digits" if self.flip is None else self.flip
-
 
 @dataclass(frozen=True)
-class Pixels:
-    """Square images in memory: ``pixels`` uint8 ``[N, C, H, H]``, ``labels`` int64 ``[N]``."""
+class LabelledData:
+    """N square images or latents ``[C, H, H]`` of labelled classes."""
 
-    pixels: Tensor
     labels: Tensor
+    """int64 ``[N]``."""
     class_names: tuple[str, ...]
-    latent_scale: None = None
-
-    @property
-    def channels(self) -> int:
-        return self.pixels.shape[1]
-
-    @property
-    def size(self) -> int:
-        return self.pixels.shape[2]
+    channels: int
+    size: int
+    """Height and width."""
+    latent_scale: float | None = None
+    """Factor on the latents; None for pixels."""
 
     @property
     def classes(self) -> int:
         return len(self.class_names)
 
-    def images(self) -> Tensor:
-        """The real images for FID and IS, uint8 ``[N, C, H, H]``."""
-        return self.pixels
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels(LabelledData):
+    """Images in memory, uint8 ``[N, C, H, H]``."""
+
+    pixels: Tensor
 
 
 @dataclass(frozen=True)
@@ -180,38 +167,14 @@ def open_shard(folder: Path, index: LatentIndex, shard: int) -> tuple[Tensor, Te
     return moments, labels
 
 
-@dataclass(frozen=True)
-class Latents:
-    """Latents on disk. ``shards``: their mapped moments; ``labels`` int64 ``[N]``; ``rows`` int64 ``[N]``: where in
-    the folder the N images are that are to be used."""
+@dataclass(frozen=True, kw_only=True)
+class Latents(LabelledData):
+    """Latents on disk. ``shards``: their mapped moments; ``rows`` int64 ``[N]``: where in the folder the N images are
+    that are to be used."""
 
     index: LatentIndex
     shards: tuple[Tensor, ...]
-    labels: Tensor
     rows: Tensor
-
-    @property
-    def channels(self) -> int:
-        return self.index.shape[0]
-
-    @property
-    def size(self) -> int:
-        return self.index.shape[1]
-
-    @property
-    def classes(self) -> int:
-        return self.index.classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.index.class_names
-
-    @property
-    def latent_scale(self) -> float:
-        return self.index.scale
-
-    def images(self) -> None:
-        """None: there are no pixels here, the real side of FID must come from elsewhere."""
 
     def read(self, positions: Tensor, mirrored: Tensor) -> Tensor:
         """Mean and standard deviation, float16 ``[B, 2, C, h, w]``, of images int64 ``[B]`` or their mirror images."""
@@ -222,19 +185,13 @@ class Latents:
         return moments
 
 
-LabelledData = Pixels | Latents
-"""Both have ``channels``, ``size``, ``classes``, ``class_names``, ``labels``, ``latent_scale`` (None for pixels) and
-``images()`` (None for latents)."""
-
-
 def load_labelled(config: LabelledConfig) -> LabelledData:
     """Reads pixels into memory, or opens latents.
 
     Raises: InputError for missing or broken files, images that are not square, and latents or classes that are not
         what the config says.
     """
-    load: Any = {"latents": _latents, "folder": _folder}.get(config.name, _named)
-    data: LabelledData = load(config)
+    data = _latents(config) if config.name == "latents" else _pixels(config)
     if config.classes not in (None, data.classes):
         where = config.name if config.name == "digits" else config.root
         raise InputError(f"{where} has {data.classes} classes, --data.classes says {config.classes}")
@@ -263,25 +220,25 @@ def _latents(config: LabelledConfig) -> Latents:
         )
     shards, labels = zip(*(open_shard(folder, index, n) for n in range(index.shards)), strict=True)
     rows = spread(index.count, config.limit)
-    return Latents(index, shards, torch.cat(labels)[rows], rows)
+    kept = torch.cat(labels)[rows]
+    return Latents(kept, index.class_names, *index.shape[:2], index.scale, index=index, shards=shards, rows=rows)
 
 
-def _folder(config: LabelledConfig) -> Pixels:
-    folder, files, labels, names = class_files(config.root)
-    rows = spread(len(files), config.limit)
-    pixels = read_files([Path(folder, files[row]) for row in rows.tolist()], config.image_size)
+def _pixels(config: LabelledConfig) -> Pixels:
+    if config.name == "folder":
+        folder, files, labels, names = class_files(config.root)
+        rows = spread(len(files), config.limit)
+        pixels = read_files([Path(folder, files[row]) for row in rows.tolist()], config.image_size)
+    else:
+        pixels, labels, names = read_named(config.name, config.root, config.download)
+        rows = spread(len(pixels), config.limit)
+        pixels = pixels[rows]
     if pixels.shape[2] != pixels.shape[3]:
         raise InputError(
             f"the images in {config.root} are {pixels.shape[3]} x {pixels.shape[2]} pixels, DiT takes square ones: "
             "give --data.image_size"
         )
-    return Pixels(pixels.contiguous(), labels[rows], names)
-
-
-def _named(config: LabelledConfig) -> Pixels:
-    pixels, labels, names = read_named(config.name, config.root, config.download)
-    rows = spread(len(pixels), config.limit)
-    return Pixels(pixels[rows].contiguous(), labels[rows], names)
+    return Pixels(labels[rows], names, *pixels.shape[1:3], pixels=pixels.contiguous())
 
 
 def spread(count: int, limit: int | None) -> Tensor:
@@ -348,21 +305,19 @@ class LabelledLoader(Shuffled):
         self, data: LabelledData, batch_size: int, *, device: torch.device | str = "cpu", **order: Any
     ) -> None:
         super().__init__(len(data.labels), batch_size, **order)
-        self.device = torch.device(device)
-        self.data: LabelledData = replace(data, labels=data.labels.to(self.device))
-        if isinstance(self.data, Pixels):
-            self.data = replace(self.data, pixels=self.data.pixels.to(self.device))
+        self.device, self.labels = torch.device(device), data.labels.to(device)
+        self.data = replace(data, pixels=data.pixels.to(device)) if isinstance(data, Pixels) else data
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if isinstance(self.data, Pixels):
-            for own, images in self.pixels(self.data.pixels):
-                yield {"image": images, "label": self.data.labels[own]}
-        else:
+        if isinstance(self.data, Latents):
             yield from self._latents(self.data)
+        elif isinstance(self.data, Pixels):
+            for own, images in self.pixels(self.data.pixels):
+                yield {"image": images, "label": self.labels[own]}
 
     def _latents(self, data: Latents) -> Iterator[dict[str, Tensor]]:
         order, mirrored = self.drawn()
-        labels = data.labels[order.to(self.device)]
+        labels = self.labels[order.to(self.device)]
         with ThreadPoolExecutor(1) as reader:
 
             def ahead(step: int) -> Future[Tensor]:

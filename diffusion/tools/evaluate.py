@@ -202,13 +202,13 @@ def real_side(options: Any, extractor: Extractor) -> Statistics:
         return real_statistics(options.real, extractor, options.cache)
     if not isinstance(options.data, LabelledConfig):
         return real_statistics(load_images(options.data), extractor, options.cache)
-    images = None if options.data.name == "latents" else load_labelled(options.data).images()
-    if images is None:
+    if options.data.name == "latents":
         raise InputError(
             "latents hold no images to compare with: name the real side by --real, a folder of images or an .npz with "
             "mu and sigma, such as guided-diffusion's VIRTUAL_imagenet256_labeled.npz"
         )
-    return real_statistics(images, extractor, options.cache)
+    pixels = load_labelled(options.data).pixels  # type: ignore[attr-defined]
+    return real_statistics(pixels, extractor, options.cache)
 
 
 class Results:

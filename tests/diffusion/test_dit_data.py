@@ -76,7 +76,7 @@ def test_latents_are_scaled_means_of_image_or_mirror_image_with_their_labels(tmp
     moments = write_latents(tmp_path)
     data = latents(tmp_path)
     assert (data.channels, data.size, data.classes, data.latent_scale) == (2, 4, 3, 0.5)
-    assert data.class_names == ("a", "b", "c") and data.images() is None
+    assert data.class_names == ("a", "b", "c")
     means = 0.5 * moments[:, :, 0].float()  # [N, 2, C, h, w]
     seen: dict[bool, list[int]] = {True: [], False: []}
     for batch in endless(LabelledLoader(data, 4, flip=True, seed=0), 20):
@@ -149,7 +149,8 @@ def make(kind: str, folder: Path) -> LabelledData:
     if kind == "latents":
         write_latents(folder, std=1.0)
         return latents(folder)
-    return Pixels(torch.randint(256, (22, 1, 4, 4), dtype=torch.uint8), torch.arange(22) % 3, ("a", "b", "c"))
+    pixels = torch.randint(256, (22, 1, 4, 4), dtype=torch.uint8)
+    return Pixels(torch.arange(22) % 3, ("a", "b", "c"), 1, 4, pixels=pixels)
 
 
 def test_only_what_is_read_comes_into_memory(tmp_path: Path) -> None:
@@ -266,7 +267,7 @@ def test_digits_have_their_labels_and_the_order_of_plain_images() -> None:
     data = load_labelled(config)
     assert isinstance(data, Pixels) and not config.flips
     assert (data.channels, data.size, data.classes, data.latent_scale) == (1, 8, 10, None)
-    assert data.labels.tolist() == load_digits().target.tolist() and data.images() is data.pixels
+    assert data.labels.tolist() == load_digits().target.tolist()
     assert torch.equal(data.pixels[:, 0].double(), torch.from_numpy(load_digits().images * 255 / 16).round())
     plain = ImageLoader(data.pixels, 64, flip=True, seed=2)
     labelled = LabelledLoader(replace(data, labels=torch.arange(1797)), 64, flip=True, seed=2)

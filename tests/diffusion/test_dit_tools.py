@@ -82,7 +82,7 @@ def test_every_iteration_is_scored_with_and_without_guidance(
     assert report["real"]["images"] == 300 and report["real"]["source"]["name"] == "digits"
     assert report["dit"] == {"steps": 3, "sampler": "ddpm", "cfg_channels": 3, "precision": "tf32", "vae": None}
     extractor = Extractor(features_of("digits"))
-    pixels = load_labelled(DATA).images()
+    pixels = load_labelled(DATA).pixels
     assert pixels is not None
     real = statistics(extractor(InMemory(pixels))["features"], "real")
     lines = [line.split() for line in out.splitlines()]
@@ -184,7 +184,7 @@ def test_latents_are_decoded_and_meet_the_reference_of_guided_diffusion(
     save_dit(run / "export/step-00000020/student", dit(channels=4, size=4), latent_scale=0.18215, step=20)
     (run / "config.yaml").write_text("data: {name: latents, root: nowhere}\n")
 
-    pixels = load_labelled(DATA).images()
+    pixels = load_labelled(DATA).pixels
     assert pixels is not None
     extractor = Extractor(features_of("digits"))
     real = statistics(extractor(InMemory(pixels))["features"], "real")
