@@ -15,7 +15,7 @@ from core.adm import consensus_attention, control, divergence_attention
 from core.distillation import feature_loss as map_loss
 from core.distillation import full_precision
 from core.errors import InputError, require_not_negative
-from core.training.distiller import Batch, Distiller, Losses, Progress
+from core.training.distiller import Batch, Losses, Progress
 from diffusion.consensus import (
     ConsensusConfig,
     feature_loss,
@@ -28,6 +28,7 @@ from diffusion.consensus import (
 from diffusion.dit.convert import metadata
 from diffusion.dit.gaussian import LinearSchedule, split
 from diffusion.dit.model import DiT
+from diffusion.training import DiffusionDistiller
 
 Map = Literal["tokens", "final_norm"]
 
@@ -91,7 +92,7 @@ class Prediction(NamedTuple):
     """``[B, D, h, w]``, where ADM compares it."""
 
 
-class DiTDistiller(Distiller):
+class DiTDistiller(DiffusionDistiller):
     """One run: with a teacher the student imitates it, with ADM it does so by Eq. 7; without, a network learns alone.
 
     The student minimises, with o and y* the noise that it and the teacher predict, and the gate ``g_i = [t_i < 400]``,
@@ -121,10 +122,10 @@ class DiTDistiller(Distiller):
         lr: float = 1e-4,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(lr, weight_decay, ema)
         self.schedule = LinearSchedule()
         self.distill, self.adm, self.online = distill or DistillConfig(), adm, online
-        self.label_dropout, self.ema, self.lr, self.weight_decay = label_dropout, ema, lr, weight_decay
+        self.label_dropout = label_dropout
         networks = {"student": student}
         if teacher is not None:
             networks = {"teacher": teacher if online else teacher.requires_grad_(False), **networks}
@@ -134,13 +135,6 @@ class DiTDistiller(Distiller):
         self.averages = nn.ModuleDict(averages)
         self.step = 0  # optimiser steps done, for the name of what is exported
         self.train()
-
-    def train(self, mode: bool = True) -> DiTDistiller:
-        super().train(mode)
-        self.averages.eval()
-        if "teacher" in self.networks and not self.online:
-            self.networks["teacher"].eval()
-        return self
 
     def before_step(self, batch: Batch, progress: Progress) -> Batch:
         image, label = batch["image"], batch["label"]
@@ -227,21 +221,14 @@ class DiTDistiller(Distiller):
         return cast(DiT, self.networks[role])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        extra = {"student": [] if self.adapter is None else list(self.adapter.parameters())}
-        return [
-            {
-                "params": [p for p in network.parameters() if p.requires_grad] + extra.get(role, []),
-                "lr": self.lr,
-                "weight_decay": self.weight_decay,
-            }
-            for role, network in self.trained().items()
-        ]
+        groups = super().parameter_groups()
+        if self.adapter is not None:
+            groups[-1]["params"] += self.adapter.parameters()  # the student's is the last
+        return groups
 
-    @torch.no_grad()
     def after_step(self, batch: Batch, progress: Progress) -> None:
-        averages: list[Tensor] = list(self.averages.parameters())
-        weights: list[Tensor] = [p for role in self.averages for p in self.networks[role].parameters()]
-        torch._foreach_lerp_(averages, weights, 1.0 - self.ema)
+        for role, average in self.averages.items():
+            self.follow(average, self.networks[role])
         self.step = progress.step + 1
 
     def export(self, role: str) -> DiT:

@@ -16,14 +16,13 @@ from core.training.run import RunFolder
 from core.training.schedule import ScheduleConfig, make_schedule
 from core.training.seed import seed_everything
 from core.training.task import dry_run, estimate, exit_code, open_run
-from diffusion.config import DryRun
 from diffusion.dit.config import MAY_CHANGE, DiTTrainingConfig, teacher_path
 from diffusion.dit.convert import check_dit, load_dit, save_dit
 from diffusion.dit.data import LabelledData, LabelledLoader, load_labelled
 from diffusion.dit.distiller import DiTDistiller
 from diffusion.dit.model import DiT
 from diffusion.files import read_json
-from diffusion.training import count, describe_memory, make_loader, time_step
+from diffusion.training import DryRun, count, describe_memory, make_loader, time_step
 
 
 def train(config: DiTTrainingConfig) -> int:

@@ -21,7 +21,6 @@ from core.training.run import RunFolder, is_main_process
 from core.training.schedule import Schedule, ScheduleConfig, make_schedule
 from core.training.seed import seed_everything
 from core.training.task import dry_run, exit_code, open_run
-from diffusion.config import DryRun
 from diffusion.consensus import load_classifier
 from diffusion.data import ImageLoader, load_images
 from diffusion.progressive.config import MAY_CHANGE, ProgressiveConfig
@@ -36,7 +35,7 @@ from diffusion.progressive.network import (
 )
 from diffusion.sampling import Student
 from diffusion.schedule import CosineSchedule
-from diffusion.training import count, describe_memory, make_loader, time_step
+from diffusion.training import DryRun, count, describe_memory, make_loader, time_step
 
 BASE = "base"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from core.adm import consensus_attention, control
 from core.errors import InputError
 from core.network import Split
-from core.training.distiller import Batch, Distiller, Losses, Progress
+from core.training.distiller import Batch, Losses, Progress
 from diffusion.consensus import (
     ConsensusConfig,
     classifier_loss,
@@ -25,6 +25,7 @@ from diffusion.consensus import (
 )
 from diffusion.progressive.network import InputHook
 from diffusion.schedule import CosineSchedule, Prediction, Weighting, interpolate
+from diffusion.training import DiffusionDistiller
 
 TeacherMap = Literal["target", "second", "first"]
 GateTime = Literal["end", "mid", "start", "none"]
@@ -54,29 +55,24 @@ class ADMConfig(ConsensusConfig):
         return self.alpha > 0 and (self.adm_rounds == "all" or steps in self.adm_rounds)
 
 
-class Denoiser(Distiller):
-    """What both modules share: the schedule, what a network predicts, the weight of an error, the optimiser groups.
+class Denoiser(DiffusionDistiller):
+    """What both modules share: the schedule, what a network predicts, the weight of an error.
 
     Args: the schedule; prediction: what all networks put out; weighting: of a squared error in x; learning rate and
-        weight decay of the one network that is trained.
+        weight decay of the one network that is trained, in ``options``.
     """
 
     def __init__(
-        self, schedule: CosineSchedule, prediction: Prediction, weighting: Weighting, lr: float, weight_decay: float
+        self, schedule: CosineSchedule, prediction: Prediction, weighting: Weighting, **options: float
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
         self.schedule = schedule
         self.prediction: Prediction = prediction
         self.weighting: Weighting = weighting
-        self.lr, self.weight_decay = lr, weight_decay
 
     def see(self, role: str, z: Tensor, t: Tensor) -> Tensor:
         """What a network makes of z ``[B, C, H, W]`` at times t ``[B]`` (int64): x, float32 at least."""
         return self.schedule.predict_x(self.networks[role](z, t, return_dict=False)[0], z, t, self.prediction)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        (network,) = self.trained().values()
-        return [{"params": list(network.parameters()), "lr": self.lr, "weight_decay": self.weight_decay}]
 
     def metadata(self, role: str) -> dict[str, str]:
         return {"role": role, "prediction": self.prediction, "schedule": "cosine"}
@@ -90,15 +86,9 @@ class BaseDistiller(Denoiser):
     """
 
     def __init__(self, network: nn.Module, schedule: CosineSchedule, ema: float, **options: Any) -> None:
-        super().__init__(schedule, **options)
+        super().__init__(schedule, ema=ema, **options)
         self.networks = nn.ModuleDict({"teacher": network})
         self.average = copy.deepcopy(network).requires_grad_(False).eval()
-        self.ema = ema
-
-    def train(self, mode: bool = True) -> BaseDistiller:
-        super().train(mode)
-        self.average.eval()
-        return self
 
     def before_step(self, batch: Batch, progress: Progress) -> Batch:
         image = batch["image"]
@@ -115,11 +105,8 @@ class BaseDistiller(Denoiser):
         """The moving average: what samples, and what the chain starts from."""
         return self.average
 
-    @torch.no_grad()
     def after_step(self, batch: Batch, progress: Progress) -> None:
-        averages: list[Tensor] = list(self.average.parameters())
-        weights: list[Tensor] = list(self.networks["teacher"].parameters())
-        torch._foreach_lerp_(averages, weights, 1.0 - self.ema)
+        self.follow(self.average, self.networks["teacher"])
 
 
 class ProgressiveDistiller(Denoiser):
@@ -153,13 +140,6 @@ class ProgressiveDistiller(Denoiser):
         hooked = self.networks.items() if adm is not None and adm.form != "classifier" else ()
         self._hooks = {role: InputHook(network) for role, network in hooked}
         self.train()
-
-    def train(self, mode: bool = True) -> ProgressiveDistiller:
-        super().train(mode)
-        self.networks["teacher"].eval()
-        if self.classifier is not None:
-            self.classifier.eval()
-        return self
 
     def before_step(self, batch: Batch, progress: Progress) -> Batch:
         image = batch["image"]
