@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import InputError
-from core.files import write_atomically
-from diffusion.files import read_json
+from diffusion.files import read_json, save_pipeline
 from diffusion.sampling import Student, load_student, read_unet
 from diffusion.schedule import CosineSchedule, Prediction, cosine_betas
 
@@ -183,24 +181,13 @@ def save_student(folder: Path, network: Any, prediction: Prediction, steps: int,
 
     It appears whole or not at all. Raises: TrainingError where the disk is full.
     """
-
-    def write(temporary: Path) -> None:
-        network.save_pretrained(temporary)
-        (temporary / "scheduler").mkdir()
-        index = {
-            "_class_name": "DDIMPipeline",
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "unet": ["diffusers", "UNet2DModel"],
-        }
-        about = {"prediction": prediction, "timesteps": timesteps, "steps": steps, "schedule": "cosine"}
-        for name, content in (
-            ("scheduler/scheduler_config.json", scheduler_config(prediction, steps, timesteps)),
-            ("model_index.json", index),
-            ("adm.json", about),
-        ):
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
-
-    write_atomically(folder, write)
+    index = {
+        "_class_name": "DDIMPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    about = {"prediction": prediction, "timesteps": timesteps, "steps": steps, "schedule": "cosine"}
+    save_pipeline(folder, network, ".", scheduler_config(prediction, steps, timesteps), index, about)
 
 
 class InputHook:
