@@ -135,9 +135,7 @@ def load_classifier(name: str) -> Split:
     if not kind.startswith("resnet") or not file or depth < 8 or (depth - 2) % 6:
         raise InputError(f"unknown adm.classifier {name!r}: a CIFAR ResNet and its file, as resnet56:FILE")
     network = load_resnet(depth, file).eval().requires_grad_(False)
-    return Split(
-        lambda x: network.forward_features(127.5 * x + 127.5), lambda m: network.linear(m.mean((2, 3))), network
-    )
+    return Split(lambda x: network.forward_features(127.5 * x + 127.5), network.network.forward_head, network)
 
 
 def _mean(error: Tensor, factor: Tensor) -> Tensor:

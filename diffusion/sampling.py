@@ -9,10 +9,10 @@ batch size changes an image by more than the last bits of a convolution, at most
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from core.errors import InputError, TrainingError, first_line
 from diffusion.files import read_json
 from diffusion.schedule import CosineSchedule, Prediction
 
+Noise = TypeVar("Noise")
 LastStep = Literal["noisy", "clean"]
 """noisy: the last step lands on index 0, whose noise is 0.8 grey levels (CFD). clean: it returns x (Salimans & Ho)."""
 
@@ -32,12 +33,27 @@ def image_seed(seed: int, index: int) -> int:
     return (seed * 1_000_003 + index) % 2**32
 
 
+class ImageNoise:
+    """N(0, 1) for images of given indices, each from a generator of its own that (seed, index) alone determine.
+
+    Every call is the next draw, float32 ``[len(indices), *shape]`` on the CPU: the first is where sampling starts, the
+    k-th after it is that of the k-th sampling step.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(image_seed(seed, index)) for index in indices]
+        self.shape = tuple(shape)
+
+    def __call__(self) -> Tensor:
+        noise = torch.empty(len(self.generators), *self.shape)
+        for one, generator in zip(noise, self.generators, strict=True):
+            one.normal_(generator=generator)
+        return noise
+
+
 def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """N(0, 1) for each index, float32 ``[len(indices), *shape]`` on the CPU; depends on (seed, index) alone."""
-    noise, generator = torch.empty(len(indices), *shape), torch.Generator()
-    for one, index in zip(noise, indices, strict=True):
-        one.normal_(generator=generator.manual_seed(image_seed(seed, index)))
-    return noise
+    """The first draw of ``ImageNoise``."""
+    return ImageNoise(seed, indices, shape)()
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -98,21 +114,41 @@ def sample(
     """Images of the given indices, uint8 ``[N, C, H, W]`` on the CPU.
 
     Args: as ``denoise``; ``shape``: ``(C, H, W)`` of an image.
-    Raises: InputError as ``denoise``; TrainingError where an image is not finite (broken or diverged weights).
+    Raises: InputError as ``denoise``; TrainingError as ``in_batches``.
     """
-    images = torch.empty(len(indices), *shape, dtype=torch.uint8)
-    noise = initial_noise(seed, indices[:batch_size], shape)
-    for first in range(0, len(indices), batch_size):
-        last = first + batch_size
+
+    def draw(noise: Tensor, some: slice) -> Tensor:
         z = noise.to(device, non_blocking=True)
         for step in denoise(model, schedule, prediction, steps, z, last_step):
             z = step.z
-        noise = initial_noise(seed, indices[last : last + batch_size], shape)  # while the device computes
-        if not z.isfinite().all():
-            said = f"{indices[first]}..{indices[first + len(z) - 1]}"
+        return z
+
+    return in_batches(indices, batch_size, lambda some: initial_noise(seed, indices[some], shape), draw)
+
+
+def in_batches(
+    indices: Sequence[int],
+    batch_size: int,
+    noise_of: Callable[[slice], Noise],
+    draw: Callable[[Noise, slice], Tensor],
+    whose: str = "",
+) -> Tensor:
+    """Images uint8 ``[N, C, H, W]`` on the CPU, from those in [-1, 1] that ``draw(noise, some)`` makes of some of them.
+
+    Args: ``noise_of``: what ``draw`` starts from, made while the device computes the batch before; ``whose``: the
+        network, for messages.
+    Raises: TrainingError where an image is not finite (broken or diverged weights).
+    """
+    images, noise = [], noise_of(slice(batch_size))
+    for first in range(0, len(indices), batch_size):
+        some = slice(first, first + batch_size)
+        drawn = draw(noise, some)
+        noise = noise_of(slice(some.stop, some.stop + batch_size))
+        if not drawn.isfinite().all():
+            said = f"{indices[some][0]}..{indices[some][-1]}{whose}"
             raise TrainingError(f"an image among {said} is not finite: NaN in the weights?")
-        images[first:last] = to_uint8(z).cpu()
-    return images
+        images.append(to_uint8(drawn).cpu())
+    return torch.cat(images)
 
 
 def own_share(count: int) -> range:

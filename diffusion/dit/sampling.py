@@ -16,35 +16,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from core.errors import InputError, TrainingError
+from core.errors import InputError
 from diffusion.dit.gaussian import LinearSchedule, Sampler, ddim, ddpm, guided, spaced_times
 from diffusion.dit.model import DiT
 from diffusion.files import read_json
-from diffusion.sampling import image_seed, to_uint8
+from diffusion.sampling import ImageNoise, in_batches
 
 Precision = Literal["fp32", "tf32", "bf16"]
 LATENT_SCALE = 0.18215
 """Of Stable Diffusion's first VAEs, and so of the published DiTs."""
 DECODED = 32
 """Images through a VAE at once."""
-
-
-class ImageNoise:
-    """N(0, 1) for images of given indices, each from a generator of its own that (seed, index) alone determine.
-
-    Every call is the next draw, float32 ``[len(indices), *shape]`` on the CPU: the first equals ``initial_noise``, the
-    k-th after it is that of the k-th sampling step.
-    """
-
-    def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(image_seed(seed, index)) for index in indices]
-        self.shape = tuple(shape)
-
-    def __call__(self) -> Tensor:
-        noise = torch.empty(len(self.generators), *self.shape)
-        for one, generator in zip(noise, self.generators, strict=True):
-            one.normal_(generator=generator)
-        return noise
 
 
 @dataclass(frozen=True)
@@ -95,44 +77,28 @@ class DiTStudent:
         if wrong := [label for label in labels if not 0 <= label < count]:
             raise InputError(f"{self.folder} has the classes 0 to {count - 1}, not {wrong[0]}")
         self.check_vae(vae)
-        device = self.model.pos_embed.device
         times = spaced_times(steps, self.schedule.timesteps, sampler)
-        images = []
-        for first in range(0, len(indices), batch_size):
-            some = slice(first, first + batch_size)
-            y = torch.tensor(labels[some], device=device)
-            noise = ImageNoise(seed, indices[some], self.shape)
-            z = self._denoise(noise, y, times, sampler, guidance, cfg_channels, precision == "bf16")
-            if not z.isfinite().all():
-                said = f"{indices[some][0]}..{indices[some][-1]}"
-                raise TrainingError(f"an image among {said} of {self.folder} is not finite: NaN in the weights?")
-            images.append(to_uint8(self.decode(z, vae)).cpu())
-        return torch.cat(images)
 
-    def _denoise(
-        self,
-        noise: ImageNoise,
-        y: Tensor,
-        times: list[int],
-        sampler: Sampler,
-        guidance: float,
-        channels: int,
-        bf16: bool,
-    ) -> Tensor:
-        def predict(z: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16):
-                return guided(self.model, z, t, y, guidance, channels)
+        @torch.no_grad()
+        def draw(noise: ImageNoise, some: slice) -> Tensor:
+            y = torch.tensor(labels[some], device=self.model.pos_embed.device)
 
-        z = noise().to(y.device)
-        if sampler == "ddpm":
-            states = ddpm(predict, self.schedule, times, z, noise)
-        else:
-            states = ddim(predict, self.schedule, times, z)
-        for state in states:
-            z = state
-        return z
+            def predict(z: Tensor, t: Tensor) -> Tensor:
+                with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    return guided(self.model, z, t, y, guidance, cfg_channels)
 
-    @torch.no_grad()
+            z = noise().to(y.device)
+            if sampler == "ddpm":
+                *_, z = ddpm(predict, self.schedule, times, z, noise)
+            else:
+                *_, z = ddim(predict, self.schedule, times, z)
+            return self.decode(z, vae)
+
+        def noise_of(some: slice) -> ImageNoise:
+            return ImageNoise(seed, indices[some], self.shape)
+
+        return in_batches(indices, batch_size, noise_of, draw, f" of {self.folder}")
+
     def decode(self, z: Tensor, vae: Any = None) -> Tensor:
         """Latents ``[B, C, H, W]`` -> images ``[B, 3, ...]`` in about [-1, 1]; a network of pixels has them already."""
         if self.latent_scale is None:

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -57,11 +55,10 @@ CHUNK = 1024
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    options = parse_options(list(without_data(given)))  # which data options there are depends on the networks
+    options = parse_options(argv)
     networks = find_students(options.networks, options.steps)
-    options = parse_options(given, data_of(Path(options.networks[0])) if networks else None)
-
+    # Once more: which data options there are, and their defaults, depends on the networks.
+    options = parse_options(argv, data_of(Path(options.networks[0])) if networks else DataConfig())
     need_packages("diffusers", "torch_fidelity")
     from accelerate import PartialState
 
@@ -78,17 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def without_data(argv: Sequence[str]) -> Iterator[str]:
-    """A command line without ``--data`` and ``--data.<key>`` and their values."""
-    value = False
-    for word in argv:
-        option = re.match(r"--data(?:\.\w+)?(=|$)", word)
-        if option is None and not value:
-            yield word
-        value = option is not None and option[1] != "="
-
-
-def parse_options(argv: Sequence[str], data: DataConfig | LabelledConfig | None = None) -> Any:
+def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) -> Any:
     """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
     parser = tool_parser("FID and IS of distilled diffusion models, by torch-fidelity.")
     add = parser.add_argument
@@ -104,7 +91,7 @@ def parse_options(argv: Sequence[str], data: DataConfig | LabelledConfig | None 
     add("--cache", type=str, default=None, help="folder that keeps real images' statistics; beside torch's hub cache")
     add("--save", type=str, default=None, help="folder for the samples as .png, in one folder a network")
     add("--out", type=str, default=None, help="JSON file; of one run or round evaluation-<features>.json in its folder")
-    data = data or DataConfig()
+    data = data or LabelledConfig()  # it has all options that DataConfig has
     add("--data", type=type(data), default=data)
     options = parse(parser, argv)
     if bool(options.networks) == (options.images is not None):

@@ -223,7 +223,7 @@ def test_jpeg_folder_by_a_residual_network(tmp_path: Path, shell: Shell, small: 
             pixels = torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(tmp_path / f"images/{label}/{number}.jpg")
     weights = tmp_path / "resnet8.th"
-    torch.save(proxies.CifarResNet(8).state_dict(), weights)
+    torch.save(proxies.CifarResNet(8).network.state_dict(), weights)
     run = tmp_path / "runs/jpeg"
     save_dit(run / "export/step-00000020/student", dit(channels=3, classes=2), step=20)
     (run / "config.yaml").write_text(f"data: {{name: folder, root: {tmp_path / 'moved'}}}\n")
