@@ -113,22 +113,18 @@ def _decode(file: Path, size: int | None) -> Any:
 
 
 class Shuffled(EpochOrder):
-    """The order of a loader's batches and flips, and where it stands in it. The short last batch is left out.
+    """The order of a loader's batches and flips, both from (seed, epoch). The short last batch is left out.
 
-    Order and flips come from (seed, epoch) alone: a batch does not depend on the number of processes, of which each
-    takes every ``world``-th image, and stopping loses nothing.
-
-    Args: how many images there are; images of a step over all processes; whether half of them are mirrored; the seed;
-        this process and how many there are.
+    Args: how many images there are; the rest as ``EpochOrder``; whether half of the images are mirrored.
     Raises: InputError where the batch is larger than the set, or cannot be shared out.
     """
 
-    def __init__(self, count: int, batch_size: int, *, flip: bool, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, count: int, batch_size: int, *, flip: bool, world: int = 1, **order: int) -> None:
         if batch_size < 1 or batch_size % world:
             raise InputError(f"batch_size {batch_size} cannot be shared by {world} process(es)")
         if count < batch_size:
             raise InputError(f"{count} images are fewer than one batch of {batch_size}: lower --batch_size")
-        super().__init__(count, batch_size, seed=seed, rank=rank, world=world)
+        super().__init__(count, batch_size, world=world, **order)
         self.flip = flip
 
     def drawn(self) -> tuple[Tensor, Tensor]:
@@ -140,37 +136,37 @@ class Shuffled(EpochOrder):
         generator = self.generator(self.epoch)
         return self.shuffled(generator), torch.rand(self.size, generator=generator) < (0.5 if self.flip else 0.0)
 
-    def pixels(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of the current epoch of images uint8 ``[N, C, H, W]``: indices int64 ``[B]``, batches in [-1, 1]."""
-        order, mirrored = (values.to(images.device) for values in self.drawn())
-        for step in range(self.position, len(self)):
-            own = self.share(step)
-            batch = images[order[own]]
-            if self.flip:
-                batch = mirror(batch, mirrored[own])
-            self.position = step + 1
-            yield order[own], scaled(batch)
-
 
 class ImageLoader(Shuffled):
     """Shuffled batches ``{"image": float32 [B, C, H, W] in [-1, 1]}``; iterating yields the rest of the current epoch.
 
-    Args: images uint8 ``[N, C, H, W]``; where the set lies and the batches end up; the rest as ``Shuffled``.
+    Args: images uint8 ``[N, C, H, W]``; labels int64 ``[N]``, which batches then have too, as "label" ``[B]``; where
+        the set lies and the batches end up; the rest as ``Shuffled``.
     Raises: InputError as ``Shuffled``.
     """
 
-    def __init__(self, images: Tensor, batch_size: int, *, device: torch.device | str = "cpu", **order: Any) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        batch_size: int,
+        labels: Tensor | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        **order: Any,
+    ) -> None:
         super().__init__(len(images), batch_size, **order)
-        self.images = images.to(device)
+        self.images, self.labels = images.to(device), None if labels is None else labels.to(device)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for _, images in self.pixels(self.images):
-            yield {"image": images}
-
-
-def mirror(images: Tensor, which: Tensor) -> Tensor:
-    """``[B, C, H, W]`` with the images of ``which``, bool ``[B]``, mirrored."""
-    return torch.where(which.view(-1, 1, 1, 1), images.flip(3), images)
+        order, mirrored = (values.to(self.images.device) for values in self.drawn())
+        for step in range(self.position, len(self)):
+            own = order[self.share(step)]
+            image = self.images[own]
+            if self.flip:
+                image = torch.where(mirrored[self.share(step)].view(-1, 1, 1, 1), image.flip(3), image)
+            self.position = step + 1
+            batch = {"image": scaled(image)}
+            yield batch if self.labels is None else {**batch, "label": self.labels[own]}
 
 
 def scaled(images: Tensor) -> Tensor:

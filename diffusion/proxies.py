@@ -45,6 +45,13 @@ class CifarResNet(nn.Module):
         return pooled, self.network.fc(pooled)
 
 
+def resnet_depth(name: str) -> int:
+    """56 for "resnet56"; 0 for what names no CIFAR ResNet."""
+    number = name.removeprefix("resnet")
+    depth = int(number) if number != name and number.isdigit() else 0
+    return depth if depth > 2 and depth % 6 == 2 else 0
+
+
 def load_resnet(depth: int, file: str | Path) -> CifarResNet:
     """Raises: InputError for a missing, unreadable or unfitting file."""
     if not Path(file).is_file():

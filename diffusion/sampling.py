@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,22 +61,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return (127.5 * images + 128.0).clamp(0.0, 255.0).to(torch.uint8)
 
 
-class Step(NamedTuple):
-    """One step of the sampler. All images ``[B, C, H, W]`` in about [-1, 1]."""
-
-    t: int
-    """Index from which it started."""
-    x: Tensor
-    """The clean image as the network saw it from there, clipped."""
-    z: Tensor
-    """Where the step landed, at index ``t - T / steps``."""
-
-
 @torch.no_grad()
 def denoise(
     model: Any, schedule: CosineSchedule, prediction: Prediction, steps: int, z: Tensor, last_step: LastStep = "noisy"
-) -> Iterator[Step]:
-    """The sampler, step by step from ``z`` ``[B, C, H, W]`` at index T; the last step's ``z`` is the sample.
+) -> Iterator[Tensor]:
+    """The sampler, from ``z`` ``[B, C, H, W]`` at index T: z after each step; the last one is the sample.
 
     Args:
         model: ``model(z, t)`` with t int64 ``[B]``, as diffusers' ``UNet2DModel``; in evaluation mode.
@@ -95,7 +84,7 @@ def denoise(
             z = schedule.ddim(x, z, t, t - stride)  # the noise of z follows from the clipped x
         else:
             z = x if last_step == "clean" else schedule.ddim(x, z, t, t - stride).clamp(-1.0, 1.0)
-        yield Step(start, x, z)
+        yield z
 
 
 def sample(
@@ -118,9 +107,7 @@ def sample(
     """
 
     def draw(noise: Tensor, some: slice) -> Tensor:
-        z = noise.to(device, non_blocking=True)
-        for step in denoise(model, schedule, prediction, steps, z, last_step):
-            z = step.z
+        *_, z = denoise(model, schedule, prediction, steps, noise.to(device, non_blocking=True), last_step)
         return z
 
     return in_batches(indices, batch_size, lambda some: initial_noise(seed, indices[some], shape), draw)

@@ -111,7 +111,7 @@ Loader = TypeVar("Loader")
 def make_loader(kind: Callable[..., Loader], data: Any, config: Any, accelerator: Any, seed: int) -> Loader:
     """This process's batches. Raises: InputError for an unfitting batch size.
 
-    Args: ``ImageLoader`` or ``LabelledLoader``, and what it loads; the training's config; the seed of the order.
+    Args: what makes the loader, and what it loads; the training's config; the seed of the order.
     """
     if config.batch_size // accelerator.num_processes < config.fit.accumulate:
         raise InputError(f"batch_size {config.batch_size} cannot be cut into {config.fit.accumulate} parts a process")

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from core.errors import InputError
 from core.files import write_atomically
 from core.images import EXTENSIONS, image_files
-from diffusion.data import DataConfig, Shuffled, read_files, read_named
+from diffusion.data import DataConfig, ImageLoader, Shuffled, read_files, read_named
 
 INDEX = "index.json"
 
@@ -59,7 +59,7 @@ class LabelledConfig(DataConfig):
 
 
 @dataclass(frozen=True)
-class LabelledData:
+class _Labelled:
     """N square images or latents ``[C, H, H]`` of labelled classes."""
 
     labels: Tensor
@@ -77,7 +77,7 @@ class LabelledData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pixels(LabelledData):
+class Pixels(_Labelled):
     """Images in memory, uint8 ``[N, C, H, H]``."""
 
     pixels: Tensor
@@ -168,7 +168,7 @@ def open_shard(folder: Path, index: LatentIndex, shard: int) -> tuple[Tensor, Te
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latents(LabelledData):
+class Latents(_Labelled):
     """Latents on disk. ``shards``: their mapped moments; ``rows`` int64 ``[N]``: where in the folder the N images are
     that are to be used."""
 
@@ -185,13 +185,16 @@ class Latents(LabelledData):
         return moments
 
 
+LabelledData = Pixels | Latents
+
+
 def load_labelled(config: LabelledConfig) -> LabelledData:
     """Reads pixels into memory, or opens latents.
 
     Raises: InputError for missing or broken files, images that are not square, and latents or classes that are not
         what the config says.
     """
-    data = _latents(config) if config.name == "latents" else _pixels(config)
+    data: LabelledData = _latents(config) if config.name == "latents" else _pixels(config)
     if config.classes not in (None, data.classes):
         where = config.name if config.name == "digits" else config.root
         raise InputError(f"{where} has {data.classes} classes, --data.classes says {config.classes}")
@@ -290,39 +293,37 @@ def _subfolders(folder: str) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-class LabelledLoader(Shuffled):
-    """Shuffled batches ``{"image": float32 [B, C, H, W], "label": int64 [B]}`` on the device.
+def labelled_loader(data: LabelledData, batch_size: int, **options: Any) -> ImageLoader | LatentLoader:
+    """Batches ``{"image": float32 [B, C, H, W], "label": int64 [B]}`` as ``ImageLoader`` or ``LatentLoader`` has them.
 
-    Pixels are in [-1, 1]. A latent is drawn anew each time, ``(mean + std * noise) * scale`` with noise that (seed,
-    epoch, step) alone determine; the next batch is read while the device computes. Iterating yields the rest of the
-    current epoch; stopping and resuming, and the number of processes, change nothing (see ``Shuffled``).
+    Args: ``options``: of these two. Raises: InputError as ``Shuffled``.
+    """
+    if isinstance(data, Latents):
+        return LatentLoader(data, batch_size, **options)
+    return ImageLoader(data.pixels, batch_size, data.labels, **options)
 
-    Args: ``device``: where batches end up, and where pixels lie; the rest as ``Shuffled``.
-    Raises: InputError as ``Shuffled``.
+
+class LatentLoader(Shuffled):
+    """Shuffled batches of latents, each drawn anew each time.
+
+    It is ``(mean + std * noise) * scale`` with noise that (seed, epoch, step) alone determine; the next batch is read
+    while the device computes. Iterating yields the rest of the current epoch.
+
+    Args: ``device``: where batches end up; the rest as ``Shuffled``. Raises: InputError as ``Shuffled``.
     """
 
-    def __init__(
-        self, data: LabelledData, batch_size: int, *, device: torch.device | str = "cpu", **order: Any
-    ) -> None:
+    def __init__(self, data: Latents, batch_size: int, *, device: torch.device | str = "cpu", **order: Any) -> None:
         super().__init__(len(data.labels), batch_size, **order)
-        self.device, self.labels = torch.device(device), data.labels.to(device)
-        self.data = replace(data, pixels=data.pixels.to(device)) if isinstance(data, Pixels) else data
+        self.data, self.device = data, torch.device(device)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if isinstance(self.data, Latents):
-            yield from self._latents(self.data)
-        elif isinstance(self.data, Pixels):
-            for own, images in self.pixels(self.data.pixels):
-                yield {"image": images, "label": self.labels[own]}
-
-    def _latents(self, data: Latents) -> Iterator[dict[str, Tensor]]:
         order, mirrored = self.drawn()
-        labels = self.labels[order.to(self.device)]
+        labels = self.data.labels[order].to(self.device)
         with ThreadPoolExecutor(1) as reader:
 
             def ahead(step: int) -> Future[Tensor]:
                 own = self.share(step)
-                return reader.submit(data.read, order[own], mirrored[own])
+                return reader.submit(self.data.read, order[own], mirrored[own])
 
             coming = ahead(self.position)
             for step in range(self.position, len(self)):
@@ -330,10 +331,9 @@ class LabelledLoader(Shuffled):
                 if step + 1 < len(self):
                     coming = ahead(step + 1)
                 self.position = step + 1
-                image = self._draw(moments, data.index.scale, step)
-                yield {"image": image, "label": labels[self.share(step)]}
+                yield {"image": self._draw(moments, step), "label": labels[self.share(step)]}
 
-    def _draw(self, moments: Tensor, scale: float, step: int) -> Tensor:
+    def _draw(self, moments: Tensor, step: int) -> Tensor:
         """float16 ``[B, 2, C, h, w]`` -> float32 ``[B, C, h, w]`` on the device."""
         if self.device.type == "cuda":
             moments = moments.pin_memory()
@@ -342,4 +342,4 @@ class LabelledLoader(Shuffled):
         generator = torch.Generator(self.device).manual_seed(number)
         # That of the whole batch, so that it does not depend on the number of processes.
         noise = torch.randn(self.batch_size, *mean.shape[1:], generator=generator, device=self.device)
-        return (mean + std * noise[self.rank :: self.world]) * scale
+        return (mean + std * noise[self.rank :: self.world]) * self.data.index.scale

@@ -194,8 +194,8 @@ def real_side(options: Any, extractor: Extractor) -> Statistics:
             "latents hold no images to compare with: name the real side by --real, a folder of images or an .npz with "
             "mu and sigma, such as guided-diffusion's VIRTUAL_imagenet256_labeled.npz"
         )
-    pixels = load_labelled(options.data).pixels  # type: ignore[attr-defined]
-    return real_statistics(pixels, extractor, options.cache)
+    data: Any = load_labelled(options.data)
+    return real_statistics(data.pixels, extractor, options.cache)
 
 
 class Results:

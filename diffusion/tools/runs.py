@@ -168,11 +168,10 @@ def dit_options(options: Any, networks: Sequence[Path], device: torch.device | s
 
     Raises: InputError where an option does not fit the networks, or the VAE is none.
     """
-    dits = [network for network in networks if is_dit(network)]
-    for name in ("guidance", "sampler", "cfg_channels", "precision", "vae"):
-        if getattr(options, name) is not None and not dits:
-            raise InputError(f"--{name} counts only for DiTs, and there is none among the networks")
-    if not dits:
+    if not any(map(is_dit, networks)):
+        for name in ("guidance", "sampler", "cfg_channels", "precision", "vae"):
+            if getattr(options, name) is not None:
+                raise InputError(f"--{name} counts only for DiTs, and there is none among the networks")
         return None
     guidance = tuple(dict.fromkeys(options.guidance or (4.0, 1.0)))
     if min(guidance) < 0:

@@ -23,11 +23,11 @@ from diffusion.data import ImageLoader
 from diffusion.dit.data import (
     LabelledConfig,
     LabelledData,
-    LabelledLoader,
     LatentIndex,
     Latents,
     Pixels,
     class_files,
+    labelled_loader,
     load_labelled,
     shard_file,
 )
@@ -55,7 +55,7 @@ def latents(folder: Path, **options: Any) -> Latents:
     return data
 
 
-def endless(loader: LabelledLoader, count: int) -> list[dict[str, Tensor]]:
+def endless(loader: Any, count: int) -> list[dict[str, Tensor]]:
     found: list[dict[str, Tensor]] = []
     while len(found) < count:
         for batch in loader:
@@ -79,20 +79,20 @@ def test_latents_are_scaled_means_of_image_or_mirror_image_with_their_labels(tmp
     assert data.class_names == ("a", "b", "c")
     means = 0.5 * moments[:, :, 0].float()  # [N, 2, C, h, w]
     seen: dict[bool, list[int]] = {True: [], False: []}
-    for batch in endless(LabelledLoader(data, 4, flip=True, seed=0), 20):
+    for batch in endless(labelled_loader(data, 4, flip=True, seed=0), 20):
         assert batch["image"].dtype == torch.float32 and batch["label"].dtype == torch.int64
         for image, label in zip(batch["image"], batch["label"].tolist(), strict=True):
             (place,) = (means == image).flatten(2).all(2).nonzero().tolist()  # of exactly one image, one orientation
             assert place[0] % 3 == label
             seen[bool(place[1])].append(place[0])
     assert 20 < len(seen[True]) < 60 and len(set(seen[True] + seen[False])) == 22
-    unflipped = endless(LabelledLoader(data, 4, flip=False, seed=0), 5)
+    unflipped = endless(labelled_loader(data, 4, flip=False, seed=0), 5)
     assert all((means[:, 0] == x).flatten(1).all(1).any() for batch in unflipped for x in batch["image"])
 
 
 def test_an_epoch_has_each_image_once(tmp_path: Path) -> None:
     write_latents(tmp_path)
-    loader = LabelledLoader(replace(latents(tmp_path), labels=torch.arange(22)), 4, flip=False, seed=0)
+    loader = labelled_loader(replace(latents(tmp_path), labels=torch.arange(22)), 4, flip=False, seed=0)
     orders = [[n for batch in loader for n in batch["label"].tolist()] for _ in range(2)]
     assert len(loader) == 5 and all(len(order) == len(set(order)) == 20 for order in orders) and orders[0] != orders[1]
 
@@ -103,8 +103,8 @@ def test_the_noise_is_standard_normal_and_new_in_every_step(tmp_path: Path) -> N
 
     def noises(seed: int) -> Tensor:
         """[steps, B, C, h, w]"""
-        found = endless(LabelledLoader(latents(tmp_path), 8, flip=False, seed=seed), 6)
-        loader = LabelledLoader(replace(latents(tmp_path), labels=torch.arange(22)), 8, flip=False, seed=seed)
+        found = endless(labelled_loader(latents(tmp_path), 8, flip=False, seed=seed), 6)
+        loader = labelled_loader(replace(latents(tmp_path), labels=torch.arange(22)), 8, flip=False, seed=seed)
         means = [moments[batch["label"], 0, 0].float() for batch in endless(loader, 6)]
         return torch.stack([(b["image"] / 0.25 - mean) / 2.0 for b, mean in zip(found, means, strict=True)])
 
@@ -120,10 +120,10 @@ def test_the_noise_is_standard_normal_and_new_in_every_step(tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", ["latents", "pixels"])
 def test_processes_share_the_batches_of_one(tmp_path: Path, kind: str) -> None:
     data = make(kind, tmp_path)
-    whole = endless(LabelledLoader(data, 8, flip=True, seed=3), 5)
+    whole = endless(labelled_loader(data, 8, flip=True, seed=3), 5)
     for world in (2, 4):
         for rank in range(world):
-            share = endless(LabelledLoader(data, 8, flip=True, seed=3, rank=rank, world=world), 5)
+            share = endless(labelled_loader(data, 8, flip=True, seed=3, rank=rank, world=world), 5)
             for one, part in zip(whole, share, strict=True):
                 assert same({key: value[rank::world] for key, value in one.items()}, part)
 
@@ -131,18 +131,18 @@ def test_processes_share_the_batches_of_one(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["latents", "pixels"])
 def test_resumes_anywhere_to_the_bit(tmp_path: Path, kind: str) -> None:
     data = make(kind, tmp_path)
-    whole = endless(LabelledLoader(data, 4, flip=True, seed=0), 13)
+    whole = endless(labelled_loader(data, 4, flip=True, seed=0), 13)
     for cut in (2, 5, 8):  # an epoch has 5 batches
-        first = LabelledLoader(data, 4, flip=True, seed=0)
+        first = labelled_loader(data, 4, flip=True, seed=0)
         endless(first, cut)
-        second = LabelledLoader(data, 4, flip=True, seed=0)
+        second = labelled_loader(data, 4, flip=True, seed=0)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert all(same(a, b) for a, b in zip(endless(second, 13 - cut), whole[cut:], strict=True))
     with pytest.raises(InputError, match="resume with the same data"):
         second.load_state_dict({"epoch": 0, "position": 6})
     for size, world in ((23, 1), (8, 3), (0, 1)):
         with pytest.raises(InputError, match="batch"):
-            LabelledLoader(data, size, flip=True, seed=0, world=world)
+            labelled_loader(data, size, flip=True, seed=0, world=world)
 
 
 def make(kind: str, folder: Path) -> LabelledData:
@@ -170,7 +170,7 @@ def test_only_what_is_read_comes_into_memory(tmp_path: Path) -> None:
         file.truncate(8 + len(text) + labels + size)
     index.write(tmp_path)
     before = psutil.Process().memory_info().rss
-    batches = endless(LabelledLoader(latents(tmp_path), 32, flip=True, seed=0), 3)
+    batches = endless(labelled_loader(latents(tmp_path), 32, flip=True, seed=0), 3)
     assert batches[0]["image"].shape == (32, 4, 32, 32) and batches[0]["image"].count_nonzero() == 0
     assert psutil.Process().memory_info().rss - before < 200e6
 
@@ -180,12 +180,12 @@ def test_only_what_is_read_comes_into_memory(tmp_path: Path) -> None:
 def test_batches_of_a_gpu_are_those_of_the_cpu(tmp_path: Path, kind: str) -> None:
     data = make(kind, tmp_path)
     options: dict[str, Any] = {"flip": True, "seed": 3}
-    here, there = (endless(LabelledLoader(data, 8, device=d, **options), 5) for d in ("cpu", "cuda"))
+    here, there = (endless(labelled_loader(data, 8, device=d, **options), 5) for d in ("cpu", "cuda"))
     for a, b in zip(here, there, strict=True):
         assert b["image"].is_cuda and b["label"].is_cuda and torch.equal(a["label"], b["label"].cpu())
         if kind == "pixels":  # latents have noise of the device's own generator
             assert torch.equal(a["image"], b["image"].cpu())
-    again = endless(LabelledLoader(data, 8, device="cuda", **options), 5)
+    again = endless(labelled_loader(data, 8, device="cuda", **options), 5)
     assert all(same(a, b) for a, b in zip(there, again, strict=True))
 
 
@@ -270,7 +270,7 @@ def test_digits_have_their_labels_and_the_order_of_plain_images() -> None:
     assert data.labels.tolist() == load_digits().target.tolist()
     assert torch.equal(data.pixels[:, 0].double(), torch.from_numpy(load_digits().images * 255 / 16).round())
     plain = ImageLoader(data.pixels, 64, flip=True, seed=2)
-    labelled = LabelledLoader(replace(data, labels=torch.arange(1797)), 64, flip=True, seed=2)
+    labelled = labelled_loader(replace(data, labels=torch.arange(1797)), 64, flip=True, seed=2)
     for a, b in zip(plain, labelled, strict=True):
         assert torch.equal(a["image"], b["image"])
         original = data.pixels[b["label"]].float() / 127.5 - 1
