@@ -50,19 +50,15 @@ class DataConfig:
 
 def load_images(config: DataConfig) -> Tensor:
     """All images of a set, uint8 ``[N, C, H, W]``. Raises: InputError where there are none, naming file or folder."""
-    if config.name == "folder":
-        return _folder(config)[: config.limit].contiguous()
-    return read_named(config.name, config.root, config.download)[0][: config.limit].contiguous()
-
-
-def _folder(config: DataConfig) -> Tensor:
+    if config.name != "folder":
+        return read_named(config.name, config.root, config.download)[0][: config.limit].contiguous()
     root = Path(config.root)
     if not root.is_dir():
         raise InputError(f"data folder {root} does not exist: set --data.root")
     files = [root / file for file in sorted(map(Path, image_files(root)))[: config.limit]]
     if not files:
         raise InputError(f"no image ({', '.join(EXTENSIONS)}) in {root} or below it")
-    return read_files(files, config.image_size)
+    return read_files(files, config.image_size).contiguous()
 
 
 def read_named(name: str, root: str, download: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:

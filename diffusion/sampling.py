@@ -155,13 +155,10 @@ def gather_shares(rows: Tensor, count: int) -> Tensor:
     from accelerate.utils import gather
 
     state = PartialState()
-    world = state.num_processes
-    if world == 1:
-        return rows
-    padded = rows.new_zeros(-(-count // world), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    everyone = gather(padded.to(state.device)).cpu().unflatten(0, (world, -1))  # [processes, share, ...]
-    return everyone.transpose(0, 1).flatten(0, 1)[:count]
+    missing = -(-count // state.num_processes) - len(rows)
+    everyone: Any = gather(torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]).to(state.device))
+    shares = everyone.cpu().unflatten(0, (state.num_processes, -1))  # [processes, share, ...]
+    return shares.transpose(0, 1).flatten(0, 1)[:count]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
-from core.files import write_atomically
 from core.images import EXTENSIONS, image_files
 from diffusion.data import DataConfig, ImageLoader, Shuffled, read_files, read_named
 
@@ -112,11 +111,6 @@ class LatentIndex:
     def rows(self, shard: int) -> range:
         """The images of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
-
-    def write(self, folder: Path) -> None:
-        """Raises: TrainingError where the disk does not take it."""
-        text = json.dumps(asdict(self), indent=1) + "\n"
-        write_atomically(folder / INDEX, lambda path: path.write_text(text))
 
 
 def shard_file(folder: Path, shard: int) -> Path:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
+from diffusion.dit.convert import load_dit
 from diffusion.dit.gaussian import LinearSchedule, Sampler, ddim, ddpm, guided, spaced_times
 from diffusion.dit.model import DiT
 from diffusion.files import read_json
@@ -133,8 +134,6 @@ def load_dit_student(folder: str | Path, device: torch.device | str = "cpu") -> 
     Without our ``adm.json``, a network of four channels is taken for one of Stable Diffusion's latents, as those that
     DiT published are. Raises: InputError as ``load_dit``, and for a broken ``adm.json``.
     """
-    from diffusion.dit.convert import load_dit
-
     folder = Path(folder)
     model = load_dit(folder)
     said = read_json(folder / "adm.json")

@@ -17,6 +17,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, TrainingError
-from core.files import make_folder, write_atomically
+from core.files import make_folder, save_json, write_atomically
 from core.images import open_image
 from core.training.command import DONE, INTERRUPTED, Stop, parse, run_command
 from diffusion.data import scaled
@@ -168,7 +169,7 @@ def prepare(out: Path, index: LatentIndex, labels: Tensor) -> list[int]:
     if need > room:
         raise InputError(f"{out} has room for {room / 1e9:.1f} GB, the latents need {need / 1e9:.1f} GB more")
     if not (out / INDEX).is_file():
-        index.write(out)
+        save_json(asdict(index), out / INDEX)
     return missing
 
 

@@ -20,17 +20,30 @@ from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.errors import InputError
 from core.files import make_folder, save_json
 from core.training.command import DONE, parse, run_command
 from core.training.run import environment
-from diffusion.data import DataConfig
-from diffusion.dit.data import LabelledConfig
+from diffusion.data import DataConfig, load_images
+from diffusion.dit.data import LabelledConfig, load_labelled
+from diffusion.dit.sampling import load_dit_student
 from diffusion.files import need_packages, read_json
+from diffusion.metrics import (
+    Extractor,
+    InFolder,
+    InMemory,
+    Statistics,
+    features_of,
+    real_statistics,
+    scores,
+    scores_of,
+)  # fmt: skip
+from diffusion.sampling import gather_shares, load_student, own_share
 from diffusion.tools.runs import (
     DiTOptions,
     add_sampling_options,
@@ -43,11 +56,6 @@ from diffusion.tools.runs import (
     is_dit,
     tool_parser,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from diffusion.metrics import Extractor, Statistics
 
 CHUNK = 1024
 """About so many images in memory at once: 50,000 of 256 x 256 pixels would take 10 GB in each process."""
@@ -107,8 +115,6 @@ def evaluate(options: Any, networks: Sequence[Path], state: Any) -> Results | No
     """
     from accelerate.utils import broadcast_object_list
 
-    from diffusion.metrics import Extractor, InFolder, features_of, scores, scores_of
-
     if options.samples < state.num_processes:
         raise InputError(f"--samples {options.samples} are fewer than the {state.num_processes} processes")
     dit = dit_options(options, networks, state.device)
@@ -144,9 +150,6 @@ def prepare(
     options: Any, entry: dict[str, Any], dit: DiTOptions | None, device: Any
 ) -> tuple[dict[str, Any], Callable[[Sequence[int]], Tensor], str]:
     """What a row says of its network, ``draw(indices) -> images``, and the name of the folder for them."""
-    from diffusion.dit.sampling import load_dit_student
-    from diffusion.sampling import load_student
-
     path, guidance = Path(entry["network"]), entry["guidance"]
     shared = {"seed": options.seed, "batch_size": options.batch_size}
     if dit is not None and guidance is not None:
@@ -164,9 +167,6 @@ def sampled_features(
     draw: Callable[[Sequence[int]], Tensor], options: Any, extractor: Extractor, folder: str
 ) -> dict[str, Tensor]:
     """Features ``[samples, C]`` by layer, in all processes, each of which samples its share of the images."""
-    from diffusion.metrics import InMemory
-    from diffusion.sampling import gather_shares, own_share
-
     own = own_share(options.samples)
     chunk = -(-CHUNK // options.batch_size) * options.batch_size
     parts = []
@@ -181,10 +181,6 @@ def sampled_features(
 
 def real_side(options: Any, extractor: Extractor) -> Statistics:
     """The statistics of the real images. Raises: InputError."""
-    from diffusion.data import load_images
-    from diffusion.dit.data import load_labelled
-    from diffusion.metrics import real_statistics
-
     if options.real is not None:
         return real_statistics(options.real, extractor, options.cache)
     if not isinstance(options.data, LabelledConfig):

@@ -22,7 +22,9 @@ from torch import Tensor
 from core.analysis.figures import save_figure
 from core.errors import InputError
 from core.training.command import DONE, parse, run_command
+from diffusion.dit.sampling import load_dit_student
 from diffusion.files import need_packages
+from diffusion.sampling import denoise, initial_noise, load_student, to_uint8
 from diffusion.tools.runs import (
     DiTOptions,
     add_sampling_options,
@@ -44,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
     folders = find_students(options.networks, options.steps)
     need_packages("diffusers")
-    from diffusion.sampling import denoise, initial_noise, load_student, to_uint8
-
     device = device_of(options)
     dit = dit_options(options, folders, device)
     if dit is not None and not all(map(is_dit, folders)):
@@ -102,8 +102,6 @@ def parse_options(argv: Sequence[str] | None) -> Any:
 def draw_classes(options: Any, folders: Sequence[Path], dit: DiTOptions, device: str, out: Path) -> None:
     """A grid for each DiT and guidance: a row a class, and in it the images of ``columns`` indices."""
     from PIL import Image
-
-    from diffusion.dit.sampling import load_dit_student
 
     grids: dict[str, Tensor] = {}
     names: list[str] = []

@@ -22,8 +22,11 @@ from core.errors import InputError
 from core.files import save_json
 from core.training.command import DONE, parse, run_command
 from core.training.run import environment
-from diffusion.data import DataConfig, load_images
+from diffusion.consensus import similarity
+from diffusion.data import DataConfig, load_images, scaled
 from diffusion.files import need_packages
+from diffusion.progressive.network import InputHook, check_network, load_teacher
+from diffusion.sampling import initial_noise, load_student
 from diffusion.tools.runs import (
     add_device,
     check_counts,
@@ -48,9 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert isinstance(data, DataConfig)
     options = parse_options(argv, data)
     need_packages("diffusers")
-    from diffusion.progressive.network import check_network, load_teacher
-    from diffusion.sampling import load_student
-
     device = device_of(options)
     student, teacher = load_student(student_folder, device), load_teacher(teacher_folder)
     teacher.model.to(device)
@@ -134,15 +134,11 @@ def similarities(
 
     Args: two ``Student``; images uint8 ``[N, C, H, W]``; an image keeps its noise over all times.
     """
-    from diffusion.consensus import similarity
-    from diffusion.progressive.network import InputHook
-    from diffusion.sampling import initial_noise
-
     device = next(student.model.parameters()).device
     hooks = [InputHook(network.model) for network in (student, teacher)]
     batches = []
     for first in range(0, len(images), batch_size):
-        x = images[first : first + batch_size].to(device) / 127.5 - 1.0
+        x = scaled(images[first : first + batch_size].to(device))
         noise = initial_noise(seed, range(first, first + len(x)), x.shape[1:]).to(device)
         maps = []
         for time in times:

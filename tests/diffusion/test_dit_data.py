@@ -7,7 +7,7 @@ import json
 import pickle
 import struct
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.errors import InputError
+from core.files import save_json
 from diffusion.data import ImageLoader
 from diffusion.dit.data import (
     LabelledConfig,
@@ -45,7 +46,7 @@ def write_latents(folder: Path, index: LatentIndex = INDEX, std: float = 0.0) ->
     for n in range(index.shards):
         own = slice(index.rows(n).start, index.rows(n).stop)
         save_file({"moments": moments[own].clone(), "labels": labels[own].clone()}, shard_file(folder, n))
-    index.write(folder)
+    save_json(asdict(index), folder / "index.json")
     return moments
 
 
@@ -168,7 +169,7 @@ def test_only_what_is_read_comes_into_memory(tmp_path: Path) -> None:
     with open(shard_file(tmp_path, 0), "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + labels + size)
-    index.write(tmp_path)
+    save_json(asdict(index), tmp_path / "index.json")
     before = psutil.Process().memory_info().rss
     batches = endless(labelled_loader(latents(tmp_path), 32, flip=True, seed=0), 3)
     assert batches[0]["image"].shape == (32, 4, 32, 32) and batches[0]["image"].count_nonzero() == 0
@@ -192,6 +193,10 @@ def test_batches_of_a_gpu_are_those_of_the_cpu(tmp_path: Path, kind: str) -> Non
 def broken_index(folder: Path) -> None:
     text = (folder / "index.json").read_text()
     (folder / "index.json").write_text(text[: len(text) // 2])
+
+
+def other_classes(folder: Path) -> None:
+    save_json(asdict(replace(INDEX, classes=4)), folder / "index.json")
 
 
 def short_shard(folder: Path) -> None:
@@ -219,7 +224,11 @@ def cut_shard(folder: Path) -> None:
     [
         (lambda folder: (folder / "index.json").unlink(), {}, r"no index.json in .*encode_latents.py"),
         (broken_index, {}, r"index.json is broken"),
-        (lambda folder: replace(INDEX, classes=4).write(folder), {}, r"index.json is broken"),
+        (
+            lambda folder: save_json(asdict(replace(INDEX, classes=4)), folder / "index.json"),
+            {},
+            r"index.json is broken",
+        ),
         (lambda folder: (folder / "index.json").write_text("[]"), {}, r"index.json is broken"),
         (lambda folder: shard_file(folder, 1).unlink(), {}, r"1 of 3 shards are missing .*latents-00001.safetensors"),
         (short_shard, {}, r"latents-00001.safetensors holds 5 images, index.json says 8"),
