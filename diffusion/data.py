@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from torch import Tensor
 from core.errors import InputError
 from core.images import EXTENSIONS, image_files, open_image
 from core.training.order import EpochOrder
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,17 @@ class ImageLoader(Shuffled):
             self.position = step + 1
             batch = {"image": scaled(image)}
             yield batch if self.labels is None else {**batch, "label": self.labels[own]}
+
+
+def in_order(pool: Executor, read: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
+    """``read(item)`` of each item in turn, begun while so many before it are not yet asked for."""
+    begun: deque[Future[Result]] = deque()
+    for item in items:
+        begun.append(pool.submit(read, item))
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
 
 
 def scaled(images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.images import EXTENSIONS, image_files
-from diffusion.data import DataConfig, ImageLoader, Shuffled, read_files, read_named
+from diffusion.data import DataConfig, ImageLoader, Shuffled, in_order, read_files, read_named
 
 INDEX = "index.json"
 
@@ -313,17 +313,13 @@ class LatentLoader(Shuffled):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         order, mirrored = self.drawn()
         labels = self.data.labels[order].to(self.device)
+
+        def read(step: int) -> Tensor:
+            return self.data.read(order[self.share(step)], mirrored[self.share(step)])
+
+        steps = range(self.position, len(self))
         with ThreadPoolExecutor(1) as reader:
-
-            def ahead(step: int) -> Future[Tensor]:
-                own = self.share(step)
-                return reader.submit(self.data.read, order[own], mirrored[own])
-
-            coming = ahead(self.position)
-            for step in range(self.position, len(self)):
-                moments = coming.result()
-                if step + 1 < len(self):
-                    coming = ahead(step + 1)
+            for step, moments in zip(steps, in_order(reader, read, steps, 1), strict=True):
                 self.position = step + 1
                 yield {"image": self._draw(moments, step), "label": labels[self.share(step)]}
 

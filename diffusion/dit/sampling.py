@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from core.errors import InputError
+from core.errors import InputError, first_line
 from diffusion.dit.convert import load_dit
 from diffusion.dit.gaussian import LinearSchedule, Sampler, ddim, ddpm, guided, spaced_times
 from diffusion.dit.model import DiT
@@ -140,3 +140,36 @@ def load_dit_student(folder: str | Path, device: torch.device | str = "cpu") -> 
     scale = said.get("latent_scale", LATENT_SCALE if not said and model.channels == 4 else None)
     model.to(device).eval().requires_grad_(False)
     return DiTStudent(folder, model, LinearSchedule().to(device), scale, said.get("step"))
+
+
+def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
+    """diffusers' ``AutoencoderKL`` in float32, evaluation mode, without gradients; ``config.scaling_factor`` is DiT's.
+
+    Args: a folder with ``config.json``, one of a pipeline with such a folder ``vae`` in it, or a name on the hub.
+    Raises: InputError where there is none, one without all weights, or one whose latents are shifted too.
+    """
+    from diffusers import AutoencoderKL
+    from diffusers.utils import logging
+
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        folder /= "vae"
+        if not (folder / "config.json").is_file():
+            raise InputError(f"no VAE in {name}: neither config.json nor vae/config.json is there")
+    if not folder.is_dir() and (folder.is_absolute() or folder.parts[:1] in ((".",), ("..",)) or len(folder.parts) > 2):
+        raise InputError(f"no VAE in {name}: the folder does not exist")
+    said, before = str(folder) if folder.is_dir() else str(name), logging.get_verbosity()
+    logging.set_verbosity_error()  # what it warns of is an error here
+    try:
+        vae, info = AutoencoderKL.from_pretrained(said, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"no AutoencoderKL in {name}: {first_line(error)}") from error
+    except TypeError as error:
+        raise InputError(f"no AutoencoderKL in {name}: its config.json is another kind of model's") from error
+    finally:
+        logging.set_verbosity(before)
+    if missing := info["missing_keys"]:
+        raise InputError(f"the VAE in {name} lacks weights: {missing[0]} ({len(missing)} in all)")
+    if vae.config.shift_factor:
+        raise InputError(f"the VAE {name} shifts its latents by {vae.config.shift_factor}: only a scale is known here")
+    return vae.float().to(device).eval().requires_grad_(False)

@@ -29,20 +29,11 @@ from core.errors import InputError
 from core.files import make_folder, save_json
 from core.training.command import DONE, parse, run_command
 from core.training.run import environment
+from diffusion import metrics
 from diffusion.data import DataConfig, load_images
 from diffusion.dit.data import LabelledConfig, load_labelled
 from diffusion.dit.sampling import load_dit_student
 from diffusion.files import need_packages, read_json
-from diffusion.metrics import (
-    Extractor,
-    InFolder,
-    InMemory,
-    Statistics,
-    features_of,
-    real_statistics,
-    scores,
-    scores_of,
-)  # fmt: skip
 from diffusion.sampling import gather_shares, load_student, own_share
 from diffusion.tools.runs import (
     DiTOptions,
@@ -119,8 +110,8 @@ def evaluate(options: Any, networks: Sequence[Path], state: Any) -> Results | No
         raise InputError(f"--samples {options.samples} are fewer than the {state.num_processes} processes")
     dit = dit_options(options, networks, state.device)
     with state.main_process_first():  # it downloads Inception, the others find it
-        features = features_of(options.features, options.inception)
-        extractor = Extractor(features, state.device, options.feature_batch_size)
+        features = metrics.features_of(options.features, options.inception)
+        extractor = metrics.Extractor(features, state.device, options.feature_batch_size)
     results = None
     if state.is_main_process:
         print(f"{features.distance} and {features.score} by {features.note or features.extractor}", flush=True)
@@ -138,11 +129,11 @@ def evaluate(options: Any, networks: Sequence[Path], state: Any) -> Results | No
         found = sampled_features(draw, options, extractor, folder)
         if results is not None:
             about |= {"images": options.samples, "sampling_seconds": time.perf_counter() - started}
-            results.add({**entry, **about, **scores_of(found, results.real, extractor, options.splits)})
+            results.add({**entry, **about, **metrics.scores_of(found, results.real, extractor, options.splits)})
     if results is not None and options.images is not None:
-        images = InFolder(options.images)
+        images = metrics.InFolder(options.images)
         about = {"network": options.images, "images": len(images)}
-        results.add({**about, **scores(images, results.real, extractor, options.splits)})
+        results.add({**about, **metrics.scores(images, results.real, extractor, options.splits)})
     return results
 
 
@@ -164,7 +155,7 @@ def prepare(
 
 
 def sampled_features(
-    draw: Callable[[Sequence[int]], Tensor], options: Any, extractor: Extractor, folder: str
+    draw: Callable[[Sequence[int]], Tensor], options: Any, extractor: metrics.Extractor, folder: str
 ) -> dict[str, Tensor]:
     """Features ``[samples, C]`` by layer, in all processes, each of which samples its share of the images."""
     own = own_share(options.samples)
@@ -175,23 +166,23 @@ def sampled_features(
         images = draw(indices)
         if options.save is not None:
             save_images(images, indices, Path(options.save) / folder)
-        parts.append(extractor(InMemory(images)))
+        parts.append(extractor(metrics.InMemory(images)))
     return {key: gather_shares(torch.cat([part[key] for part in parts]), options.samples) for key in parts[0]}
 
 
-def real_side(options: Any, extractor: Extractor) -> Statistics:
+def real_side(options: Any, extractor: metrics.Extractor) -> metrics.Statistics:
     """The statistics of the real images. Raises: InputError."""
     if options.real is not None:
-        return real_statistics(options.real, extractor, options.cache)
+        return metrics.real_statistics(options.real, extractor, options.cache)
     if not isinstance(options.data, LabelledConfig):
-        return real_statistics(load_images(options.data), extractor, options.cache)
+        return metrics.real_statistics(load_images(options.data), extractor, options.cache)
     if options.data.name == "latents":
         raise InputError(
             "latents hold no images to compare with: name the real side by --real, a folder of images or an .npz with "
             "mu and sigma, such as guided-diffusion's VIRTUAL_imagenet256_labeled.npz"
         )
     data: Any = load_labelled(options.data)
-    return real_statistics(data.pixels, extractor, options.cache)
+    return metrics.real_statistics(data.pixels, extractor, options.cache)
 
 
 class Results:
@@ -202,7 +193,7 @@ class Results:
     """
 
     def __init__(
-        self, options: Any, dit: DiTOptions | None, real: Statistics, extractor: Extractor, device: str
+        self, options: Any, dit: DiTOptions | None, real: metrics.Statistics, extractor: metrics.Extractor, device: str
     ) -> None:
         self.real = real
         out = options.out

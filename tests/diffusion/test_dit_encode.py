@@ -22,8 +22,9 @@ pytest.importorskip("diffusers")
 
 from core.errors import InputError
 from diffusion.dit.data import LabelledConfig, Latents, labelled_loader, load_labelled, read_index, shard_file
-from diffusion.dit.vae import load_vae, weights_hash
+from diffusion.dit.sampling import load_vae
 from diffusion.tools import encode_latents
+from diffusion.tools.encode_latents import weights_hash
 
 Shell = Callable[[Callable[[list[str]], int], list[str]], tuple[int, str, str]]
 SIZE = 16
