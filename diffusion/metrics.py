@@ -95,10 +95,6 @@ def _register(name: str, build: Any) -> None:
         def can_be_compiled() -> bool:
             return False
 
-        @staticmethod
-        def get_dummy_input_for_compile() -> Tensor:
-            return torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
             outputs = dict(zip(self.get_provided_features_list(), self.network(images), strict=True))
             return tuple(outputs[layer] for layer in self.features_list)
@@ -118,7 +114,7 @@ class Extractor:
         from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
         from torch_fidelity.utils import create_feature_extractor
 
-        self.features, self.batch_size, self.cuda = features, batch_size, torch.device(device).type == "cuda"
+        self.features, self.batch_size, self.device = features, batch_size, torch.device(device)
         layer = FEATURE_EXTRACTORS_REGISTRY[features.extractor].get_default_feature_layer_for_metric
         self.distance_layer, self.score_layer = layer("fid"), layer("isc")
         if features.extractor == INCEPTION and features.weights is not None:
@@ -130,7 +126,7 @@ class Extractor:
             self.module = create_feature_extractor(
                 features.extractor,
                 [self.distance_layer, self.score_layer],
-                cuda=self.cuda,
+                cuda=self.device.type == "cuda",
                 feature_extractor_weights_path=features.weights,
                 verbose=False,
             )
@@ -158,7 +154,8 @@ class Extractor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin.?memory.*")
             # True: no worker processes, which take longer to start than they save
-            return get_featuresdict_from_dataset(images, self.module, self.batch_size, self.cuda, True, False)
+            cuda = self.device.type == "cuda"
+            return get_featuresdict_from_dataset(images, self.module, self.batch_size, cuda, True, False)
 
 
 class InMemory(Dataset):

@@ -137,8 +137,7 @@ class ProgressiveDistiller(Denoiser):
         self.steps, self.stride = steps, schedule.timesteps // steps
         self.adm = adm
         self.classifier = classifier.requires_grad_(False) if classifier is not None else None
-        hooked = self.networks.items() if adm is not None and adm.form != "classifier" else ()
-        self._hooks = {role: InputHook(network) for role, network in hooked}
+        self._hooks = {role: InputHook(network) for role, network in self.networks.items()}
         self.train()
 
     def before_step(self, batch: Batch, progress: Progress) -> Batch:
@@ -146,40 +145,34 @@ class ProgressiveDistiller(Denoiser):
         k = torch.randint(1, self.steps + 1, (len(image),), device=image.device)
         return {**batch, "t": k * self.stride, "noise": torch.randn_like(image)}
 
+    def _see(self, role: str, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``see``, and the network's map ``[B, C', H, W]``."""
+        return self.see(role, z, t), self._hooks[role].take()
+
     @torch.no_grad()
-    def target(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    def target(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """y* ``[B, C, H, W]``, with which one DDIM step from z at t lands where two of the teacher's do; and F_t."""
         m, s = t - self.stride // 2, t - self.stride
-        x1 = self.see("teacher", z, t)
-        first = self._map("teacher")
-        x2 = self.see("teacher", self.schedule.ddim(x1, z, t, m), m)
-        second = self._map("teacher")
+        x1, first = self._see("teacher", z, t)
+        x2, second = self._see("teacher", self.schedule.ddim(x1, z, t, m), m)
         c = self.schedule.mix(t, m, s)
-        y = interpolate(c, x1, x2)
-        if self.adm is None or first is None or second is None:
-            return y, None
-        if self.adm.teacher_map == "target":
-            return y, interpolate(c, first, second)
-        return y, first if self.adm.teacher_map == "first" else second
-
-    def _map(self, role: str) -> Tensor | None:
-        return self._hooks[role].take() if self._hooks else None
+        if self.adm is not None and self.adm.teacher_map == "target":
+            return interpolate(c, x1, x2), interpolate(c, first, second)
+        return interpolate(c, x1, x2), second if self.adm is None or self.adm.teacher_map == "second" else first
 
     def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
         t = batch["t"]
         z = self.schedule.noisy(batch["image"], batch["noise"], t)
         y, map_teacher = self.target(z, t)
-        o = self.see("student", z, t)
+        o, map_student = self._see("student", z, t)
         w = self.schedule.weight(t, self.weighting)
         losses = {"mse": output_loss(o, y, o.new_ones((len(o), 1, 1, 1)), w)}
         if self.adm is None:
             return {"student": losses}, {}
         opened = self._gate(t)
-        map_student = self._map("student")
         if self.classifier is not None:
             loss, s = classifier_loss(o, y, self.classifier, opened, self.adm.control)
         else:
-            assert map_student is not None and map_teacher is not None
             s = similarity(map_student, map_teacher, self.adm.centre)
             a = consensus_attention(control(s, self.adm.control))
             loss = self._consensus(o, y, map_student, map_teacher, a, opened * w, t)

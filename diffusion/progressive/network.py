@@ -202,5 +202,7 @@ class InputHook:
         network.conv_out.register_forward_pre_hook(lambda module, inputs: self._seen.append(inputs[0]))
 
     def take(self) -> Tensor:
-        """The map of the forward since the last call."""
-        return self._seen.pop()
+        """The map of the last forward; no other is kept."""
+        last = self._seen[-1]
+        self._seen.clear()
+        return last

@@ -31,7 +31,7 @@ from diffusion.data import in_order, scaled
 from diffusion.dit.data import INDEX, ClassFiles, LatentIndex, class_files, open_shard, read_index, shard_file
 from diffusion.dit.sampling import load_vae
 from diffusion.files import need_packages
-from diffusion.tools.runs import add_device, check_counts, tool_parser
+from diffusion.tools import runs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(argv: Sequence[str] | None) -> Any:
     """The command line. Raises: InputError for anything wrong with it."""
-    parser = tool_parser("Latents of labelled images, of both the image and its mirror image, by a VAE.")
+    parser = runs.tool_parser("Latents of labelled images, of both the image and its mirror image, by a VAE.")
     add = parser.add_argument
     add("images", type=str, help="folder with a sub-folder for each class, or with such a folder train/ in it")
     add("--vae", type=str, default="stabilityai/sd-vae-ft-ema", help="AutoencoderKL: a folder, or a name on the hub")
@@ -62,9 +62,9 @@ def parse_options(argv: Sequence[str] | None) -> Any:
     add("--batch_size", type=int, default=32, help="images at once, in each process; their mirror images come on top")
     add("--shard_size", type=int, default=4096, help="images in a file; being cut off costs the file begun")
     add("--workers", type=int, default=4, help="threads that decode images, in each process")
-    add_device(parser)
+    runs.add_device(parser)
     options = parse(parser, argv)
-    check_counts(options, "image_size", "batch_size", "shard_size", "workers")
+    runs.check_counts(options, "image_size", "batch_size", "shard_size", "workers")
     if options.scale is not None and not 0 < options.scale < math.inf:
         raise InputError(f"--scale must be positive: {options.scale}")
     return options

@@ -35,18 +35,7 @@ from diffusion.dit.data import LabelledConfig, load_labelled
 from diffusion.dit.sampling import load_dit_student
 from diffusion.files import need_packages, read_json
 from diffusion.sampling import gather_shares, load_student, own_share
-from diffusion.tools.runs import (
-    DiTOptions,
-    add_sampling_options,
-    check_counts,
-    content_hash,
-    data_of,
-    dit_options,
-    find_students,
-    home,
-    is_dit,
-    tool_parser,
-)
+from diffusion.tools import runs
 
 CHUNK = 1024
 """About so many images in memory at once: 50,000 of 256 x 256 pixels would take 10 GB in each process."""
@@ -55,9 +44,9 @@ CHUNK = 1024
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
     options = parse_options(argv)
-    networks = find_students(options.networks, options.steps)
+    networks = runs.find_students(options.networks, options.steps)
     # Once more: which data options there are, and their defaults, depends on the networks.
-    options = parse_options(argv, data_of(Path(options.networks[0])) if networks else DataConfig())
+    options = parse_options(argv, runs.data_of(Path(options.networks[0])) if networks else DataConfig())
     need_packages("diffusers", "torch_fidelity")
     from accelerate import PartialState
 
@@ -76,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) -> Any:
     """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
-    parser = tool_parser("FID and IS of distilled diffusion models, by torch-fidelity.")
+    parser = runs.tool_parser("FID and IS of distilled diffusion models, by torch-fidelity.")
     add = parser.add_argument
-    add_sampling_options(parser, "*")
+    runs.add_sampling_options(parser, "*")
     add("--images", type=str, default=None, help="instead of networks, a folder of .png or .jpg images")
     add("--samples", type=int, default=50_000, help="images drawn from each network")
     add("--batch_size", type=int, default=256, help="images sampled at once by a process")
@@ -95,7 +84,7 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     options = parse(parser, argv)
     if bool(options.networks) == (options.images is not None):
         raise InputError("give run or network folders, or --images FOLDER")
-    check_counts(options, "samples", "batch_size", "feature_batch_size", "splits", "sampling_steps")
+    runs.check_counts(options, "samples", "batch_size", "feature_batch_size", "splits", "sampling_steps")
     return options
 
 
@@ -108,18 +97,18 @@ def evaluate(options: Any, networks: Sequence[Path], state: Any) -> Results | No
 
     if options.samples < state.num_processes:
         raise InputError(f"--samples {options.samples} are fewer than the {state.num_processes} processes")
-    dit = dit_options(options, networks, state.device)
+    dit = runs.dit_options(options, networks, state.device)
     with state.main_process_first():  # it downloads Inception, the others find it
         features = metrics.features_of(options.features, options.inception)
         extractor = metrics.Extractor(features, state.device, options.feature_batch_size)
     results = None
     if state.is_main_process:
         print(f"{features.distance} and {features.score} by {features.note or features.extractor}", flush=True)
-        results = Results(options, dit, real_side(options, extractor), extractor, str(state.device))
+        results = Results(options, dit, real_side(options, extractor), extractor)
     plan = [
-        {"network": str(network), "guidance": guidance, "sha256": content_hash(network)}
+        {"network": str(network), "guidance": guidance, "sha256": runs.content_hash(network)}
         for network in networks
-        for guidance in (dit.guidance if dit is not None and is_dit(network) else (None,))
+        for guidance in (dit.guidance if dit is not None and runs.is_dit(network) else (None,))
     ]
     # As the main process sees the file: by now it may have written the first row.
     missing: list[Any] = [None if results is None else results.missing(plan)]
@@ -138,7 +127,7 @@ def evaluate(options: Any, networks: Sequence[Path], state: Any) -> Results | No
 
 
 def prepare(
-    options: Any, entry: dict[str, Any], dit: DiTOptions | None, device: Any
+    options: Any, entry: dict[str, Any], dit: runs.DiTOptions | None, device: Any
 ) -> tuple[dict[str, Any], Callable[[Sequence[int]], Tensor], str]:
     """What a row says of its network, ``draw(indices) -> images``, and the name of the folder for them."""
     path, guidance = Path(entry["network"]), entry["guidance"]
@@ -193,37 +182,31 @@ class Results:
     """
 
     def __init__(
-        self, options: Any, dit: DiTOptions | None, real: metrics.Statistics, extractor: metrics.Extractor, device: str
+        self, options: Any, dit: runs.DiTOptions | None, real: metrics.Statistics, extractor: metrics.Extractor
     ) -> None:
         self.real = real
         out = options.out
         if out is None and len(options.networks) == 1:
-            out = home(options.networks[0]) / f"evaluation-{options.features.partition(':')[0]}.json"
+            out = runs.home(options.networks[0]) / f"evaluation-{options.features.partition(':')[0]}.json"
         self.file = None if out is None else Path(out)
         settings = {
             "features": {"name": options.features, **asdict(extractor.features), "sha256": extractor.identity},
             "real": {"source": options.real or asdict(options.data), "images": real.count},
-            "samples": options.samples,
-            "seed": options.seed,
-            "sampling_steps": options.sampling_steps,
-            "last_step": options.last_step,
+            **{name: getattr(options, name) for name in ("samples", "seed", "sampling_steps", "last_step", "splits")},
             "dit": None if dit is None else {**dit.settings, "vae": options.vae},
-            "splits": options.splits,
         }
-        self.report: dict[str, Any] = {**settings, "rows": [], "environment": environment(device)}
-        before, now = self._before(), json.loads(json.dumps(settings))
+        self.report: dict[str, Any] = {**settings, "rows": [], "environment": environment(str(extractor.device))}
+        try:
+            before = {} if self.file is None else read_json(self.file)
+        except InputError as error:
+            raise InputError(f"{self.file} is no JSON of results: name another --out, or delete it") from error
+        now = json.loads(json.dumps(settings))
         changed = [key for key in now if before and _setting(before, key) != _setting(now, key)]
         self.rename = bool(changed)
         if changed:
             print(f"{self.file} is of other settings ({changed[0]}): it becomes {self.file}.before", flush=True)
         elif before:
             self.report["rows"] = before["rows"]
-
-    def _before(self) -> dict[str, Any]:
-        try:
-            return {} if self.file is None else read_json(self.file)
-        except InputError as error:
-            raise InputError(f"{self.file} is no JSON of results: name another --out, or delete it") from error
 
     def missing(self, plan: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of ``{"network", "guidance", "sha256"}`` that have no row. Rows of what they were before go."""

@@ -25,17 +25,7 @@ from core.training.command import DONE, parse, run_command
 from diffusion.dit.sampling import load_dit_student
 from diffusion.files import need_packages
 from diffusion.sampling import denoise, initial_noise, load_student, to_uint8
-from diffusion.tools.runs import (
-    DiTOptions,
-    add_sampling_options,
-    check_counts,
-    device_of,
-    dit_options,
-    figures_folder,
-    find_students,
-    is_dit,
-    tool_parser,
-)
+from diffusion.tools import runs
 
 COLUMNS = 9
 """At most so many columns of a trajectory; of more steps some are left out."""
@@ -44,17 +34,17 @@ COLUMNS = 9
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
     options = parse_options(argv)
-    folders = find_students(options.networks, options.steps)
+    folders = runs.find_students(options.networks, options.steps)
     need_packages("diffusers")
-    device = device_of(options)
-    dit = dit_options(options, folders, device)
-    if dit is not None and not all(map(is_dit, folders)):
+    device = runs.device_of(options)
+    dit = runs.dit_options(options, folders, device)
+    if dit is not None and not all(map(runs.is_dit, folders)):
         raise InputError("these are DiTs and students of a chain: draw them one after the other")
     if dit is None and options.classes is not None:
         raise InputError("--classes counts only for DiTs, and there is none among the networks")
     if dit is not None and options.gif:
         raise InputError("--gif counts only for the students of a chain, not for DiTs")
-    out = figures_folder(options.out, options.networks[0])
+    out = runs.figures_folder(options.out, options.networks[0])
     if dit is not None:
         draw_classes(options, folders, dit, device, out)
         print(f"figures are in {out}")
@@ -86,20 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(argv: Sequence[str] | None) -> Any:
     """The command line. Raises: InputError for anything wrong with it."""
-    parser = tool_parser("Draws what distilled diffusion models sample.")
+    parser = runs.tool_parser("Draws what distilled diffusion models sample.")
     add = parser.add_argument
-    add_sampling_options(parser, "+")
+    runs.add_sampling_options(parser, "+")
     add("--classes", type=int, nargs="+", default=None, help="of DiTs: those of the rows; --rows of them unless given")
     add("--rows", type=int, default=6, help="of a grid; also the images whose trajectory is drawn")
     add("--columns", type=int, default=8, help="of a grid")
     add("--gif", type=bool, default=False, help="of a chain: write each trajectory as a GIF too, a frame a step")
     add("--out", type=str, default=None, help="folder of the figures; figures/ of the first run or round unless given")
     options = parse(parser, argv)
-    check_counts(options, "rows", "columns", "sampling_steps")
+    runs.check_counts(options, "rows", "columns", "sampling_steps")
     return options
 
 
-def draw_classes(options: Any, folders: Sequence[Path], dit: DiTOptions, device: str, out: Path) -> None:
+def draw_classes(options: Any, folders: Sequence[Path], dit: runs.DiTOptions, device: str, out: Path) -> None:
     """A grid for each DiT and guidance: a row a class, and in it the images of ``columns`` indices."""
     from PIL import Image
 
