@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ def read_json(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"cannot read {file}: {first_line(error)}") from error
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Says in a line what diffusers finds wrong with a folder. Raises: InputError, beginning with ``what``."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{what}: {first_line(error)}") from error
 
 
 def save_pipeline(

@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from core.errors import InputError, TrainingError, first_line
-from diffusion.files import read_json
+from core.errors import InputError, TrainingError
+from diffusion.files import read_json, reading
 from diffusion.schedule import CosineSchedule, Prediction
 
 Noise = TypeVar("Noise")
@@ -217,7 +217,5 @@ def read_unet(folder: str | Path, name: str, **options: Any) -> Any:
     """diffusers' ``UNet2DModel`` of a folder. Raises: InputError where there is none, calling it ``name``."""
     from diffusers import UNet2DModel
 
-    try:
+    with reading(f"cannot read the network of {name}"):
         return UNet2DModel.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot read the network of {name}: {first_line(error)}") from error

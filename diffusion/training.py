@@ -79,7 +79,7 @@ class DiffusionDistiller(Distiller):
     Averages of weights have a constant decay from the first step (``follow``), unlike torch's ``AveragedModel``.
     """
 
-    def __init__(self, lr: float, weight_decay: float, ema: float = 0.0) -> None:
+    def __init__(self, lr: float = 1e-4, weight_decay: float = 0.0, ema: float = 0.9999) -> None:
         super().__init__()
         self.lr, self.weight_decay, self.ema = lr, weight_decay, ema
 

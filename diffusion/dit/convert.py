@@ -21,7 +21,7 @@ from core.errors import InputError, first_line
 from core.training.checkpoint import numbered
 from core.weights import read_metadata, read_state_dict
 from diffusion.dit.model import PATCHES, SIZES, DiT, DiTConfig, sincos_table
-from diffusion.files import read_json, save_pipeline
+from diffusion.files import read_json, reading, save_pipeline
 
 # ours -> diffusers'; several where ours is their concatenation
 LAYERS = {
@@ -160,13 +160,11 @@ def load_dit_pipeline(folder: str | Path, vae: Any = None) -> Any:
         vae = folder / "vae"
     if vae is None and not pixels:
         raise InputError(f"{folder} samples latents: name the VAE that decodes them, a folder or a hub name")
-    try:
+    with reading(f"cannot open a DiTPipeline of {folder}"):
         network = DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer", norm_eps=1e-6)
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
         if isinstance(vae, str | Path):
             vae = AutoencoderKL.from_pretrained(vae)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot open a DiTPipeline of {folder}: {first_line(error)}") from error
     said: Any = network.config
     if not pixels:
         _check_vae(vae, folder, said.in_channels, about.get("latent_scale"))
@@ -252,10 +250,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], int]:
         raise InputError(
             f"{folder} holds a {kind} with {activation}, not a DiTTransformer2DModel with gelu-approximate"
         )
-    try:
+    with reading(f"cannot read the network of {folder}"):
         network: Any = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot read the network of {folder}: {first_line(error)}") from error
     theirs = network.state_dict()
     state = {}
     for ours, names, joined in _names(len(network.transformer_blocks)):

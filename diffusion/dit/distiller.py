@@ -95,9 +95,8 @@ class DiTDistiller(DiffusionDistiller):
     mean squared difference of the two maps, both detached, at every step. None of them sends another a gradient.
 
     Args: the networks, whose inputs and classes are alike; whether the teacher learns; ADM's options or None;
-        label_dropout: share of labels that are replaced by the null label, for both networks alike; ema: constant decay
-        of the moving average of each learning network, which lives in ``averages``; learning rate and weight decay of
-        AdamW.
+        label_dropout: share of labels that are replaced by the null label, for both networks alike; as options ema,
+        the decay of the moving average of each learning network, which lives in ``averages``, lr and weight_decay.
     """
 
     def __init__(
@@ -109,11 +108,9 @@ class DiTDistiller(DiffusionDistiller):
         distill: DistillConfig | None = None,
         adm: ADMConfig | None = None,
         label_dropout: float = 0.1,
-        ema: float = 0.9999,
-        lr: float = 1e-4,
-        weight_decay: float = 0.0,
+        **options: float,
     ) -> None:
-        super().__init__(lr, weight_decay, ema)
+        super().__init__(**options)
         self.schedule = LinearSchedule()
         self.distill, self.adm, self.online = distill or DistillConfig(), adm, online
         self.label_dropout = label_dropout

@@ -23,7 +23,7 @@ from core.training.seed import seed_everything
 from core.training.task import dry_run, exit_code, open_run
 from diffusion.consensus import load_classifier
 from diffusion.data import ImageLoader, load_images
-from diffusion.progressive.config import MAY_CHANGE, ProgressiveConfig
+from diffusion.progressive.config import MAY_CHANGE, BaseConfig, ProgressiveConfig, RoundsConfig
 from diffusion.progressive.distiller import BaseDistiller, Denoiser, ProgressiveDistiller
 from diffusion.progressive.network import (
     build_unet,
@@ -125,32 +125,21 @@ def base_distiller(config: ProgressiveConfig, images: Tensor) -> BaseDistiller:
         network = build_unet(config.network, channels, size)
     else:
         network = load_start(config.init, config.network, channels, size)
-    return BaseDistiller(
-        network,
-        CosineSchedule(config.timesteps),
-        config.base.ema,
-        prediction=config.predict,
-        weighting=config.weight,
-        lr=config.base.lr,
-        weight_decay=config.base.weight_decay,
-    )
+    schedule = CosineSchedule(config.timesteps)
+    return BaseDistiller(network, schedule, config.base.ema, **_options(config, config.base))
 
 
 def round_distiller(config: ProgressiveConfig, teacher: Student, steps: int) -> ProgressiveDistiller:
     """The round of the student that samples in ``steps``, before its first step: the student is its teacher's copy."""
-    adm = config.adm_of(steps)
-    return ProgressiveDistiller(
-        teacher.model,
-        copy_without_dropout(teacher.model),
-        CosineSchedule(config.timesteps),
-        steps,
-        adm,
-        load_classifier(adm.classifier) if adm is not None and adm.classifier is not None else None,
-        prediction=config.predict,
-        weighting=config.weight,
-        lr=config.rounds.lr,
-        weight_decay=config.rounds.weight_decay,
-    )
+    adm, student = config.adm_of(steps), copy_without_dropout(teacher.model)
+    classifier = load_classifier(adm.classifier) if adm is not None and adm.classifier is not None else None
+    schedule, options = CosineSchedule(config.timesteps), _options(config, config.rounds)
+    return ProgressiveDistiller(teacher.model, student, schedule, steps, adm, classifier, **options)
+
+
+def _options(config: ProgressiveConfig, part: BaseConfig | RoundsConfig) -> dict[str, Any]:
+    rates = {"lr": part.lr, "weight_decay": part.weight_decay}
+    return {"prediction": config.predict, "weighting": config.weight, **rates}
 
 
 def _round(
