@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -43,10 +44,11 @@ CHUNK = 1024
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
-    options = parse_options(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = parse_options(words, DataConfig() if {"-h", "--help"} & set(words) else None)
     networks = runs.find_students(options.networks, options.steps)
     # Once more: which data options there are, and their defaults, depends on the networks.
-    options = parse_options(argv, runs.data_of(Path(options.networks[0])) if networks else DataConfig())
+    options = parse_options(words, runs.data_of(Path(options.networks[0])) if networks else DataConfig())
     need_packages("diffusers", "torch_fidelity")
     from accelerate import PartialState
 
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) -> Any:
+def parse_options(argv: Sequence[str], data: DataConfig | None = None) -> Any:
     """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
     parser = runs.tool_parser("FID and IS of distilled diffusion models, by torch-fidelity.")
     add = parser.add_argument
