@@ -327,9 +327,7 @@ def scores(
     images: Tensor | str | Path | Images, real: Statistics, extractor: Extractor, splits: int = 10
 ) -> dict[str, float]:
     """``scores_of`` of images in memory or in a folder. Raises: InputError as ``scores_of``."""
-    images = as_images(images)
-    check_splits(len(images), extractor, splits)
-    return scores_of(extractor(images), real, extractor, splits)
+    return scores_of(extractor(as_images(images)), real, extractor, splits)
 
 
 def scores_of(
@@ -343,10 +341,10 @@ def scores_of(
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
-    features = found[extractor.distance_layer]
-    check_splits(len(features), extractor, splits)
+    features, names = found[extractor.distance_layer], extractor.features
+    if len(features) < splits:
+        raise InputError(f"{len(features)} images cannot be cut into the {splits} splits of {names.score}")
     ours = statistics(features, "the samples")
-    names = extractor.features
     for s, what in ((ours, "samples"), (real, "real images")):
         if s.count is not None and s.count <= features.shape[1]:  # the covariance is singular
             usual = " (FID is given for 50,000)" if names.distance == "FID" else ""
@@ -362,9 +360,3 @@ def scores_of(
         names.score: score[KEY_METRIC_ISC_MEAN],
         f"{names.score} std": score[KEY_METRIC_ISC_STD],
     }
-
-
-def check_splits(count: int, extractor: Extractor, splits: int) -> None:
-    """Raises: InputError for fewer images than splits."""
-    if count < splits:
-        raise InputError(f"{count} images cannot be cut into the {splits} splits of {extractor.features.score}")

@@ -9,6 +9,7 @@ batch size changes an image by more than the last bits of a convolution, at most
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +108,8 @@ def sample(
     """
 
     def draw(noise: Tensor, some: slice) -> Tensor:
-        *_, z = denoise(model, schedule, prediction, steps, noise.to(device, non_blocking=True), last_step)
-        return z
+        z = noise.to(device, non_blocking=True)
+        return deque(denoise(model, schedule, prediction, steps, z, last_step), maxlen=1).pop()
 
     return in_batches(indices, batch_size, lambda some: initial_noise(seed, indices[some], shape), draw)
 
@@ -183,10 +184,9 @@ class Student:
 
     def sample(self, indices: Sequence[int], seed: int, **options: Any) -> Tensor:
         """``sample`` with this network and its step count (another one by ``steps=``)."""
-        steps = options.pop("steps", self.steps)
-        device = next(self.model.parameters()).device
+        options = {"steps": self.steps, "device": next(self.model.parameters()).device, **options}
         return sample(
-            self.model, self.schedule, self.prediction, steps, indices, seed, self.shape, device=device, **options
+            self.model, self.schedule, self.prediction, indices=indices, seed=seed, shape=self.shape, **options
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +91,10 @@ class DiTStudent:
 
             z = noise().to(y.device)
             if sampler == "ddpm":
-                *_, z = ddpm(predict, self.schedule, times, z, noise)
+                states = ddpm(predict, self.schedule, times, z, noise)
             else:
-                *_, z = ddim(predict, self.schedule, times, z)
-            return self.decode(z, vae)
+                states = ddim(predict, self.schedule, times, z)
+            return self.decode(deque(states, maxlen=1).pop(), vae)
 
         def noise_of(some: slice) -> ImageNoise:
             return ImageNoise(seed, indices[some], self.shape)
