@@ -104,7 +104,13 @@ def load_teacher(folder: Path) -> Student:
         raise InputError(f"--teacher {folder} holds no network (no config.json): name a diffusers folder of a U-Net")
     if (folder / "adm.json").is_file():
         return load_student(folder)
-    said = _scheduler_config(folder)
+    files = (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json")
+    said = next((read_json(file) for file in files if file.is_file()), None)
+    if said is None:
+        raise InputError(
+            f"--teacher {folder} says neither what it predicts nor on which schedule (no adm.json, no "
+            "scheduler_config.json): a teacher predicts x or v on our cosine schedule; it may serve as --init"
+        )
     prediction, betas = said.get("prediction_type", "epsilon"), said.get("trained_betas")
     name = f"{len(betas)} betas of its own" if betas else f"{said.get('beta_schedule', 'linear')!r}"
     known = {theirs: ours for ours, theirs in DIFFUSERS_NAMES.items()}
@@ -118,16 +124,6 @@ def load_teacher(folder: Path) -> Student:
         )
     model = read_unet(folder, f"--teacher {folder}").eval().requires_grad_(False)
     return Student(folder, model, CosineSchedule(timesteps), known[prediction], timesteps)
-
-
-def _scheduler_config(folder: Path) -> dict[str, Any]:
-    for file in (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json"):
-        if file.is_file():
-            return read_json(file)
-    raise InputError(
-        f"--teacher {folder} says neither what it predicts nor on which schedule (no adm.json, no "
-        "scheduler_config.json): a teacher predicts x or v on our cosine schedule; it may serve as --init"
-    )
 
 
 def check_network(network: Any, name: str, channels: int, size: int, config: UNetConfig | None = None) -> None:
