@@ -23,7 +23,7 @@ from core.adm import Control, consensus_attention, control, spatial_similarity
 from core.distillation import full_precision, kd_loss
 from core.errors import InputError, require_not_negative
 from core.network import Network, Split
-from diffusion.proxies import load_resnet
+from diffusion.proxies import load_resnet, resnet_depth
 
 Form = Literal["output", "head", "feature", "classifier"]
 Head = Callable[[Tensor], Tensor]
@@ -131,13 +131,10 @@ def load_classifier(name: str) -> Split:
     Raises: InputError for another name, or a missing or unfitting file.
     """
     kind, _, file = name.partition(":")
-    depth = int(kind.removeprefix("resnet")) if kind.removeprefix("resnet").isdigit() else 0
-    if not kind.startswith("resnet") or not file or depth < 8 or (depth - 2) % 6:
+    if not file or not resnet_depth(kind):
         raise InputError(f"unknown adm.classifier {name!r}: a CIFAR ResNet and its file, as resnet56:FILE")
-    network = load_resnet(depth, file).eval().requires_grad_(False)
-    return Split(
-        lambda x: network.forward_features(127.5 * x + 127.5), lambda m: network.linear(m.mean((2, 3))), network
-    )
+    network = load_resnet(resnet_depth(kind), file).eval().requires_grad_(False)
+    return Split(lambda x: network.forward_features(127.5 * x + 127.5), network.network.forward_head, network)
 
 
 def _mean(error: Tensor, factor: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from torch import Tensor
 from core.errors import InputError
 from core.images import EXTENSIONS, image_files, open_image
 from core.training.order import EpochOrder
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -50,19 +55,15 @@ class DataConfig:
 
 def load_images(config: DataConfig) -> Tensor:
     """All images of a set, uint8 ``[N, C, H, W]``. Raises: InputError where there are none, naming file or folder."""
-    if config.name == "folder":
-        return _folder(config)[: config.limit].contiguous()
-    return read_named(config.name, config.root, config.download)[0][: config.limit].contiguous()
-
-
-def _folder(config: DataConfig) -> Tensor:
+    if config.name != "folder":
+        return read_named(config.name, config.root, config.download)[0][: config.limit].contiguous()
     root = Path(config.root)
     if not root.is_dir():
         raise InputError(f"data folder {root} does not exist: set --data.root")
     files = [root / file for file in sorted(map(Path, image_files(root)))[: config.limit]]
     if not files:
         raise InputError(f"no image ({', '.join(EXTENSIONS)}) in {root} or below it")
-    return read_files(files, config.image_size)
+    return read_files(files, config.image_size).contiguous()
 
 
 def read_named(name: str, root: str, download: bool) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -113,22 +114,18 @@ def _decode(file: Path, size: int | None) -> Any:
 
 
 class Shuffled(EpochOrder):
-    """The order of a loader's batches and flips, and where it stands in it. The short last batch is left out.
+    """The order of a loader's batches and flips, both from (seed, epoch). The short last batch is left out.
 
-    Order and flips come from (seed, epoch) alone: a batch does not depend on the number of processes, of which each
-    takes every ``world``-th image, and stopping loses nothing.
-
-    Args: how many images there are; images of a step over all processes; whether half of them are mirrored; the seed;
-        this process and how many there are.
+    Args: how many images there are; the rest as ``EpochOrder``; whether half of the images are mirrored.
     Raises: InputError where the batch is larger than the set, or cannot be shared out.
     """
 
-    def __init__(self, count: int, batch_size: int, *, flip: bool, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, count: int, batch_size: int, *, flip: bool, world: int = 1, **order: int) -> None:
         if batch_size < 1 or batch_size % world:
             raise InputError(f"batch_size {batch_size} cannot be shared by {world} process(es)")
         if count < batch_size:
             raise InputError(f"{count} images are fewer than one batch of {batch_size}: lower --batch_size")
-        super().__init__(count, batch_size, seed=seed, rank=rank, world=world)
+        super().__init__(count, batch_size, world=world, **order)
         self.flip = flip
 
     def drawn(self) -> tuple[Tensor, Tensor]:
@@ -140,37 +137,48 @@ class Shuffled(EpochOrder):
         generator = self.generator(self.epoch)
         return self.shuffled(generator), torch.rand(self.size, generator=generator) < (0.5 if self.flip else 0.0)
 
-    def pixels(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of the current epoch of images uint8 ``[N, C, H, W]``: indices int64 ``[B]``, batches in [-1, 1]."""
-        order, mirrored = (values.to(images.device) for values in self.drawn())
-        for step in range(self.position, len(self)):
-            own = self.share(step)
-            batch = images[order[own]]
-            if self.flip:
-                batch = mirror(batch, mirrored[own])
-            self.position = step + 1
-            yield order[own], scaled(batch)
-
 
 class ImageLoader(Shuffled):
     """Shuffled batches ``{"image": float32 [B, C, H, W] in [-1, 1]}``; iterating yields the rest of the current epoch.
 
-    Args: images uint8 ``[N, C, H, W]``; where the set lies and the batches end up; the rest as ``Shuffled``.
+    Args: images uint8 ``[N, C, H, W]``; labels int64 ``[N]``, which batches then have too, as "label" ``[B]``; where
+        the set lies and the batches end up; the rest as ``Shuffled``.
     Raises: InputError as ``Shuffled``.
     """
 
-    def __init__(self, images: Tensor, batch_size: int, *, device: torch.device | str = "cpu", **order: Any) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        batch_size: int,
+        labels: Tensor | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        **order: Any,
+    ) -> None:
         super().__init__(len(images), batch_size, **order)
-        self.images = images.to(device)
+        self.images, self.labels = images.to(device), None if labels is None else labels.to(device)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for _, images in self.pixels(self.images):
-            yield {"image": images}
+        order, mirrored = (values.to(self.images.device) for values in self.drawn())
+        for step in range(self.position, len(self)):
+            own = order[self.share(step)]
+            image = self.images[own]
+            if self.flip:
+                image = torch.where(mirrored[self.share(step)].view(-1, 1, 1, 1), image.flip(3), image)
+            self.position = step + 1
+            batch = {"image": scaled(image)}
+            yield batch if self.labels is None else {**batch, "label": self.labels[own]}
 
 
-def mirror(images: Tensor, which: Tensor) -> Tensor:
-    """``[B, C, H, W]`` with the images of ``which``, bool ``[B]``, mirrored."""
-    return torch.where(which.view(-1, 1, 1, 1), images.flip(3), images)
+def in_order(pool: Executor, read: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
+    """``read(item)`` of each item in turn, begun while so many before it are not yet asked for."""
+    begun: deque[Future[Result]] = deque()
+    for item in items:
+        begun.append(pool.submit(read, item))
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
 
 
 def scaled(images: Tensor) -> Tensor:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from core.errors import InputError, first_line
+from core.files import write_atomically
 from core.training.command import missing_extra
 
 
@@ -19,6 +22,34 @@ def read_json(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"cannot read {file}: {first_line(error)}") from error
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Says in a line what diffusers finds wrong with a folder. Raises: InputError, beginning with ``what``."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{what}: {first_line(error)}") from error
+
+
+def save_pipeline(
+    folder: Path, network: Any, place: str, scheduler: Mapping[str, Any], index: Mapping[str, Any], about: Any
+) -> None:
+    """Writes a folder of diffusers' pipelines and our ``adm.json``, whole or not at all.
+
+    Args: ``place``: the network's folder in it; what scheduler_config.json, model_index.json and adm.json say.
+    Raises: TrainingError where the disk is full.
+    """
+
+    def write(temporary: Path) -> None:
+        network.save_pretrained(temporary / place)
+        (temporary / "scheduler").mkdir()
+        files = {"scheduler/scheduler_config.json": scheduler, "model_index.json": index, "adm.json": about}
+        for name, content in files.items():
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+
+    write_atomically(folder, write)
 
 
 def need_packages(*names: str) -> None:

@@ -63,8 +63,7 @@ def features_of(name: str, inception: str | Path | None = None) -> Features:
         accuracy = proxies.train_digits()[1]
         note = f"a small digits classifier, accuracy {accuracy:.1f} % on held-out digits"
         return Features("adm-digits", None, "FD-digits", "CS-digits", note)
-    depth = int(kind.removeprefix("resnet")) if kind.removeprefix("resnet").isdigit() else 0
-    if kind.startswith("resnet") and depth > 2 and (depth - 2) % 6 == 0:
+    if depth := proxies.resnet_depth(kind):
         if not file:
             raise InputError(f"--features {kind} needs its weight file: {kind}:FILE")
         proxies.load_resnet(depth, file)  # says what is wrong with it
@@ -96,10 +95,6 @@ def _register(name: str, build: Any) -> None:
         def can_be_compiled() -> bool:
             return False
 
-        @staticmethod
-        def get_dummy_input_for_compile() -> Tensor:
-            return torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-
         def forward(self, images: Tensor) -> tuple[Tensor, ...]:
             outputs = dict(zip(self.get_provided_features_list(), self.network(images), strict=True))
             return tuple(outputs[layer] for layer in self.features_list)
@@ -119,16 +114,19 @@ class Extractor:
         from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
         from torch_fidelity.utils import create_feature_extractor
 
-        self.features, self.batch_size, self.cuda = features, batch_size, torch.device(device).type == "cuda"
+        self.features, self.batch_size, self.device = features, batch_size, torch.device(device)
         layer = FEATURE_EXTRACTORS_REGISTRY[features.extractor].get_default_feature_layer_for_metric
         self.distance_layer, self.score_layer = layer("fid"), layer("isc")
-        if features.extractor == INCEPTION:
-            _check_inception(features.weights)
+        if features.extractor == INCEPTION and features.weights is not None:
+            try:
+                read_torch(features.weights)  # as data: torch-fidelity unpickles whatever is in it
+            except InputError as error:
+                raise InputError(f"{features.weights} is not {INCEPTION_FILE} of {INCEPTION_URL}: {error}") from error
         try:
             self.module = create_feature_extractor(
                 features.extractor,
                 [self.distance_layer, self.score_layer],
-                cuda=self.cuda,
+                cuda=self.device.type == "cuda",
                 feature_extractor_weights_path=features.weights,
                 verbose=False,
             )
@@ -156,17 +154,8 @@ class Extractor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin.?memory.*")
             # True: no worker processes, which take longer to start than they save
-            return get_featuresdict_from_dataset(images, self.module, self.batch_size, self.cuda, True, False)
-
-
-def _check_inception(file: str | None) -> None:
-    """torch-fidelity unpickles whatever the file holds: read it as data first, so that nothing in it can run."""
-    if file is None:
-        return
-    try:
-        read_torch(file)
-    except InputError as error:
-        raise InputError(f"{file} is not {INCEPTION_FILE} of {INCEPTION_URL}: {error}") from error
+            cuda = self.device.type == "cuda"
+            return get_featuresdict_from_dataset(images, self.module, self.batch_size, cuda, True, False)
 
 
 class InMemory(Dataset):
@@ -283,11 +272,6 @@ def read_statistics(file: str | Path) -> Statistics:
     return Statistics(mu, sigma, count, str(file))
 
 
-def default_cache() -> Path:
-    """Beside torch-fidelity's own caches."""
-    return Path(torch.hub.get_dir()).parent / "adm_statistics"
-
-
 def real_statistics(
     source: Tensor | str | Path | Images, extractor: Extractor, cache: str | Path | None = None
 ) -> Statistics:
@@ -305,7 +289,8 @@ def real_statistics(
     digest = hashlib.sha256(extractor.identity.encode())
     for part in images.content():
         digest.update(hashlib.sha256(part).digest())
-    cache = Path(cache) if cache is not None else default_cache()
+    # Unless given, beside torch-fidelity's own caches.
+    cache = Path(torch.hub.get_dir()).parent / "adm_statistics" if cache is None else Path(cache)
     file = cache / f"{extractor.features.extractor}-{digest.hexdigest()[:32]}.npz"
     if file.is_file():
         return read_statistics(file)
@@ -332,9 +317,8 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
             f"{first.source} has statistics of {first.mu.shape[0]} features, {second.source} of {second.mu.shape[0]}: "
             "they come from other extractors"
         )
-    same = first.mu.dtype == second.mu.dtype and first.sigma.dtype == second.sigma.dtype
     pair = [{"mu": s.mu, "sigma": s.sigma} for s in (first, second)]
-    if not same:  # a file of the web in float64
+    if first.mu.dtype != second.mu.dtype or first.sigma.dtype != second.sigma.dtype:  # a file of the web in float64
         pair = [{key: values.astype("float64") for key, values in one.items()} for one in pair]
     return fid_statistics_to_metric(*pair, False)[KEY_METRIC_FID]
 
@@ -343,9 +327,7 @@ def scores(
     images: Tensor | str | Path | Images, real: Statistics, extractor: Extractor, splits: int = 10
 ) -> dict[str, float]:
     """``scores_of`` of images in memory or in a folder. Raises: InputError as ``scores_of``."""
-    images = as_images(images)
-    check_splits(len(images), extractor, splits)
-    return scores_of(extractor(images), real, extractor, splits)
+    return scores_of(extractor(as_images(images)), real, extractor, splits)
 
 
 def scores_of(
@@ -359,33 +341,22 @@ def scores_of(
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
-    features = found[extractor.distance_layer]
-    check_splits(len(features), extractor, splits)
+    features, names = found[extractor.distance_layer], extractor.features
+    if len(features) < splits:
+        raise InputError(f"{len(features)} images cannot be cut into the {splits} splits of {names.score}")
     ours = statistics(features, "the samples")
     for s, what in ((ours, "samples"), (real, "real images")):
-        if s.count is not None:
-            warn_if_few(s.count, features.shape[1], extractor.features.distance, what)
+        if s.count is not None and s.count <= features.shape[1]:  # the covariance is singular
+            usual = " (FID is given for 50,000)" if names.distance == "FID" else ""
+            warnings.warn(
+                f"{names.distance} of {s.count:,} {what} with {features.shape[1]:,} features: their covariance has "
+                f"rank {s.count - 1:,} at most and the distance is far too large; take at least "
+                f"{features.shape[1] + 1:,}{usual}",
+                stacklevel=2,
+            )
     score = isc_features_to_metric(found[extractor.score_layer], splits)
-    names = extractor.features
     return {
         names.distance: frechet_distance(ours, real),
         names.score: score[KEY_METRIC_ISC_MEAN],
         f"{names.score} std": score[KEY_METRIC_ISC_STD],
     }
-
-
-def check_splits(count: int, extractor: Extractor, splits: int) -> None:
-    """Raises: InputError for fewer images than splits."""
-    if count < splits:
-        raise InputError(f"{count} images cannot be cut into the {splits} splits of {extractor.features.score}")
-
-
-def warn_if_few(count: int, features: int, distance: str, what: str) -> None:
-    """A covariance of ``features`` dimensions from no more images than that is singular, and the distance too large."""
-    if count <= features:
-        usual = " (FID is given for 50,000)" if distance == "FID" else ""
-        warnings.warn(
-            f"{distance} of {count:,} {what} with {features:,} features: their covariance has rank {count - 1:,} "
-            f"at most and the distance is far too large; take at least {features + 1:,}{usual}",
-            stacklevel=3,
-        )

@@ -13,39 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from classification.networks.published import load_published
+from classification.networks.resnet import ResNet
 from core.errors import InputError
 from core.weights import read_state_dict
 from diffusion.data import read_named
 
-WIDTHS = (16, 32, 64)
-
-
-class _Block(nn.Module):
-    """Two 3x3 convolutions; the shortcut takes every second pixel and pads the channels (option A)."""
-
-    def __init__(self, in_channels: int, channels: int) -> None:
-        super().__init__()
-        self.stride, self.added = (1, 0) if in_channels == channels else (2, channels - in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, self.stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(
-            y + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added // 2, self.added // 2))
-        )
-
-
-def _stage(in_channels: int, channels: int, count: int) -> nn.Sequential:
-    return nn.Sequential(_Block(in_channels, channels), *(_Block(channels, channels) for _ in range(count - 1)))
-
 
 class CifarResNet(nn.Module):
-    """ResNet of 6n+2 layers for 32x32 images (He et al. 2016, section 4.2), in the keys of akamaster's files.
+    """uint8 ``[B, 3, H, W]`` -> (features ``[B, 64]``, logits ``[B, 10]``); ImageNet's mean and std, as akamaster used.
 
-    uint8 ``[B, 3, H, W]`` -> (features ``[B, 64]``, logits ``[B, 10]``); ImageNet's mean and std, as its authors used.
+    A CIFAR ResNet of 6n+2 layers (He et al. 2016, section 4.2) with parameter-free shortcuts.
     """
 
     features = 64
@@ -54,24 +32,24 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int, classes: int = 10) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
-        count = (depth - 2) // 6
-        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], count)
-        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], count)
-        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], count)
-        self.linear = nn.Linear(WIDTHS[-1], classes)
+        self.network = ResNet(classes, preact=False, blocks=3 * [(depth - 2) // 6], shortcut="A")
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(-1, 1, 1), persistent=False)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """0..255 ``[B, 3, H, W]`` -> the last map ``[B, 64, H / 4, W / 4]``."""
-        x = F.relu(self.bn1(self.conv1((images / 255.0 - self.mean) / self.std)))
-        return self.layer3(self.layer2(self.layer1(x)))
+        return self.network.forward_features((images / 255.0 - self.mean) / self.std)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = self.forward_features(images).mean(dim=(-2, -1))
-        return pooled, self.linear(pooled)
+        pooled = self.network.forward_head(self.forward_features(images), pre_logits=True)
+        return pooled, self.network.fc(pooled)
+
+
+def resnet_depth(name: str) -> int:
+    """56 for "resnet56"; 0 for what names no CIFAR ResNet."""
+    number = name.removeprefix("resnet")
+    depth = int(number) if number != name and number.isdigit() else 0
+    return depth if depth > 2 and depth % 6 == 2 else 0
 
 
 def load_resnet(depth: int, file: str | Path) -> CifarResNet:
@@ -83,11 +61,10 @@ def load_resnet(depth: int, file: str | Path) -> CifarResNet:
         )
     try:
         state = read_state_dict(file)
-        network = CifarResNet(depth, len(state["linear.bias"]))
-        network.load_state_dict(state)
-    except (RuntimeError, KeyError, InputError) as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise InputError(f"{file} does not hold a CIFAR ResNet-{depth}: {reason}") from error
+        network = CifarResNet(depth, len(state.get("linear.bias", ())) or 10)
+        load_published(network.network, file)
+    except InputError as error:
+        raise InputError(f"{file} does not hold a CIFAR ResNet-{depth}: {error}") from error
     return network
 
 

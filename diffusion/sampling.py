@@ -9,18 +9,20 @@ batch size changes an image by more than the last bits of a convolution, at most
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from core.errors import InputError, TrainingError, first_line
-from diffusion.files import read_json
+from core.errors import InputError, TrainingError
+from diffusion.files import read_json, reading
 from diffusion.schedule import CosineSchedule, Prediction
 
+Noise = TypeVar("Noise")
 LastStep = Literal["noisy", "clean"]
 """noisy: the last step lands on index 0, whose noise is 0.8 grey levels (CFD). clean: it returns x (Salimans & Ho)."""
 
@@ -32,12 +34,27 @@ def image_seed(seed: int, index: int) -> int:
     return (seed * 1_000_003 + index) % 2**32
 
 
+class ImageNoise:
+    """N(0, 1) for images of given indices, each from a generator of its own that (seed, index) alone determine.
+
+    Every call is the next draw, float32 ``[len(indices), *shape]`` on the CPU: the first is where sampling starts, the
+    k-th after it is that of the k-th sampling step.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(image_seed(seed, index)) for index in indices]
+        self.shape = tuple(shape)
+
+    def __call__(self) -> Tensor:
+        noise = torch.empty(len(self.generators), *self.shape)
+        for one, generator in zip(noise, self.generators, strict=True):
+            one.normal_(generator=generator)
+        return noise
+
+
 def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """N(0, 1) for each index, float32 ``[len(indices), *shape]`` on the CPU; depends on (seed, index) alone."""
-    noise, generator = torch.empty(len(indices), *shape), torch.Generator()
-    for one, index in zip(noise, indices, strict=True):
-        one.normal_(generator=generator.manual_seed(image_seed(seed, index)))
-    return noise
+    """The first draw of ``ImageNoise``."""
+    return ImageNoise(seed, indices, shape)()
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -45,22 +62,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return (127.5 * images + 128.0).clamp(0.0, 255.0).to(torch.uint8)
 
 
-class Step(NamedTuple):
-    """One step of the sampler. All images ``[B, C, H, W]`` in about [-1, 1]."""
-
-    t: int
-    """Index from which it started."""
-    x: Tensor
-    """The clean image as the network saw it from there, clipped."""
-    z: Tensor
-    """Where the step landed, at index ``t - T / steps``."""
-
-
 @torch.no_grad()
 def denoise(
     model: Any, schedule: CosineSchedule, prediction: Prediction, steps: int, z: Tensor, last_step: LastStep = "noisy"
-) -> Iterator[Step]:
-    """The sampler, step by step from ``z`` ``[B, C, H, W]`` at index T; the last step's ``z`` is the sample.
+) -> Iterator[Tensor]:
+    """The sampler, from ``z`` ``[B, C, H, W]`` at index T: z after each step; the last one is the sample.
 
     Args:
         model: ``model(z, t)`` with t int64 ``[B]``, as diffusers' ``UNet2DModel``; in evaluation mode.
@@ -79,7 +85,7 @@ def denoise(
             z = schedule.ddim(x, z, t, t - stride)  # the noise of z follows from the clipped x
         else:
             z = x if last_step == "clean" else schedule.ddim(x, z, t, t - stride).clamp(-1.0, 1.0)
-        yield Step(start, x, z)
+        yield z
 
 
 def sample(
@@ -98,21 +104,39 @@ def sample(
     """Images of the given indices, uint8 ``[N, C, H, W]`` on the CPU.
 
     Args: as ``denoise``; ``shape``: ``(C, H, W)`` of an image.
-    Raises: InputError as ``denoise``; TrainingError where an image is not finite (broken or diverged weights).
+    Raises: InputError as ``denoise``; TrainingError as ``in_batches``.
     """
-    images = torch.empty(len(indices), *shape, dtype=torch.uint8)
-    noise = initial_noise(seed, indices[:batch_size], shape)
-    for first in range(0, len(indices), batch_size):
-        last = first + batch_size
+
+    def draw(noise: Tensor, some: slice) -> Tensor:
         z = noise.to(device, non_blocking=True)
-        for step in denoise(model, schedule, prediction, steps, z, last_step):
-            z = step.z
-        noise = initial_noise(seed, indices[last : last + batch_size], shape)  # while the device computes
-        if not z.isfinite().all():
-            said = f"{indices[first]}..{indices[first + len(z) - 1]}"
+        return deque(denoise(model, schedule, prediction, steps, z, last_step), maxlen=1).pop()
+
+    return in_batches(indices, batch_size, lambda some: initial_noise(seed, indices[some], shape), draw)
+
+
+def in_batches(
+    indices: Sequence[int],
+    batch_size: int,
+    noise_of: Callable[[slice], Noise],
+    draw: Callable[[Noise, slice], Tensor],
+    whose: str = "",
+) -> Tensor:
+    """Images uint8 ``[N, C, H, W]`` on the CPU, from those in [-1, 1] that ``draw(noise, some)`` makes of some of them.
+
+    Args: ``noise_of``: what ``draw`` starts from, made while the device computes the batch before; ``whose``: the
+        network, for messages.
+    Raises: TrainingError where an image is not finite (broken or diverged weights).
+    """
+    images, noise = [], noise_of(slice(batch_size))
+    for first in range(0, len(indices), batch_size):
+        some = slice(first, first + batch_size)
+        drawn = draw(noise, some)
+        noise = noise_of(slice(some.stop, some.stop + batch_size))
+        if not drawn.isfinite().all():
+            said = f"{indices[some][0]}..{indices[some][-1]}{whose}"
             raise TrainingError(f"an image among {said} is not finite: NaN in the weights?")
-        images[first:last] = to_uint8(z).cpu()
-    return images
+        images.append(to_uint8(drawn).cpu())
+    return torch.cat(images)
 
 
 def own_share(count: int) -> range:
@@ -132,13 +156,10 @@ def gather_shares(rows: Tensor, count: int) -> Tensor:
     from accelerate.utils import gather
 
     state = PartialState()
-    world = state.num_processes
-    if world == 1:
-        return rows
-    padded = rows.new_zeros(-(-count // world), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    everyone = gather(padded.to(state.device)).cpu().unflatten(0, (world, -1))  # [processes, share, ...]
-    return everyone.transpose(0, 1).flatten(0, 1)[:count]
+    missing = -(-count // state.num_processes) - len(rows)
+    everyone: Any = gather(torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]).to(state.device))
+    shares = everyone.cpu().unflatten(0, (state.num_processes, -1))  # [processes, share, ...]
+    return shares.transpose(0, 1).flatten(0, 1)[:count]
 
 
 @dataclass(frozen=True)
@@ -163,10 +184,9 @@ class Student:
 
     def sample(self, indices: Sequence[int], seed: int, **options: Any) -> Tensor:
         """``sample`` with this network and its step count (another one by ``steps=``)."""
-        steps = options.pop("steps", self.steps)
-        device = next(self.model.parameters()).device
+        options = {"steps": self.steps, "device": next(self.model.parameters()).device, **options}
         return sample(
-            self.model, self.schedule, self.prediction, steps, indices, seed, self.shape, device=device, **options
+            self.model, self.schedule, self.prediction, indices=indices, seed=seed, shape=self.shape, **options
         )
 
 
@@ -197,7 +217,5 @@ def read_unet(folder: str | Path, name: str, **options: Any) -> Any:
     """diffusers' ``UNet2DModel`` of a folder. Raises: InputError where there is none, calling it ``name``."""
     from diffusers import UNet2DModel
 
-    try:
+    with reading(f"cannot read the network of {name}"):
         return UNet2DModel.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot read the network of {name}: {first_line(error)}") from error

@@ -32,31 +32,39 @@ def cosine_betas(timesteps: int = 1024) -> Tensor:
     return (1 - f((i + 1) / (timesteps + 1)) / f(i / (timesteps + 1))).clamp(max=0.999)
 
 
-class CosineSchedule(nn.Module):
-    """``alpha``, ``sigma``, ``snr`` ``[T + 1]`` float64 at times 0..T; they move with the module and are never saved.
+class Schedule(nn.Module):
+    """``alpha``, ``sigma`` and a schedule's own tables, float64 by time; they move with the module, are never saved.
 
     All methods take times ``[B]`` (int64) and images ``[B, C, H, W]``; coefficients are looked up in float64 and then
-    cast to the images' precision, float32 at least. Nothing is clipped: that is the sampler's.
-    Raises: ValueError where there is no time.
+    cast to the images' precision, float32 at least, also under autocast. Nothing is clipped: that is the sampler's.
+
+    Args: ``timesteps``: T; ``cumulative``: a_t^2 of each time.
     """
 
     alpha: Tensor
     sigma: Tensor
-    snr: Tensor
 
-    def __init__(self, timesteps: int = 1024) -> None:
+    def __init__(self, timesteps: int, cumulative: Tensor, **tables: Tensor) -> None:
         super().__init__()
-        if timesteps < 1:
-            raise ValueError(f"a schedule needs at least one time: {timesteps}")
         self.timesteps = timesteps
-        cumulative = (1 - cosine_betas(timesteps)).cumprod(0)
-        self.register_buffer("alpha", cumulative.sqrt(), persistent=False)
-        self.register_buffer("sigma", (1 - cumulative).sqrt(), persistent=False)
-        self.register_buffer("snr", cumulative / (1 - cumulative), persistent=False)
+        for name, values in {"alpha": cumulative.sqrt(), "sigma": (1 - cumulative).sqrt(), **tables}.items():
+            self.register_buffer(name, values, persistent=False)
 
     def noisy(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``z_t = a_t x + s_t eps``."""
-        return _times(self.alpha[t], full_precision(x)) + _times(self.sigma[t], full_precision(noise))
+        return weigh(self.alpha[t], full_precision(x)) + weigh(self.sigma[t], full_precision(noise))
+
+
+class CosineSchedule(Schedule):
+    """Times 0..T, with ``snr``. Raises: ValueError where there is no time."""
+
+    snr: Tensor
+
+    def __init__(self, timesteps: int = 1024) -> None:
+        if timesteps < 1:
+            raise ValueError(f"a schedule needs at least one time: {timesteps}")
+        cumulative = (1 - cosine_betas(timesteps)).cumprod(0)
+        super().__init__(timesteps, cumulative, snr=cumulative / (1 - cumulative))
 
     def predict_x(self, output: Tensor, z: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
         """What a network's output says about x: itself, or ``a_t z - s_t v``. Raises: ValueError for another name."""
@@ -64,13 +72,13 @@ class CosineSchedule(nn.Module):
         if prediction == "x":
             return output
         if prediction == "v":
-            return _times(self.alpha[t], z) - _times(self.sigma[t], output)
+            return weigh(self.alpha[t], z) - weigh(self.sigma[t], output)
         raise ValueError(f"unknown prediction {prediction!r}: 'x' or 'v'")
 
     def ddim(self, x: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """One DDIM step from z at t to s, where x is what the network sees in z: ``a_s x + s_s (z - a_t x) / s_t``."""
         ratio = self.sigma[s] / self.sigma[t]
-        return _times(self.alpha[s] - ratio * self.alpha[t], full_precision(x)) + _times(ratio, full_precision(z))
+        return weigh(self.alpha[s] - ratio * self.alpha[t], full_precision(x)) + weigh(ratio, full_precision(z))
 
     def mix(self, t: Tensor, m: Tensor, s: Tensor) -> Tensor:
         """c ``[B]`` float64 of the two-step target: ONE DDIM step t -> s with ``c x2 + (1 - c) x1`` lands where two do.
@@ -102,8 +110,14 @@ class CosineSchedule(nn.Module):
 def interpolate(c: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """``c second + (1 - c) first``, c ``[B]``: of images, for the target, and of feature maps ``[B, C, H, W]``."""
     first, second = full_precision(first), full_precision(second)
-    return first + _times(c, second - first)
+    return first + weigh(c, second - first)
 
 
-def _times(factor: Tensor, images: Tensor) -> Tensor:
-    return factor.to(images.dtype).view(-1, 1, 1, 1) * images
+def per_image(factor: Tensor, images: Tensor) -> Tensor:
+    """``[B]`` -> ``[B, 1, 1, 1]`` in the images' precision."""
+    return factor.to(images.dtype).view(-1, 1, 1, 1)
+
+
+def weigh(factor: Tensor, images: Tensor) -> Tensor:
+    """Images ``[B, C, H, W]``, each times its factor ``[B]``."""
+    return per_image(factor, images) * images

@@ -1,17 +1,109 @@
-"""What both kinds of training share: this process's batches, and what a dry run says of a step."""
+"""What ``train.py progressive`` and ``train.py dit`` share: their configs, batches and optimisers, and the dry run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from core.errors import InputError
+from core.files import files_hash
+from core.training.command import dry_run_wanted, parse, train_parser
 from core.training.distiller import Distiller
 from core.training.step import memory_estimate, seconds_a_step
 from core.training.task import gigabytes
+
+# What a resumed run may change: where and on what it runs, not what it computes.
+MAY_CHANGE = ("data.root", "data.download", "teacher", "fit.device", "fit.keep", "fit.trackers", "progress_bar")
+
+DryRun = Literal["time"] | bool
+
+
+class TrainingConfig:
+    """What a training's config can do besides holding its values."""
+
+    teacher: str | None
+    teacher_sha256: str | None
+
+    def idle(self) -> dict[str, str]:
+        """How the flags begin that do nothing here, each with what it would count."""
+        raise NotImplementedError
+
+    def teacher_files(self) -> Iterable[Path]:
+        """The files whose content is the weights of a fixed teacher. Raises: InputError where it has none."""
+        raise NotImplementedError
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything that decides the results, as ``config.yaml`` keeps it; ``--config`` reads it back.
+
+        Raises: InputError where there is no teacher, or its weights are not those that the run began with.
+        """
+        values = asdict(self)  # type: ignore[call-overload]
+        for name in ("out", *(flag.strip("-.") for flag in self.idle())):
+            values.pop(name, None)
+        files = list(self.teacher_files())
+        values["teacher_sha256"] = files_hash(files) if files else None
+        if files and self.teacher_sha256 not in (None, values["teacher_sha256"]):
+            raise InputError(f"the weights in {self.teacher} are not those that the run began with")
+        return values
+
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+def parse_config(kind: type[Config], argv: Sequence[str], prog: str | None = None) -> tuple[Config, DryRun]:
+    """(a config of this dataclass, the dry run that is wanted). Raises: InputError for a wrong command line."""
+    try:
+        values = parse(train_parser(kind, prog), argv).as_dict()
+    except InputError as error:
+        if "adm.attention" in str(error):  # in the recipes and run folders of earlier versions
+            raise InputError("adm.attention is adm.control now: none (was consensus), uniform or shuffled") from error
+        raise
+    dry_run = dry_run_wanted(values.pop("dry_run"), values.pop("time"))
+    values.pop("config", None)
+    config = kind(**values)
+    for begin, needs in config.idle().items():
+        for flag in (word.partition("=")[0] for word in argv):
+            if flag.startswith(begin):
+                raise InputError(f"{flag} counts only with {needs}")
+    return config, dry_run
+
+
+class DiffusionDistiller(Distiller):
+    """One learning rate and weight decay for all; what does not learn is in evaluation mode.
+
+    Averages of weights have a constant decay from the first step (``follow``), unlike torch's ``AveragedModel``.
+    """
+
+    def __init__(self, lr: float = 1e-4, weight_decay: float = 0.0, ema: float = 0.9999) -> None:
+        super().__init__()
+        self.lr, self.weight_decay, self.ema = lr, weight_decay, ema
+
+    def train(self, mode: bool = True) -> DiffusionDistiller:
+        super().train(mode)
+        for module in (*self.children(), *self.networks.children()):
+            if not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+        return self
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "params": [p for p in network.parameters() if p.requires_grad],
+                "lr": self.lr,
+                "weight_decay": self.weight_decay,
+            }
+            for network in self.trained().values()
+        ]
+
+    def follow(self, average: nn.Module, network: nn.Module) -> None:
+        """Moves the average of a network's weights by ``1 - ema`` of the way."""
+        get_ema_multi_avg_fn(self.ema)(list(average.parameters()), list(network.parameters()), 0)
+
 
 Loader = TypeVar("Loader")
 
@@ -19,7 +111,7 @@ Loader = TypeVar("Loader")
 def make_loader(kind: Callable[..., Loader], data: Any, config: Any, accelerator: Any, seed: int) -> Loader:
     """This process's batches. Raises: InputError for an unfitting batch size.
 
-    Args: ``ImageLoader`` or ``LabelledLoader``, and what it loads; the training's config; the seed of the order.
+    Args: what makes the loader, and what it loads; the training's config; the seed of the order.
     """
     if config.batch_size // accelerator.num_processes < config.fit.accumulate:
         raise InputError(f"batch_size {config.batch_size} cannot be cut into {config.fit.accumulate} parts a process")
@@ -42,9 +134,7 @@ def describe_memory(distiller: Distiller, loader: Any, config: Any, accelerator:
         return gigabytes(memory_estimate(distiller.to(accelerator.device), batch, part, moments=2))
 
 
-def time_step(
-    distiller: Distiller, loader: Any, optimizer: type[torch.optim.Optimizer], config: Any, accelerator: Any
-) -> float:
+def time_step(distiller: Distiller, loader: Any, optimizer: Any, config: Any, accelerator: Any) -> float:
     """Seconds of a step as ``fit`` takes it; the networks move on."""
     fit = config.fit
     return seconds_a_step(distiller, loader, optimizer, accelerator, accumulate=fit.accumulate, clip=fit.clip)

@@ -132,11 +132,11 @@ def make_weights(world: Path) -> None:
     from safetensors.torch import save_file
 
     from classification.networks import create_network
-    from diffusion.proxies import CifarResNet
 
     (world / "weights").mkdir()
-    for depth, folder in ((20, world), (44, world / "weights"), (56, world / "weights")):  # in the published keys
-        save_file(CifarResNet(depth).state_dict(), folder / f"resnet{depth}-cifar10.safetensors")
+    for depth, folder in ((20, world), (44, world / "weights"), (56, world / "weights")):
+        network = create_network(f"cifar_resnet{depth}_a", num_classes=10)
+        save_file(network.state_dict(), folder / f"resnet{depth}-cifar10.safetensors")
     torch.save({"model": create_network("cifar_resnet20", num_classes=10).state_dict()}, world / "resnet20.pth")
     np.savez(world / "VIRTUAL_imagenet256_labeled.npz", mu=np.zeros(32), sigma=np.eye(32))
 

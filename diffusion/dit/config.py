@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from core.errors import InputError
 from core.training.fit import FitConfig
-from diffusion.config import MAY_CHANGE as SHARED
-from diffusion.config import DryRun, hash_weights, parse_config, refuse_idle
 from diffusion.dit.convert import find_transformer
 from diffusion.dit.data import LabelledConfig
 from diffusion.dit.distiller import ADMConfig, DistillConfig
 from diffusion.dit.model import DiTConfig
+from diffusion.training import MAY_CHANGE as SHARED
+from diffusion.training import DryRun, TrainingConfig, parse_config
 
 Method = Literal["vanilla", "mse", "mse+adm"]
 ONLINE = "online"
@@ -24,7 +24,7 @@ MAY_CHANGE = (*SHARED, "gradient_checkpointing")  # in a resumed run
 
 
 @dataclass(frozen=True)
-class DiTTrainingConfig:
+class DiTTrainingConfig(TrainingConfig):
     """Trains a diffusion transformer alone, or distils a teacher into it: Table 7.
 
     Args:
@@ -100,25 +100,20 @@ class DiTTrainingConfig:
         """Whether the teacher trains along."""
         return self.teacher == ONLINE
 
-    def resolved(self) -> dict[str, Any]:
-        """Everything that decides the results, as ``config.yaml`` keeps it; ``--config`` reads it back.
+    def idle(self) -> dict[str, str]:
+        needs = {
+            "--adm.": (self.method == "mse+adm", "--method mse+adm"),
+            "--distill.": (self.method != "vanilla", "a teacher: --method mse or mse+adm"),
+            "--teacher_network": (self.online, "--teacher online"),
+            "--adm.beta": (self.online, "--teacher online"),
+        }
+        return {flag: needed for flag, (counts, needed) in needs.items() if not counts}
 
-        Raises: InputError where there is no teacher, or its weights are not those that the run began with.
-        """
-        values = asdict(self)
-        del values["out"]
-        for name, counts in (
-            ("distill", self.method != "vanilla"),
-            ("adm", self.method == "mse+adm"),
-            ("teacher_network", self.online),
-        ):
-            if not counts:
-                del values[name]
-        values["teacher_sha256"] = None
-        if self.teacher is not None and not self.online:
-            files = weight_files(teacher_path(self.teacher))
-            values["teacher_sha256"] = hash_weights(files, self.teacher_sha256, self.teacher)
-        return values
+    def teacher_files(self) -> Iterable[Path]:
+        if self.teacher is None or self.online:
+            return ()
+        path = teacher_path(self.teacher)
+        return [path] if path.is_file() else sorted(file for kind in WEIGHTS for file in path.glob(kind))
 
 
 def teacher_path(given: str) -> Path:
@@ -129,21 +124,6 @@ def teacher_path(given: str) -> Path:
     return find_transformer(path) if path.is_dir() else path
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The files whose content is a teacher's weights."""
-    return [path] if path.is_file() else sorted(file for kind in WEIGHTS for file in path.glob(kind))
-
-
 def parse_command(argv: Sequence[str], prog: str | None = None) -> tuple[DiTTrainingConfig, DryRun]:
     """(the config, the dry run that is wanted). Raises: InputError for anything wrong with the command line."""
-    config, dry_run = parse_config(DiTTrainingConfig, argv, prog)
-    refuse_idle(
-        argv,
-        [
-            ("--adm.", config.method != "mse+adm", "--method mse+adm"),
-            ("--distill.", config.method == "vanilla", "a teacher: --method mse or mse+adm"),
-            ("--teacher_network", not config.online, "--teacher online"),
-            ("--adm.beta", not config.online, "--teacher online"),
-        ],
-    )
-    return config, dry_run
+    return parse_config(DiTTrainingConfig, argv, prog)

@@ -9,39 +9,36 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import InputError, first_line
-from core.files import write_atomically
 from core.training.checkpoint import numbered
 from core.weights import read_metadata, read_state_dict
 from diffusion.dit.model import PATCHES, SIZES, DiT, DiTConfig, sincos_table
-from diffusion.files import read_json
+from diffusion.files import read_json, reading, save_pipeline
 
-# ours -> diffusers': whole network, each block, and what diffusers keeps once in every block, DiT once in all
-OUTER = {
+# ours -> diffusers'; several where ours is their concatenation
+LAYERS = {
     "x_embedder.proj": ["pos_embed.proj"],
     "final_layer.adaLN_modulation.1": ["proj_out_1"],
     "final_layer.linear": ["proj_out_2"],
+    "blocks.{i}.adaLN_modulation.1": ["transformer_blocks.{i}.norm1.linear"],
+    "blocks.{i}.attn.qkv": [f"transformer_blocks.{{i}}.attn1.to_{part}" for part in "qkv"],
+    "blocks.{i}.attn.proj": ["transformer_blocks.{i}.attn1.to_out.0"],
+    "blocks.{i}.mlp.fc1": ["transformer_blocks.{i}.ff.net.0.proj"],
+    "blocks.{i}.mlp.fc2": ["transformer_blocks.{i}.ff.net.2"],
 }
-BLOCK = {
-    "adaLN_modulation.1": ["norm1.linear"],
-    "attn.qkv": ["attn1.to_q", "attn1.to_k", "attn1.to_v"],
-    "attn.proj": ["attn1.to_out.0"],
-    "mlp.fc1": ["ff.net.0.proj"],
-    "mlp.fc2": ["ff.net.2"],
-}
+# once in all of DiT, once in every block of diffusers'
 SHARED = {
-    "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
-    "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
-    "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
-    "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
-    "y_embedder.embedding_table.weight": "class_embedder.embedding_table.weight",
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "class_embedder.embedding_table",
 }
 
 
@@ -129,29 +126,20 @@ def save_dit(folder: Path, model: DiT, *, latent_scale: float | None = None, **a
         timestep_spacing="leading",
         steps_offset=0,
     )
-    said = {
-        "kind": "dit",
-        "channels": model.channels,
-        "input_size": model.input_size,
-        "classes": model.classes,
-        "learn_sigma": model.learn_sigma,
-        "latent_scale": latent_scale,
-        **about,
-    }
-    index = {
-        "_class_name": "DiTPipeline",
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
-        "vae": [None, None] if latent_scale is None else ["diffusers", "AutoencoderKL"],
-    }
-
-    def write(temporary: Path) -> None:
-        network.save_pretrained(temporary / "transformer")
-        scheduler.save_pretrained(temporary / "scheduler")
-        (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (temporary / "adm.json").write_text(json.dumps(said, indent=2) + "\n")
-
-    write_atomically(folder, write)
+    said = {name: getattr(model, name) for name in ("channels", "input_size", "classes", "learn_sigma")}
+    save_pipeline(
+        folder,
+        network,
+        "transformer",
+        json.loads(scheduler.to_json_string()),
+        {
+            "_class_name": "DiTPipeline",
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "transformer": ["diffusers", "DiTTransformer2DModel"],
+            "vae": [None, None] if latent_scale is None else ["diffusers", "AutoencoderKL"],
+        },
+        {"kind": "dit", **said, "latent_scale": latent_scale, **about},
+    )
 
 
 def load_dit_pipeline(folder: str | Path, vae: Any = None) -> Any:
@@ -172,13 +160,11 @@ def load_dit_pipeline(folder: str | Path, vae: Any = None) -> Any:
         vae = folder / "vae"
     if vae is None and not pixels:
         raise InputError(f"{folder} samples latents: name the VAE that decodes them, a folder or a hub name")
-    try:
+    with reading(f"cannot open a DiTPipeline of {folder}"):
         network = DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer", norm_eps=1e-6)
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
         if isinstance(vae, str | Path):
             vae = AutoencoderKL.from_pretrained(vae)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot open a DiTPipeline of {folder}: {first_line(error)}") from error
     said: Any = network.config
     if not pixels:
         _check_vae(vae, folder, said.in_channels, about.get("latent_scale"))
@@ -187,9 +173,11 @@ def load_dit_pipeline(folder: str | Path, vae: Any = None) -> Any:
     for block in network.transformer_blocks:
         embedding: Any = block.norm1.emb
         embedding.time_proj.downscale_freq_shift = 0
-        embedding.class_embedder.register_forward_pre_hook(_NullLabel(said.num_embeds_ada_norm))
-    vae = _Pixels() if pixels else vae
-    return DiTPipeline(network.eval(), vae, scheduler, id2label=index.get("id2label"))
+        # The pipeline's null label, 1000, is the network's own.
+        embedding.class_embedder.register_forward_pre_hook(
+            lambda module, inputs: (inputs[0].clamp(max=said.num_embeds_ada_norm), *inputs[1:])
+        )
+    return DiTPipeline(network.eval(), _Pixels() if pixels else vae, scheduler, id2label=index.get("id2label"))
 
 
 def _check_vae(vae: Any, folder: Path, channels: int, scale: float | None) -> None:
@@ -200,16 +188,6 @@ def _check_vae(vae: Any, folder: Path, channels: int, scale: float | None) -> No
             f"{folder} was trained on latents times {scale}, the VAE's are times {vae.config.scaling_factor}: name the "
             "VAE that encoded them"
         )
-
-
-class _NullLabel:
-    """A hook: the pipeline's null label, 1000, is the network's own."""
-
-    def __init__(self, classes: int) -> None:
-        self.classes = classes
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return inputs[0].clamp(max=self.classes), *inputs[1:]
 
 
 class _Pixels:
@@ -272,45 +250,38 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], int]:
         raise InputError(
             f"{folder} holds a {kind} with {activation}, not a DiTTransformer2DModel with gelu-approximate"
         )
-    try:
+    with reading(f"cannot read the network of {folder}"):
         network: Any = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot read the network of {folder}: {first_line(error)}") from error
     theirs = network.state_dict()
     state = {}
-    for ours, names in _names(len(network.transformer_blocks)).items():
-        for kind in ("weight", "bias"):
-            state[f"{ours}.{kind}"] = torch.cat([theirs[f"{name}.{kind}"] for name in names])
-    for ours, name in SHARED.items():
-        first, *others = (
-            theirs[f"transformer_blocks.{i}.norm1.emb.{name}"] for i in range(len(network.transformer_blocks))
-        )
-        if not all(torch.equal(first, other) for other in others):
+    for ours, names, joined in _names(len(network.transformer_blocks)):
+        first, *others = (theirs[name] for name in names)
+        if not joined and not all(torch.equal(first, other) for other in others):
+            name = names[0].partition(".emb.")[2]
             raise InputError(
                 f"{folder}: each block has a {name} of its own (trained by diffusers); a DiT has one for all"
             )
-        state[ours] = first
+        state[ours] = torch.cat([first, *others]) if joined else first
     state["pos_embed"] = sincos_table(network.inner_dim, network.config.sample_size // network.config.patch_size)
     return state, network.config.num_attention_heads
 
 
 def _to_diffusers(model: DiT) -> dict[str, Tensor]:
-    state = {key: tensor.detach().float().cpu() for key, tensor in model.state_dict().items()}
-    result: dict[str, Tensor] = {}
-    for ours, names in _names(len(model.blocks)).items():
-        for kind in ("weight", "bias"):
-            parts = state[f"{ours}.{kind}"].chunk(len(names))
-            result |= {f"{name}.{kind}": part.clone() for name, part in zip(names, parts, strict=True)}
-    for i in range(len(model.blocks)):
-        result |= {f"transformer_blocks.{i}.norm1.emb.{name}": state[ours].clone() for ours, name in SHARED.items()}
+    state, result = model.state_dict(), dict[str, Tensor]()
+    for ours, names, joined in _names(len(model.blocks)):
+        whole = state[ours].detach().float().cpu()
+        parts = whole.chunk(len(names)) if joined else [whole] * len(names)
+        result |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
     return result
 
 
-def _names(depth: int) -> dict[str, list[str]]:
-    """Layers of ours -> of diffusers: several where ours is their concatenation."""
-    blocks = {
-        f"blocks.{i}.{ours}": [f"transformer_blocks.{i}.{name}" for name in names]
-        for i in range(depth)
-        for ours, names in BLOCK.items()
-    }
-    return {**OUTER, **blocks}
+def _names(depth: int) -> Iterator[tuple[str, list[str], bool]]:
+    """A weight of ours, diffusers' names of it, and whether it is their concatenation or equals each of them."""
+    for kind in ("weight", "bias"):
+        for ours, names in LAYERS.items():
+            for i in range(depth if "{i}" in ours else 1):
+                yield f"{ours}.{kind}".format(i=i), [f"{name}.{kind}".format(i=i) for name in names], True
+        for ours, name in SHARED.items():
+            if kind == "weight" or not ours.startswith("y_embedder"):
+                names = [f"transformer_blocks.{i}.norm1.emb.{name}.{kind}" for i in range(depth)]
+                yield f"{ours}.{kind}", names, False

@@ -13,8 +13,8 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,36 +22,27 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
-from core.files import write_atomically
 from core.images import EXTENSIONS, image_files
-from diffusion.data import Shuffled, read_files, read_named
+from diffusion.data import DataConfig, ImageLoader, Shuffled, in_order, read_files, read_named
 
 INDEX = "index.json"
 
 
 @dataclass(frozen=True)
-class LabelledConfig:
+class LabelledConfig(DataConfig):
     """Which images, with labels.
 
     Args:
         name: latents (a folder that encode_latents.py wrote), or pixels: folder (a sub-folder a class, in ``root`` or
             in ``root``/train), cifar10 (torchvision's, training part) or digits (scikit-learn's, 8 x 8, one channel).
-        root: folder that holds the data set.
-        download: fetch CIFAR-10 into ``root`` if it is missing.
         image_size: height and width in pixels. A folder's images of another size are cropped to a square and resized;
             of latents, the size of the images that were encoded, which must be this one if it is given.
-        flip: mirror half of the images; yes unless given, no for digits (a mirrored digit is another shape).
         limit: only so many images, spread evenly over the set, as files lie class by class.
         classes: how many classes the set must have; whatever it has unless given.
         latent_scale: the factor on latents that their folder must have; whatever it has unless given.
     """
 
-    name: Literal["latents", "digits", "cifar10", "folder"] = "latents"
-    root: str = "data"
-    download: bool = False
-    image_size: int | None = None
-    flip: bool | None = None
-    limit: int | None = None
+    name: Literal["latents", "digits", "cifar10", "folder"] = "latents"  # type: ignore[assignment]
     classes: int | None = None
     latent_scale: float | None = None
 
@@ -65,35 +56,30 @@ class LabelledConfig:
         if self.latent_scale is not None and self.name != "latents":
             raise InputError(f"data.latent_scale {self.latent_scale}: {self.name} has no latents, leave it out")
 
-    @property
-    def flips(self) -> bool:
-        return self.name != "digits" if self.flip is None else self.flip
-
 
 @dataclass(frozen=True)
-class Pixels:
-    """Square images in memory: ``pixels`` uint8 ``[N, C, H, H]``, ``labels`` int64 ``[N]``."""
+class _Labelled:
+    """N square images or latents ``[C, H, H]`` of labelled classes."""
 
-    pixels: Tensor
     labels: Tensor
+    """int64 ``[N]``."""
     class_names: tuple[str, ...]
-    latent_scale: None = None
-
-    @property
-    def channels(self) -> int:
-        return self.pixels.shape[1]
-
-    @property
-    def size(self) -> int:
-        return self.pixels.shape[2]
+    channels: int
+    size: int
+    """Height and width."""
+    latent_scale: float | None = None
+    """Factor on the latents; None for pixels."""
 
     @property
     def classes(self) -> int:
         return len(self.class_names)
 
-    def images(self) -> Tensor:
-        """The real images for FID and IS, uint8 ``[N, C, H, H]``."""
-        return self.pixels
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels(_Labelled):
+    """Images in memory, uint8 ``[N, C, H, H]``."""
+
+    pixels: Tensor
 
 
 @dataclass(frozen=True)
@@ -125,11 +111,6 @@ class LatentIndex:
     def rows(self, shard: int) -> range:
         """The images of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
-
-    def write(self, folder: Path) -> None:
-        """Raises: TrainingError where the disk does not take it."""
-        text = json.dumps(asdict(self), indent=1) + "\n"
-        write_atomically(folder / INDEX, lambda path: path.write_text(text))
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -180,38 +161,14 @@ def open_shard(folder: Path, index: LatentIndex, shard: int) -> tuple[Tensor, Te
     return moments, labels
 
 
-@dataclass(frozen=True)
-class Latents:
-    """Latents on disk. ``shards``: their mapped moments; ``labels`` int64 ``[N]``; ``rows`` int64 ``[N]``: where in
-    the folder the N images are that are to be used."""
+@dataclass(frozen=True, kw_only=True)
+class Latents(_Labelled):
+    """Latents on disk. ``shards``: their mapped moments; ``rows`` int64 ``[N]``: where in the folder the N images are
+    that are to be used."""
 
     index: LatentIndex
     shards: tuple[Tensor, ...]
-    labels: Tensor
     rows: Tensor
-
-    @property
-    def channels(self) -> int:
-        return self.index.shape[0]
-
-    @property
-    def size(self) -> int:
-        return self.index.shape[1]
-
-    @property
-    def classes(self) -> int:
-        return self.index.classes
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.index.class_names
-
-    @property
-    def latent_scale(self) -> float:
-        return self.index.scale
-
-    def images(self) -> None:
-        """None: there are no pixels here, the real side of FID must come from elsewhere."""
 
     def read(self, positions: Tensor, mirrored: Tensor) -> Tensor:
         """Mean and standard deviation, float16 ``[B, 2, C, h, w]``, of images int64 ``[B]`` or their mirror images."""
@@ -223,8 +180,6 @@ class Latents:
 
 
 LabelledData = Pixels | Latents
-"""Both have ``channels``, ``size``, ``classes``, ``class_names``, ``labels``, ``latent_scale`` (None for pixels) and
-``images()`` (None for latents)."""
 
 
 def load_labelled(config: LabelledConfig) -> LabelledData:
@@ -233,8 +188,7 @@ def load_labelled(config: LabelledConfig) -> LabelledData:
     Raises: InputError for missing or broken files, images that are not square, and latents or classes that are not
         what the config says.
     """
-    load: Any = {"latents": _latents, "folder": _folder}.get(config.name, _named)
-    data: LabelledData = load(config)
+    data: LabelledData = _latents(config) if config.name == "latents" else _pixels(config)
     if config.classes not in (None, data.classes):
         where = config.name if config.name == "digits" else config.root
         raise InputError(f"{where} has {data.classes} classes, --data.classes says {config.classes}")
@@ -263,25 +217,25 @@ def _latents(config: LabelledConfig) -> Latents:
         )
     shards, labels = zip(*(open_shard(folder, index, n) for n in range(index.shards)), strict=True)
     rows = spread(index.count, config.limit)
-    return Latents(index, shards, torch.cat(labels)[rows], rows)
+    kept = torch.cat(labels)[rows]
+    return Latents(kept, index.class_names, *index.shape[:2], index.scale, index=index, shards=shards, rows=rows)
 
 
-def _folder(config: LabelledConfig) -> Pixels:
-    folder, files, labels, names = class_files(config.root)
-    rows = spread(len(files), config.limit)
-    pixels = read_files([Path(folder, files[row]) for row in rows.tolist()], config.image_size)
+def _pixels(config: LabelledConfig) -> Pixels:
+    if config.name == "folder":
+        folder, files, labels, names = class_files(config.root)
+        rows = spread(len(files), config.limit)
+        pixels = read_files([Path(folder, files[row]) for row in rows.tolist()], config.image_size)
+    else:
+        pixels, labels, names = read_named(config.name, config.root, config.download)
+        rows = spread(len(pixels), config.limit)
+        pixels = pixels[rows]
     if pixels.shape[2] != pixels.shape[3]:
         raise InputError(
             f"the images in {config.root} are {pixels.shape[3]} x {pixels.shape[2]} pixels, DiT takes square ones: "
             "give --data.image_size"
         )
-    return Pixels(pixels.contiguous(), labels[rows], names)
-
-
-def _named(config: LabelledConfig) -> Pixels:
-    pixels, labels, names = read_named(config.name, config.root, config.download)
-    rows = spread(len(pixels), config.limit)
-    return Pixels(pixels[rows].contiguous(), labels[rows], names)
+    return Pixels(labels[rows], names, *pixels.shape[1:3], pixels=pixels.contiguous())
 
 
 def spread(count: int, limit: int | None) -> Tensor:
@@ -333,52 +287,43 @@ def _subfolders(folder: str) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-class LabelledLoader(Shuffled):
-    """Shuffled batches ``{"image": float32 [B, C, H, W], "label": int64 [B]}`` on the device.
+def labelled_loader(data: LabelledData, batch_size: int, **options: Any) -> ImageLoader | LatentLoader:
+    """Batches ``{"image": float32 [B, C, H, W], "label": int64 [B]}`` as ``ImageLoader`` or ``LatentLoader`` has them.
 
-    Pixels are in [-1, 1]. A latent is drawn anew each time, ``(mean + std * noise) * scale`` with noise that (seed,
-    epoch, step) alone determine; the next batch is read while the device computes. Iterating yields the rest of the
-    current epoch; stopping and resuming, and the number of processes, change nothing (see ``Shuffled``).
+    Args: ``options``: of these two. Raises: InputError as ``Shuffled``.
+    """
+    if isinstance(data, Latents):
+        return LatentLoader(data, batch_size, **options)
+    return ImageLoader(data.pixels, batch_size, data.labels, **options)
 
-    Args: ``device``: where batches end up, and where pixels lie; the rest as ``Shuffled``.
-    Raises: InputError as ``Shuffled``.
+
+class LatentLoader(Shuffled):
+    """Shuffled batches of latents, each drawn anew each time.
+
+    It is ``(mean + std * noise) * scale`` with noise that (seed, epoch, step) alone determine; the next batch is read
+    while the device computes. Iterating yields the rest of the current epoch.
+
+    Args: ``device``: where batches end up; the rest as ``Shuffled``. Raises: InputError as ``Shuffled``.
     """
 
-    def __init__(
-        self, data: LabelledData, batch_size: int, *, device: torch.device | str = "cpu", **order: Any
-    ) -> None:
+    def __init__(self, data: Latents, batch_size: int, *, device: torch.device | str = "cpu", **order: Any) -> None:
         super().__init__(len(data.labels), batch_size, **order)
-        self.device = torch.device(device)
-        self.data: LabelledData = replace(data, labels=data.labels.to(self.device))
-        if isinstance(self.data, Pixels):
-            self.data = replace(self.data, pixels=self.data.pixels.to(self.device))
+        self.data, self.device = data, torch.device(device)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if isinstance(self.data, Pixels):
-            for own, images in self.pixels(self.data.pixels):
-                yield {"image": images, "label": self.data.labels[own]}
-        else:
-            yield from self._latents(self.data)
-
-    def _latents(self, data: Latents) -> Iterator[dict[str, Tensor]]:
         order, mirrored = self.drawn()
-        labels = data.labels[order.to(self.device)]
+        labels = self.data.labels[order].to(self.device)
+
+        def read(step: int) -> Tensor:
+            return self.data.read(order[self.share(step)], mirrored[self.share(step)])
+
+        steps = range(self.position, len(self))
         with ThreadPoolExecutor(1) as reader:
-
-            def ahead(step: int) -> Future[Tensor]:
-                own = self.share(step)
-                return reader.submit(data.read, order[own], mirrored[own])
-
-            coming = ahead(self.position)
-            for step in range(self.position, len(self)):
-                moments = coming.result()
-                if step + 1 < len(self):
-                    coming = ahead(step + 1)
+            for step, moments in zip(steps, in_order(reader, read, steps, 1), strict=True):
                 self.position = step + 1
-                image = self._draw(moments, data.index.scale, step)
-                yield {"image": image, "label": labels[self.share(step)]}
+                yield {"image": self._draw(moments, step), "label": labels[self.share(step)]}
 
-    def _draw(self, moments: Tensor, scale: float, step: int) -> Tensor:
+    def _draw(self, moments: Tensor, step: int) -> Tensor:
         """float16 ``[B, 2, C, h, w]`` -> float32 ``[B, C, h, w]`` on the device."""
         if self.device.type == "cuda":
             moments = moments.pin_memory()
@@ -387,4 +332,4 @@ class LabelledLoader(Shuffled):
         generator = torch.Generator(self.device).manual_seed(number)
         # That of the whole batch, so that it does not depend on the number of processes.
         noise = torch.randn(self.batch_size, *mean.shape[1:], generator=generator, device=self.device)
-        return (mean + std * noise[self.rank :: self.world]) * scale
+        return (mean + std * noise[self.rank :: self.world]) * self.data.index.scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from core.adm import consensus_attention, control, divergence_attention
 from core.distillation import feature_loss as map_loss
 from core.distillation import full_precision
 from core.errors import InputError, require_not_negative
-from core.training.distiller import Batch, Distiller, Losses, Progress
+from core.training.distiller import Batch, Losses, Progress
 from diffusion.consensus import (
     ConsensusConfig,
     feature_loss,
@@ -28,6 +28,7 @@ from diffusion.consensus import (
 from diffusion.dit.convert import metadata
 from diffusion.dit.gaussian import LinearSchedule, split
 from diffusion.dit.model import DiT
+from diffusion.training import DiffusionDistiller
 
 Map = Literal["tokens", "final_norm"]
 
@@ -82,16 +83,7 @@ class ADMConfig(ConsensusConfig):
             )
 
 
-class Prediction(NamedTuple):
-    """What a network makes of a batch."""
-
-    output: Tensor
-    """``[B, 2C, H, W]``, float32 at least."""
-    map: Tensor | None
-    """``[B, D, h, w]``, where ADM compares it."""
-
-
-class DiTDistiller(Distiller):
+class DiTDistiller(DiffusionDistiller):
     """One run: with a teacher the student imitates it, with ADM it does so by Eq. 7; without, a network learns alone.
 
     The student minimises, with o and y* the noise that it and the teacher predict, and the gate ``g_i = [t_i < 400]``,
@@ -103,9 +95,8 @@ class DiTDistiller(Distiller):
     mean squared difference of the two maps, both detached, at every step. None of them sends another a gradient.
 
     Args: the networks, whose inputs and classes are alike; whether the teacher learns; ADM's options or None;
-        label_dropout: share of labels that are replaced by the null label, for both networks alike; ema: constant decay
-        of the moving average of each learning network, which lives in ``averages``; learning rate and weight decay of
-        AdamW.
+        label_dropout: share of labels that are replaced by the null label, for both networks alike; as options ema,
+        the decay of the moving average of each learning network, which lives in ``averages``, lr and weight_decay.
     """
 
     def __init__(
@@ -117,14 +108,12 @@ class DiTDistiller(Distiller):
         distill: DistillConfig | None = None,
         adm: ADMConfig | None = None,
         label_dropout: float = 0.1,
-        ema: float = 0.9999,
-        lr: float = 1e-4,
-        weight_decay: float = 0.0,
+        **options: float,
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
         self.schedule = LinearSchedule()
         self.distill, self.adm, self.online = distill or DistillConfig(), adm, online
-        self.label_dropout, self.ema, self.lr, self.weight_decay = label_dropout, ema, lr, weight_decay
+        self.label_dropout = label_dropout
         networks = {"student": student}
         if teacher is not None:
             networks = {"teacher": teacher if online else teacher.requires_grad_(False), **networks}
@@ -134,13 +123,6 @@ class DiTDistiller(Distiller):
         self.averages = nn.ModuleDict(averages)
         self.step = 0  # optimiser steps done, for the name of what is exported
         self.train()
-
-    def train(self, mode: bool = True) -> DiTDistiller:
-        super().train(mode)
-        self.averages.eval()
-        if "teacher" in self.networks and not self.online:
-            self.networks["teacher"].eval()
-        return self
 
     def before_step(self, batch: Batch, progress: Progress) -> Batch:
         image, label = batch["image"], batch["label"]
@@ -159,89 +141,75 @@ class DiTDistiller(Distiller):
             return {"mse": F.mse_loss(eps, full_precision(noise)), "vlb": bound.mean()}
 
         if "teacher" not in self.networks:
-            return {"student": task(self._see("student", z, t, label).output)}, {}
+            return {"student": task(self._see("student", z, t, label)[0])}, {}
         losses: Losses = {}
         with torch.set_grad_enabled(self.online and torch.is_grad_enabled()):
-            teacher = self._see("teacher", z, t, label)
+            y, map_teacher = self._see("teacher", z, t, label)
             if self.online:
-                losses["teacher"] = task(teacher.output)
-        student = self._see("student", z, t, label)
+                losses["teacher"] = task(y)
+        o, map_student = self._see("student", z, t, label)
         own: dict[str, Tensor] = {}
         if self.distill.task_weight > 0:
-            own = {name: self.distill.task_weight * value for name, value in task(student.output).items()}
+            own = {name: self.distill.task_weight * value for name, value in task(o).items()}
+        o, epsilon, y = self._imitated(o), split(y)[0], self._imitated(y)
         if self.distill.weight > 0:
-            o, y = self._imitated(student.output), self._imitated(teacher.output)
             own["distill"] = self.distill.weight * F.mse_loss(o, y.detach())
         losses["student"] = own
-        return losses, {} if self.adm is None else self._add_adm(losses, student, teacher, noise, t)
+        if self.adm is None or self.adapter is None:
+            return losses, {}
+        opened = gate(t, self.adm.gate * self.schedule.timesteps)
+        projected = self.adapter(map_student.detach())
+        s = similarity(projected, map_teacher, self.adm.centre)
+        weighed = control(s, self.adm.control)
+        if self.adm.alpha > 0:
+            own["consensus"] = self.adm.alpha * self._consensus(o, y, map_student, map_teacher, weighed, opened)
+        if self.adm.gamma > 0:
+            own["feature"] = self.adm.gamma * map_loss(map_student, map_teacher, self.adapter)
+        if self.adapter.conv is not None:
+            own["phi"] = F.mse_loss(full_precision(projected), full_precision(map_teacher.detach()))
+        if self.online and self.adm.beta > 0:
+            divergence = output_loss(epsilon, noise, divergence_attention(weighed), opened)
+            losses["teacher"]["divergence"] = self.adm.beta * divergence
+        return losses, observations(s, opened)
 
-    def _see(self, role: str, z: Tensor, t: Tensor, label: Tensor) -> Prediction:
+    def _see(self, role: str, z: Tensor, t: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """A network's output ``[B, 2C, H, W]``, float32 at least, and the map ``[B, D, h, w]`` that ADM compares."""
         network = self._network(role)
-        if self.adm is None:
-            return Prediction(full_precision(network(z, t, label)), None)
         tokens, c = network.forward_map(z, t, label)
         normed = network.final_norm(tokens, c)
-        compared = tokens if self.adm.map == "tokens" else normed
-        return Prediction(full_precision(network.forward_linear(normed)), compared)
+        compared = normed if self.adm is not None and self.adm.map == "final_norm" else tokens
+        return full_precision(network.forward_linear(normed)), compared
 
     def _imitated(self, output: Tensor) -> Tensor:
         return output if self.distill.sigma else split(output)[0]
 
-    def _add_adm(
-        self, losses: Losses, student: Prediction, teacher: Prediction, noise: Tensor, t: Tensor
-    ) -> dict[str, Tensor]:
-        """Adds ADM's losses to each network's; returns what to log."""
+    def _consensus(
+        self, o: Tensor, y: Tensor, map_student: Tensor, map_teacher: Tensor, s: Tensor, opened: Tensor
+    ) -> Tensor:
         assert self.adm is not None and self.adapter is not None
-        assert student.map is not None and teacher.map is not None
-        opened = gate(t, self.adm.gate * self.schedule.timesteps)
-        projected = self.adapter(student.map.detach())
-        s = similarity(projected, teacher.map, self.adm.centre)
-        weighed = control(s, self.adm.control)
-        if self.adm.alpha > 0:
-            a = consensus_attention(weighed)
-            losses["student"]["consensus"] = self.adm.alpha * self._consensus(student, teacher, a, opened)
-        if self.adm.gamma > 0:
-            losses["student"]["feature"] = self.adm.gamma * map_loss(student.map, teacher.map, self.adapter)
-        if self.adapter.conv is not None:
-            target = full_precision(teacher.map.detach())
-            losses["student"]["phi"] = F.mse_loss(full_precision(projected), target)
-        if self.online and self.adm.beta > 0:
-            divergence = output_loss(split(teacher.output)[0], noise, divergence_attention(weighed), opened)
-            losses["teacher"]["divergence"] = self.adm.beta * divergence
-        return observations(s, opened)
-
-    def _consensus(self, student: Prediction, teacher: Prediction, a: Tensor, opened: Tensor) -> Tensor:
-        assert self.adm is not None and self.adapter is not None
-        assert student.map is not None and teacher.map is not None
+        a = consensus_attention(s)
         if self.adm.form == "output":
-            return output_loss(self._imitated(student.output), self._imitated(teacher.output), a, opened)
+            return output_loss(o, y, a, opened)
         if self.adm.form == "feature":
-            return feature_loss(self.adapter(student.map, frozen=True), teacher.map, a, opened)
+            return feature_loss(self.adapter(map_student, frozen=True), map_teacher, a, opened)
 
         def head(role: str) -> Any:
             return lambda normed: self._imitated(self._network(role).forward_linear(normed))
 
-        return head_loss(student.map, teacher.map, head("student"), head("teacher"), a, opened)
+        return head_loss(map_student, map_teacher, head("student"), head("teacher"), a, opened)
 
     def _network(self, role: str) -> DiT:
         return cast(DiT, self.networks[role])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        extra = {"student": [] if self.adapter is None else list(self.adapter.parameters())}
-        return [
-            {
-                "params": [p for p in network.parameters() if p.requires_grad] + extra.get(role, []),
-                "lr": self.lr,
-                "weight_decay": self.weight_decay,
-            }
-            for role, network in self.trained().items()
-        ]
+        groups = super().parameter_groups()
+        if self.adapter is not None:
+            groups[-1]["params"] += self.adapter.parameters()  # the student's is the last
+        return groups
 
-    @torch.no_grad()
     def after_step(self, batch: Batch, progress: Progress) -> None:
-        averages: list[Tensor] = list(self.averages.parameters())
-        weights: list[Tensor] = [p for role in self.averages for p in self.networks[role].parameters()]
-        torch._foreach_lerp_(averages, weights, 1.0 - self.ema)
+        for role, average in self.averages.items():
+            self.follow(average, self.networks[role])
         self.step = progress.step + 1
 
     def export(self, role: str) -> DiT:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.distillation import full_precision
 from core.errors import InputError
+from diffusion.schedule import Schedule, per_image, weigh
 
 Sampler = Literal["ddpm", "ddim"]
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -25,44 +26,28 @@ GREY = 1.0 / 255.0
 """Half a grey level where -1..1 are 255 of them."""
 
 
-class LinearSchedule(nn.Module):
-    """``alpha``, ``sigma``, ``log_beta``, ``log_posterior``, ``gain`` ``[T]`` float64; never saved.
+class LinearSchedule(Schedule):
+    """Times 0..T - 1, with ``log_beta``, ``log_posterior``, ``gain``.
 
     The betas rise from 1e-4 to 0.02, times 1000 / T. ``log_posterior`` is ``log btilde``, the variance of
-    ``q(z_{t-1} | z_t, x)``, which is 0 at time 0 and therefore takes the value of time 1 there. All methods take times
-    ``[B]`` (int64) and images ``[B, C, H, W]``, and work in float32 at least, also under autocast.
+    ``q(z_{t-1} | z_t, x)``, which is 0 at time 0 and therefore takes the value of time 1 there.
     Raises: ValueError for 20 times or fewer, which would need a beta of 1.
     """
 
-    alpha: Tensor
-    sigma: Tensor
     log_beta: Tensor
     log_posterior: Tensor
     gain: Tensor
 
     def __init__(self, timesteps: int = 1000) -> None:
-        super().__init__()
         if timesteps <= 20:
             raise ValueError(f"linear betas need more than 20 times: {timesteps}")
-        self.timesteps = timesteps
         beta = torch.linspace(0.1 / timesteps, 20.0 / timesteps, timesteps, dtype=torch.float64)
         cumulative = (1 - beta).cumprod(0)
         before = torch.cat([cumulative.new_ones(1), cumulative[:-1]])
         posterior = beta * (1 - before) / (1 - cumulative)
         posterior[0] = posterior[1]
-        for name, values in (
-            ("alpha", cumulative.sqrt()),
-            ("sigma", (1 - cumulative).sqrt()),
-            ("log_beta", beta.log()),
-            ("log_posterior", posterior.log()),
-            ("gain", beta / ((1 - cumulative) * (1 - beta).sqrt())),
-        ):
-            self.register_buffer(name, values, persistent=False)
-
-    def noisy(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """``z_t = a_t x + s_t eps``."""
-        x, noise = full_precision(x), full_precision(noise)
-        return _at(self.alpha, t, x) * x + _at(self.sigma, t, x) * noise
+        gain = beta / ((1 - cumulative) * (1 - beta).sqrt())
+        super().__init__(timesteps, cumulative, log_beta=beta.log(), log_posterior=posterior.log(), gain=gain)
 
     def variational_bound(self, eps: Tensor, v: Tensor, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """``L_vlb`` of each image ``[B]``, in bits, the mean over C, H, W (Nichol & Dhariwal 2021, section 3.1).
@@ -74,10 +59,10 @@ class LinearSchedule(nn.Module):
             clean image; ``z = noisy(x, noise, t)``.
         """
         eps, v, x, z = full_precision(eps.detach()), full_precision(v), full_precision(x), full_precision(z)
-        low, high = _at(self.log_posterior, t, x), _at(self.log_beta, t, x)
+        low, high = per_image(self.log_posterior[t], x), per_image(self.log_beta[t], x)
         above = (v + 1.0) / 2.0 * (high - low)  # log Sigma - log btilde
         # mu_q - mu, by the noise instead of two images that are nearly the same
-        gap = _at(self.gain, t, x) * (_at(self.alpha, t, x) * x + _at(self.sigma, t, x) * eps - z)
+        gap = weigh(self.gain[t], self.noisy(x, eps, t) - z)
         precision = (-low - above).exp()
         divergence = 0.5 * (above + (-above).expm1() + gap.square() * precision)
         nats = torch.where((t == 0).view(-1, 1, 1, 1), _code_length(x, gap, precision.sqrt()), divergence)
@@ -181,7 +166,3 @@ def _levels(schedule: LinearSchedule, times: Sequence[int]) -> Iterator[tuple[in
     """(t, a_t^2, a_s^2) of each step t -> s; 1 after the last."""
     levels = schedule.alpha.square().cpu()[list(times)].tolist()  # read once: no wait for the device in a step
     return zip(times, levels, [*levels[1:], 1.0], strict=True)
-
-
-def _at(table: Tensor, t: Tensor, images: Tensor) -> Tensor:
-    return table[t].to(images.dtype).view(-1, 1, 1, 1)

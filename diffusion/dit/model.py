@@ -6,12 +6,11 @@ The weights have the names of the published files.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from core.errors import InputError, unknown
@@ -96,29 +95,16 @@ def modulation(width: int, count: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
 
 
-class Attention(nn.Module):
-    """Self-attention of tokens ``[B, N, D]``."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition."""
+    """timm's attention and MLP, each shifted, scaled and gated by the condition."""
 
     def __init__(self, width: int, heads: int) -> None:
+        from timm.models.vision_transformer import Attention, Mlp
+
         super().__init__()
         self.norm1, self.norm2 = layer_norm(width), layer_norm(width)
-        self.attn = Attention(width, heads)
-        layers = {"fc1": nn.Linear(width, 4 * width), "act": nn.GELU("tanh"), "fc2": nn.Linear(4 * width, width)}
-        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.attn = Attention(width, heads, qkv_bias=True)
+        self.mlp = Mlp(width, 4 * width, act_layer=partial(nn.GELU, "tanh"))  # type: ignore[arg-type]
         self.adaLN_modulation = modulation(width, 6)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,35 +17,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from core.errors import InputError, TrainingError
+from core.errors import InputError, first_line
+from diffusion.dit.convert import load_dit
 from diffusion.dit.gaussian import LinearSchedule, Sampler, ddim, ddpm, guided, spaced_times
 from diffusion.dit.model import DiT
 from diffusion.files import read_json
-from diffusion.sampling import image_seed, to_uint8
+from diffusion.sampling import ImageNoise, in_batches
 
 Precision = Literal["fp32", "tf32", "bf16"]
 LATENT_SCALE = 0.18215
 """Of Stable Diffusion's first VAEs, and so of the published DiTs."""
 DECODED = 32
 """Images through a VAE at once."""
-
-
-class ImageNoise:
-    """N(0, 1) for images of given indices, each from a generator of its own that (seed, index) alone determine.
-
-    Every call is the next draw, float32 ``[len(indices), *shape]`` on the CPU: the first equals ``initial_noise``, the
-    k-th after it is that of the k-th sampling step.
-    """
-
-    def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(image_seed(seed, index)) for index in indices]
-        self.shape = tuple(shape)
-
-    def __call__(self) -> Tensor:
-        noise = torch.empty(len(self.generators), *self.shape)
-        for one, generator in zip(noise, self.generators, strict=True):
-            one.normal_(generator=generator)
-        return noise
 
 
 @dataclass(frozen=True)
@@ -95,44 +79,28 @@ class DiTStudent:
         if wrong := [label for label in labels if not 0 <= label < count]:
             raise InputError(f"{self.folder} has the classes 0 to {count - 1}, not {wrong[0]}")
         self.check_vae(vae)
-        device = self.model.pos_embed.device
         times = spaced_times(steps, self.schedule.timesteps, sampler)
-        images = []
-        for first in range(0, len(indices), batch_size):
-            some = slice(first, first + batch_size)
-            y = torch.tensor(labels[some], device=device)
-            noise = ImageNoise(seed, indices[some], self.shape)
-            z = self._denoise(noise, y, times, sampler, guidance, cfg_channels, precision == "bf16")
-            if not z.isfinite().all():
-                said = f"{indices[some][0]}..{indices[some][-1]}"
-                raise TrainingError(f"an image among {said} of {self.folder} is not finite: NaN in the weights?")
-            images.append(to_uint8(self.decode(z, vae)).cpu())
-        return torch.cat(images)
 
-    def _denoise(
-        self,
-        noise: ImageNoise,
-        y: Tensor,
-        times: list[int],
-        sampler: Sampler,
-        guidance: float,
-        channels: int,
-        bf16: bool,
-    ) -> Tensor:
-        def predict(z: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16):
-                return guided(self.model, z, t, y, guidance, channels)
+        @torch.no_grad()
+        def draw(noise: ImageNoise, some: slice) -> Tensor:
+            y = torch.tensor(labels[some], device=self.model.pos_embed.device)
 
-        z = noise().to(y.device)
-        if sampler == "ddpm":
-            states = ddpm(predict, self.schedule, times, z, noise)
-        else:
-            states = ddim(predict, self.schedule, times, z)
-        for state in states:
-            z = state
-        return z
+            def predict(z: Tensor, t: Tensor) -> Tensor:
+                with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    return guided(self.model, z, t, y, guidance, cfg_channels)
 
-    @torch.no_grad()
+            z = noise().to(y.device)
+            if sampler == "ddpm":
+                states = ddpm(predict, self.schedule, times, z, noise)
+            else:
+                states = ddim(predict, self.schedule, times, z)
+            return self.decode(deque(states, maxlen=1).pop(), vae)
+
+        def noise_of(some: slice) -> ImageNoise:
+            return ImageNoise(seed, indices[some], self.shape)
+
+        return in_batches(indices, batch_size, noise_of, draw, f" of {self.folder}")
+
     def decode(self, z: Tensor, vae: Any = None) -> Tensor:
         """Latents ``[B, C, H, W]`` -> images ``[B, 3, ...]`` in about [-1, 1]; a network of pixels has them already."""
         if self.latent_scale is None:
@@ -167,11 +135,42 @@ def load_dit_student(folder: str | Path, device: torch.device | str = "cpu") -> 
     Without our ``adm.json``, a network of four channels is taken for one of Stable Diffusion's latents, as those that
     DiT published are. Raises: InputError as ``load_dit``, and for a broken ``adm.json``.
     """
-    from diffusion.dit.convert import load_dit
-
     folder = Path(folder)
     model = load_dit(folder)
     said = read_json(folder / "adm.json")
     scale = said.get("latent_scale", LATENT_SCALE if not said and model.channels == 4 else None)
     model.to(device).eval().requires_grad_(False)
     return DiTStudent(folder, model, LinearSchedule().to(device), scale, said.get("step"))
+
+
+def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
+    """diffusers' ``AutoencoderKL`` in float32, evaluation mode, without gradients; ``config.scaling_factor`` is DiT's.
+
+    Args: a folder with ``config.json``, one of a pipeline with such a folder ``vae`` in it, or a name on the hub.
+    Raises: InputError where there is none, one without all weights, or one whose latents are shifted too.
+    """
+    from diffusers import AutoencoderKL
+    from diffusers.utils import logging
+
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        folder /= "vae"
+        if not (folder / "config.json").is_file():
+            raise InputError(f"no VAE in {name}: neither config.json nor vae/config.json is there")
+    if not folder.is_dir() and (folder.is_absolute() or folder.parts[:1] in ((".",), ("..",)) or len(folder.parts) > 2):
+        raise InputError(f"no VAE in {name}: the folder does not exist")
+    said, before = str(folder) if folder.is_dir() else str(name), logging.get_verbosity()
+    logging.set_verbosity_error()  # what it warns of is an error here
+    try:
+        vae, info = AutoencoderKL.from_pretrained(said, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"no AutoencoderKL in {name}: {first_line(error)}") from error
+    except TypeError as error:
+        raise InputError(f"no AutoencoderKL in {name}: its config.json is another kind of model's") from error
+    finally:
+        logging.set_verbosity(before)
+    if missing := info["missing_keys"]:
+        raise InputError(f"the VAE in {name} lacks weights: {missing[0]} ({len(missing)} in all)")
+    if vae.config.shift_factor:
+        raise InputError(f"the VAE {name} shifts its latents by {vae.config.shift_factor}: only a scale is known here")
+    return vae.float().to(device).eval().requires_grad_(False)

@@ -16,14 +16,13 @@ from core.training.run import RunFolder
 from core.training.schedule import ScheduleConfig, make_schedule
 from core.training.seed import seed_everything
 from core.training.task import dry_run, estimate, exit_code, open_run
-from diffusion.config import DryRun
 from diffusion.dit.config import MAY_CHANGE, DiTTrainingConfig, teacher_path
 from diffusion.dit.convert import check_dit, load_dit, save_dit
-from diffusion.dit.data import LabelledData, LabelledLoader, load_labelled
+from diffusion.dit.data import LabelledData, labelled_loader, load_labelled
 from diffusion.dit.distiller import DiTDistiller
 from diffusion.dit.model import DiT
 from diffusion.files import read_json
-from diffusion.training import count, describe_memory, make_loader, time_step
+from diffusion.training import DryRun, count, describe_memory, make_loader, time_step
 
 
 def train(config: DiTTrainingConfig) -> int:
@@ -40,7 +39,7 @@ def train(config: DiTTrainingConfig) -> int:
     distiller = make_distiller(config, data)
     accelerator = make_accelerator(config.fit, run)
     allow_tf32(config, accelerator)
-    loader = make_loader(LabelledLoader, data, config, accelerator, config.seed)
+    loader = make_loader(labelled_loader, data, config, accelerator, config.seed)
     steps, _ = durations(config.fit, len(loader))
     seed_everything(config.seed, "training", accelerator.process_index)
     result = fit(
@@ -131,7 +130,7 @@ def look(config: DiTTrainingConfig, wanted: DryRun) -> int:
     with tempfile.TemporaryDirectory() as folder:
         accelerator = make_accelerator(config.fit, folder)
     allow_tf32(config, accelerator)
-    loader = make_loader(LabelledLoader, data, config, accelerator, config.seed)
+    loader = make_loader(labelled_loader, data, config, accelerator, config.seed)
     steps, _ = durations(config.fit, len(loader))
 
     def lines() -> Iterator[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,12 @@ from core.training.checkpoint import LAST, read_checkpoint
 from core.training.command import DONE, INTERRUPTED
 from core.training.fit import durations, fit, make_accelerator
 from core.training.run import RunFolder, is_main_process
-from core.training.schedule import Schedule, ScheduleConfig, make_schedule
+from core.training.schedule import ScheduleConfig, make_schedule
 from core.training.seed import seed_everything
 from core.training.task import dry_run, exit_code, open_run
-from diffusion.config import DryRun
 from diffusion.consensus import load_classifier
 from diffusion.data import ImageLoader, load_images
-from diffusion.progressive.config import MAY_CHANGE, ProgressiveConfig
+from diffusion.progressive.config import MAY_CHANGE, BaseConfig, ProgressiveConfig, RoundsConfig
 from diffusion.progressive.distiller import BaseDistiller, Denoiser, ProgressiveDistiller
 from diffusion.progressive.network import (
     build_unet,
@@ -36,7 +35,7 @@ from diffusion.progressive.network import (
 )
 from diffusion.sampling import Student
 from diffusion.schedule import CosineSchedule
-from diffusion.training import count, describe_memory, make_loader, time_step
+from diffusion.training import DryRun, count, describe_memory, make_loader, time_step
 
 BASE = "base"
 
@@ -63,16 +62,12 @@ def train(config: ProgressiveConfig) -> int:
     run.open()
     run.write_environment(str(accelerator.device))
     started = time.perf_counter()
-    if teacher is None:
-        base = _round(config, resolved, images, BASE, partial(base_distiller, config, images))
-        if base is None:
+    labels: list[int | str] = [BASE, *config.students] if teacher is None else [*config.students]
+    for label in labels:
+        folder = _round(config, resolved, images, label, teacher)
+        if folder is None:
             return INTERRUPTED
-        teacher = load_teacher(base)
-    for steps in config.students:
-        student = _round(config, resolved, images, steps, partial(round_distiller, config, teacher, steps))
-        if student is None:
-            return INTERRUPTED
-        teacher = load_teacher(student)
+        teacher = load_teacher(folder)
     summary = {
         "status": "finished",
         "method": config.method,
@@ -130,66 +125,55 @@ def base_distiller(config: ProgressiveConfig, images: Tensor) -> BaseDistiller:
         network = build_unet(config.network, channels, size)
     else:
         network = load_start(config.init, config.network, channels, size)
-    return BaseDistiller(
-        network,
-        CosineSchedule(config.timesteps),
-        config.base.ema,
-        prediction=config.predict,
-        weighting=config.weight,
-        lr=config.base.lr,
-        weight_decay=config.base.weight_decay,
-    )
+    schedule = CosineSchedule(config.timesteps)
+    return BaseDistiller(network, schedule, config.base.ema, **_options(config, config.base))
 
 
 def round_distiller(config: ProgressiveConfig, teacher: Student, steps: int) -> ProgressiveDistiller:
     """The round of the student that samples in ``steps``, before its first step: the student is its teacher's copy."""
-    adm = config.adm_of(steps)
-    return ProgressiveDistiller(
-        teacher.model,
-        copy_without_dropout(teacher.model),
-        CosineSchedule(config.timesteps),
-        steps,
-        adm,
-        load_classifier(adm.classifier) if adm is not None and adm.classifier is not None else None,
-        prediction=config.predict,
-        weighting=config.weight,
-        lr=config.rounds.lr,
-        weight_decay=config.rounds.weight_decay,
-    )
+    adm, student = config.adm_of(steps), copy_without_dropout(teacher.model)
+    classifier = load_classifier(adm.classifier) if adm is not None and adm.classifier is not None else None
+    schedule, options = CosineSchedule(config.timesteps), _options(config, config.rounds)
+    return ProgressiveDistiller(teacher.model, student, schedule, steps, adm, classifier, **options)
+
+
+def _options(config: ProgressiveConfig, part: BaseConfig | RoundsConfig) -> dict[str, Any]:
+    rates = {"lr": part.lr, "weight_decay": part.weight_decay}
+    return {"prediction": config.predict, "weighting": config.weight, **rates}
 
 
 def _round(
-    config: ProgressiveConfig,
-    resolved: Mapping[str, Any],
-    images: Tensor,
-    label: int | str,
-    make: Callable[[], Denoiser],
+    config: ProgressiveConfig, resolved: Mapping[str, Any], images: Tensor, label: int | str, teacher: Student | None
 ) -> Path | None:
     """One call of ``fit`` in a folder of its own, unless it is finished: the base network's, or a student's.
 
     Args: ``resolved``: the chain's config as it is written down; ``label``: "base", or the student's steps.
     Returns: the folder of its network, None where it was interrupted.
     """
-    base = label == BASE
-    path = config.out / BASE if base else round_folder(config.out, int(label))
-    exported = path / ("teacher" if base else "student")
+    if teacher is None:
+        path, role, length, steps = config.out / BASE, "teacher", config.base.steps, config.timesteps
+    else:
+        steps = int(label)
+        path, role, length = round_folder(config.out, steps), "student", config.rounds.length(steps)
+    exported = path / role
     run = RunFolder(path, resolved, main=is_main_process(), may_change=MAY_CHANGE)
-    settings = replace(config.fit, steps=config.base.steps if base else config.rounds.length(int(label)))
+    settings = replace(config.fit, steps=length)
     accelerator = make_accelerator(settings, run)
     trained, written = run.finished, exported.exists()
     accelerator.wait_for_everyone()  # all have looked before one of them writes
     if trained and written:
         return exported
-    distiller = make()
-    (role,) = distiller.trained()
+    distiller = base_distiller(config, images) if teacher is None else round_distiller(config, teacher, steps)
     if not trained:
         loader = round_loader(config, images, accelerator, label)
+        constant = ScheduleConfig("constant", warmup=config.base.warmup / len(loader))
+        schedule = constant if teacher is None else ScheduleConfig(config.rounds.schedule)
         seed_everything(config.seed, "training", label, accelerator.process_index)
         result = fit(
             distiller,
             loader,
             optimizer=torch.optim.Adam,
-            schedule=_schedule(config, base, durations(settings, len(loader))[0], len(loader)),
+            schedule=make_schedule(schedule, durations(settings, len(loader))[0] / len(loader)),
             config=settings,
             run=run,
             accelerator=accelerator,
@@ -208,9 +192,8 @@ def _round(
         saved, state = read_checkpoint(run.checkpoints / LAST)
         distiller.networks[role].load_state_dict(saved[role])
         distiller.load_state_dict(state["extra"], strict=False)
-        steps = config.timesteps if base else int(label)
         save_student(exported, distiller.export(role), config.predict, steps, config.timesteps)
-        run.log(f"{'base network' if base else f'{label}-step student'}: {exported}")
+        run.log(f"{'base network' if teacher is None else f'{label}-step student'}: {exported}")
     accelerator.wait_for_everyone()
     return exported
 
@@ -219,22 +202,6 @@ def round_loader(config: ProgressiveConfig, images: Tensor, accelerator: Any, la
     """This process's batches, in an order of the round's own. Raises: InputError for an unfitting batch size."""
     seed = config.seed * 8192 + (0 if label == BASE else int(label))
     return make_loader(ImageLoader, images, config, accelerator, seed)
-
-
-def _schedule(config: ProgressiveConfig, base: bool, steps: int, epoch: int) -> Schedule:
-    if base:
-        return make_schedule(ScheduleConfig("constant", warmup=config.base.warmup / epoch), steps / epoch)
-    return make_schedule(ScheduleConfig(config.rounds.schedule), steps / epoch)
-
-
-class Planned(NamedTuple):
-    """A round of a dry run."""
-
-    label: str
-    length: int
-    """Optimiser steps."""
-    distiller: Denoiser
-    """One for all rounds whose steps cost the same."""
 
 
 def look(config: ProgressiveConfig, wanted: DryRun) -> int:
@@ -248,38 +215,38 @@ def look(config: ProgressiveConfig, wanted: DryRun) -> int:
     def lines() -> Iterator[str]:
         size = "x".join(map(str, images.shape[1:]))
         yield f"{len(images):,} images C x H x W: {size}"
-        network: Any = rounds[0].distiller.networks["teacher"]
+        network: Any = rounds[0][2].networks["teacher"]
         yield f"{'teacher' if teacher else 'base network'}: {count(network):,} parameters"
         yield f"  map C x H x W: {network.config.block_out_channels[0]}x{size.partition('x')[2]}"
-        for one in rounds:
-            yield f"{one.label}: {one.length:,} steps"
-        for distiller in dict.fromkeys(one.distiller for one in rounds):
-            label = next(one.label for one in rounds if one.distiller is distiller)
+        costs: dict[Denoiser, str] = {}
+        for label, length, distiller in rounds:
+            costs.setdefault(distiller, label)
+            yield f"{label}: {length:,} steps"
+        for distiller, label in costs.items():
             yield f"{label}: {describe_memory(distiller, loader, config, accelerator)}"
 
+    @cache
+    def seconds(distiller: Denoiser) -> float:
+        return time_step(distiller, loader, torch.optim.Adam, config, accelerator)
+
     def timed() -> Iterator[str]:
-        hours, known = 0.0, dict[Denoiser, float]()
         for label, length, distiller in rounds:
-            if distiller not in known:
-                known[distiller] = time_step(distiller, loader, torch.optim.Adam, config, accelerator)
-            hours += length * known[distiller] / 3600
-            yield f"{label}: {length:,} steps of {known[distiller]:.3f} s on {accelerator.device}"
-        yield f"estimate: {hours:.2f} hours"
+            yield f"{label}: {length:,} steps of {seconds(distiller):.3f} s on {accelerator.device}"
+        yield f"estimate: {sum(length * seconds(one) for _, length, one in rounds) / 3600:.2f} hours"
 
     return dry_run(config.resolved(), lines(), timed if wanted == "time" else None)
 
 
-def plan(config: ProgressiveConfig, images: Tensor, teacher: Student | None) -> list[Planned]:
-    """The rounds of a chain from fresh networks."""
-    rounds = []
+def plan(config: ProgressiveConfig, images: Tensor, teacher: Student | None) -> list[tuple[str, int, Denoiser]]:
+    """The rounds of a chain from fresh networks: name, optimiser steps, a distiller for all that cost the same."""
+    rounds: list[tuple[str, int, Denoiser]] = []
     if teacher is None:
         base = base_distiller(config, images)
-        rounds.append(Planned(BASE, config.base.steps, base))
+        rounds.append((BASE, config.base.steps, base))
         teacher = Student(config.out, base.average, base.schedule, config.predict, config.timesteps)
     known: dict[bool, Denoiser] = {}  # by whether ADM acts
     for steps in config.students:
         acts = config.adm_of(steps) is not None
         known[acts] = known.get(acts) or round_distiller(config, teacher, steps)
-        label = f"{steps}-step student{', ADM' if acts else ''}"
-        rounds.append(Planned(label, config.rounds.length(steps), known[acts]))
+        rounds.append((f"{steps}-step student{', ADM' if acts else ''}", config.rounds.length(steps), known[acts]))
     return rounds

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from core.errors import InputError, require_not_negative, require_positive
 from core.training.fit import FitConfig
-from diffusion.config import MAY_CHANGE as SHARED
-from diffusion.config import DryRun, hash_weights, parse_config, refuse_idle
 from diffusion.data import DataConfig
 from diffusion.progressive.distiller import ADMConfig
 from diffusion.progressive.network import UNetConfig
 from diffusion.schedule import Prediction, Weighting
+from diffusion.training import MAY_CHANGE as SHARED
+from diffusion.training import DryRun, TrainingConfig, parse_config
 
 MAY_CHANGE = (*SHARED, "init")  # in a resumed run
 
@@ -73,7 +73,7 @@ class RoundsConfig:
 
 
 @dataclass(frozen=True)
-class ProgressiveConfig:
+class ProgressiveConfig(TrainingConfig):
     """Trains a diffusion model, then halves its sampling steps again and again: Table 6.
 
     Args:
@@ -142,20 +142,11 @@ class ProgressiveConfig:
         """ADM's options in the round of the student with so many steps, None where it is plain distillation."""
         return self.adm if self.method == "pd+adm" and self.adm.acts(steps) else None
 
-    def resolved(self) -> dict[str, Any]:
-        """Everything that decides the results, as ``config.yaml`` keeps it; ``--config`` reads it back.
+    def idle(self) -> dict[str, str]:
+        return {"--adm.": "--method pd+adm"} if self.method == "pd" else {}
 
-        Raises: InputError where the teacher's weights are not those that the run began with.
-        """
-        values = asdict(self)
-        del values["out"]
-        if self.method == "pd":
-            del values["adm"]
-        values["teacher_sha256"] = None
-        if self.teacher is not None:
-            files = sorted(Path(self.teacher).glob("diffusion_pytorch_model*"))
-            values["teacher_sha256"] = hash_weights(files, self.teacher_sha256, self.teacher)
-        return values
+    def teacher_files(self) -> Iterable[Path]:
+        return () if self.teacher is None else sorted(Path(self.teacher).glob("diffusion_pytorch_model*"))
 
 
 def check_chain(chain: Sequence[int], timesteps: int) -> None:
@@ -174,6 +165,4 @@ def check_chain(chain: Sequence[int], timesteps: int) -> None:
 
 def parse_command(argv: Sequence[str], prog: str | None = None) -> tuple[ProgressiveConfig, DryRun]:
     """(the config, the dry run that is wanted). Raises: InputError for anything wrong with the command line."""
-    config, dry_run = parse_config(ProgressiveConfig, argv, prog)
-    refuse_idle(argv, [("--adm.", config.method == "pd", "--method pd+adm")])
-    return config, dry_run
+    return parse_config(ProgressiveConfig, argv, prog)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from core.adm import consensus_attention, control
 from core.errors import InputError
 from core.network import Split
-from core.training.distiller import Batch, Distiller, Losses, Progress
+from core.training.distiller import Batch, Losses, Progress
 from diffusion.consensus import (
     ConsensusConfig,
     classifier_loss,
@@ -25,6 +25,7 @@ from diffusion.consensus import (
 )
 from diffusion.progressive.network import InputHook
 from diffusion.schedule import CosineSchedule, Prediction, Weighting, interpolate
+from diffusion.training import DiffusionDistiller
 
 TeacherMap = Literal["target", "second", "first"]
 GateTime = Literal["end", "mid", "start", "none"]
@@ -54,29 +55,24 @@ class ADMConfig(ConsensusConfig):
         return self.alpha > 0 and (self.adm_rounds == "all" or steps in self.adm_rounds)
 
 
-class Denoiser(Distiller):
-    """What both modules share: the schedule, what a network predicts, the weight of an error, the optimiser groups.
+class Denoiser(DiffusionDistiller):
+    """What both modules share: the schedule, what a network predicts, the weight of an error.
 
     Args: the schedule; prediction: what all networks put out; weighting: of a squared error in x; learning rate and
-        weight decay of the one network that is trained.
+        weight decay of the one network that is trained, in ``options``.
     """
 
     def __init__(
-        self, schedule: CosineSchedule, prediction: Prediction, weighting: Weighting, lr: float, weight_decay: float
+        self, schedule: CosineSchedule, prediction: Prediction, weighting: Weighting, **options: float
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
         self.schedule = schedule
         self.prediction: Prediction = prediction
         self.weighting: Weighting = weighting
-        self.lr, self.weight_decay = lr, weight_decay
 
     def see(self, role: str, z: Tensor, t: Tensor) -> Tensor:
         """What a network makes of z ``[B, C, H, W]`` at times t ``[B]`` (int64): x, float32 at least."""
         return self.schedule.predict_x(self.networks[role](z, t, return_dict=False)[0], z, t, self.prediction)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        (network,) = self.trained().values()
-        return [{"params": list(network.parameters()), "lr": self.lr, "weight_decay": self.weight_decay}]
 
     def metadata(self, role: str) -> dict[str, str]:
         return {"role": role, "prediction": self.prediction, "schedule": "cosine"}
@@ -90,15 +86,9 @@ class BaseDistiller(Denoiser):
     """
 
     def __init__(self, network: nn.Module, schedule: CosineSchedule, ema: float, **options: Any) -> None:
-        super().__init__(schedule, **options)
+        super().__init__(schedule, ema=ema, **options)
         self.networks = nn.ModuleDict({"teacher": network})
         self.average = copy.deepcopy(network).requires_grad_(False).eval()
-        self.ema = ema
-
-    def train(self, mode: bool = True) -> BaseDistiller:
-        super().train(mode)
-        self.average.eval()
-        return self
 
     def before_step(self, batch: Batch, progress: Progress) -> Batch:
         image = batch["image"]
@@ -115,11 +105,8 @@ class BaseDistiller(Denoiser):
         """The moving average: what samples, and what the chain starts from."""
         return self.average
 
-    @torch.no_grad()
     def after_step(self, batch: Batch, progress: Progress) -> None:
-        averages: list[Tensor] = list(self.average.parameters())
-        weights: list[Tensor] = list(self.networks["teacher"].parameters())
-        torch._foreach_lerp_(averages, weights, 1.0 - self.ema)
+        self.follow(self.average, self.networks["teacher"])
 
 
 class ProgressiveDistiller(Denoiser):
@@ -150,56 +137,42 @@ class ProgressiveDistiller(Denoiser):
         self.steps, self.stride = steps, schedule.timesteps // steps
         self.adm = adm
         self.classifier = classifier.requires_grad_(False) if classifier is not None else None
-        hooked = self.networks.items() if adm is not None and adm.form != "classifier" else ()
-        self._hooks = {role: InputHook(network) for role, network in hooked}
+        self._hooks = {role: InputHook(network) for role, network in self.networks.items()}
         self.train()
-
-    def train(self, mode: bool = True) -> ProgressiveDistiller:
-        super().train(mode)
-        self.networks["teacher"].eval()
-        if self.classifier is not None:
-            self.classifier.eval()
-        return self
 
     def before_step(self, batch: Batch, progress: Progress) -> Batch:
         image = batch["image"]
         k = torch.randint(1, self.steps + 1, (len(image),), device=image.device)
         return {**batch, "t": k * self.stride, "noise": torch.randn_like(image)}
 
+    def _see(self, role: str, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``see``, and the network's map ``[B, C', H, W]``."""
+        return self.see(role, z, t), self._hooks[role].take()
+
     @torch.no_grad()
-    def target(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    def target(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """y* ``[B, C, H, W]``, with which one DDIM step from z at t lands where two of the teacher's do; and F_t."""
         m, s = t - self.stride // 2, t - self.stride
-        x1 = self.see("teacher", z, t)
-        first = self._map("teacher")
-        x2 = self.see("teacher", self.schedule.ddim(x1, z, t, m), m)
-        second = self._map("teacher")
+        x1, first = self._see("teacher", z, t)
+        x2, second = self._see("teacher", self.schedule.ddim(x1, z, t, m), m)
         c = self.schedule.mix(t, m, s)
-        y = interpolate(c, x1, x2)
-        if self.adm is None or first is None or second is None:
-            return y, None
-        if self.adm.teacher_map == "target":
-            return y, interpolate(c, first, second)
-        return y, first if self.adm.teacher_map == "first" else second
-
-    def _map(self, role: str) -> Tensor | None:
-        return self._hooks[role].take() if self._hooks else None
+        if self.adm is not None and self.adm.teacher_map == "target":
+            return interpolate(c, x1, x2), interpolate(c, first, second)
+        return interpolate(c, x1, x2), second if self.adm is None or self.adm.teacher_map == "second" else first
 
     def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
         t = batch["t"]
         z = self.schedule.noisy(batch["image"], batch["noise"], t)
         y, map_teacher = self.target(z, t)
-        o = self.see("student", z, t)
+        o, map_student = self._see("student", z, t)
         w = self.schedule.weight(t, self.weighting)
         losses = {"mse": output_loss(o, y, o.new_ones((len(o), 1, 1, 1)), w)}
         if self.adm is None:
             return {"student": losses}, {}
         opened = self._gate(t)
-        map_student = self._map("student")
         if self.classifier is not None:
             loss, s = classifier_loss(o, y, self.classifier, opened, self.adm.control)
         else:
-            assert map_student is not None and map_teacher is not None
             s = similarity(map_student, map_teacher, self.adm.centre)
             a = consensus_attention(control(s, self.adm.control))
             loss = self._consensus(o, y, map_student, map_teacher, a, opened * w, t)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import InputError
-from core.files import write_atomically
-from diffusion.files import read_json
+from diffusion.files import read_json, save_pipeline
 from diffusion.sampling import Student, load_student, read_unet
 from diffusion.schedule import CosineSchedule, Prediction, cosine_betas
 
@@ -106,7 +104,13 @@ def load_teacher(folder: Path) -> Student:
         raise InputError(f"--teacher {folder} holds no network (no config.json): name a diffusers folder of a U-Net")
     if (folder / "adm.json").is_file():
         return load_student(folder)
-    said = _scheduler_config(folder)
+    files = (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json")
+    said = next((read_json(file) for file in files if file.is_file()), None)
+    if said is None:
+        raise InputError(
+            f"--teacher {folder} says neither what it predicts nor on which schedule (no adm.json, no "
+            "scheduler_config.json): a teacher predicts x or v on our cosine schedule; it may serve as --init"
+        )
     prediction, betas = said.get("prediction_type", "epsilon"), said.get("trained_betas")
     name = f"{len(betas)} betas of its own" if betas else f"{said.get('beta_schedule', 'linear')!r}"
     known = {theirs: ours for ours, theirs in DIFFUSERS_NAMES.items()}
@@ -120,16 +124,6 @@ def load_teacher(folder: Path) -> Student:
         )
     model = read_unet(folder, f"--teacher {folder}").eval().requires_grad_(False)
     return Student(folder, model, CosineSchedule(timesteps), known[prediction], timesteps)
-
-
-def _scheduler_config(folder: Path) -> dict[str, Any]:
-    for file in (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json"):
-        if file.is_file():
-            return read_json(file)
-    raise InputError(
-        f"--teacher {folder} says neither what it predicts nor on which schedule (no adm.json, no "
-        "scheduler_config.json): a teacher predicts x or v on our cosine schedule; it may serve as --init"
-    )
 
 
 def check_network(network: Any, name: str, channels: int, size: int, config: UNetConfig | None = None) -> None:
@@ -183,24 +177,13 @@ def save_student(folder: Path, network: Any, prediction: Prediction, steps: int,
 
     It appears whole or not at all. Raises: TrainingError where the disk is full.
     """
-
-    def write(temporary: Path) -> None:
-        network.save_pretrained(temporary)
-        (temporary / "scheduler").mkdir()
-        index = {
-            "_class_name": "DDIMPipeline",
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "unet": ["diffusers", "UNet2DModel"],
-        }
-        about = {"prediction": prediction, "timesteps": timesteps, "steps": steps, "schedule": "cosine"}
-        for name, content in (
-            ("scheduler/scheduler_config.json", scheduler_config(prediction, steps, timesteps)),
-            ("model_index.json", index),
-            ("adm.json", about),
-        ):
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
-
-    write_atomically(folder, write)
+    index = {
+        "_class_name": "DDIMPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    about = {"prediction": prediction, "timesteps": timesteps, "steps": steps, "schedule": "cosine"}
+    save_pipeline(folder, network, ".", scheduler_config(prediction, steps, timesteps), index, about)
 
 
 class InputHook:
@@ -215,5 +198,7 @@ class InputHook:
         network.conv_out.register_forward_pre_hook(lambda module, inputs: self._seen.append(inputs[0]))
 
     def take(self) -> Tensor:
-        """The map of the forward since the last call."""
-        return self._seen.pop()
+        """The map of the last forward; no other is kept."""
+        last = self._seen[-1]
+        self._seen.clear()
+        return last

@@ -14,9 +14,9 @@ import hashlib
 import math
 import shutil
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, TrainingError
-from core.files import make_folder, write_atomically
+from core.files import make_folder, save_json, write_atomically
 from core.images import open_image
 from core.training.command import DONE, INTERRUPTED, Stop, parse, run_command
-from diffusion.data import scaled
+from diffusion.data import in_order, scaled
 from diffusion.dit.data import INDEX, ClassFiles, LatentIndex, class_files, open_shard, read_index, shard_file
+from diffusion.dit.sampling import load_vae
 from diffusion.files import need_packages
-from diffusion.tools.runs import add_device, check_counts, tool_parser
+from diffusion.tools import runs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(argv: Sequence[str] | None) -> Any:
     """The command line. Raises: InputError for anything wrong with it."""
-    parser = tool_parser("Latents of labelled images, of both the image and its mirror image, by a VAE.")
+    parser = runs.tool_parser("Latents of labelled images, of both the image and its mirror image, by a VAE.")
     add = parser.add_argument
     add("images", type=str, help="folder with a sub-folder for each class, or with such a folder train/ in it")
     add("--vae", type=str, default="stabilityai/sd-vae-ft-ema", help="AutoencoderKL: a folder, or a name on the hub")
@@ -61,9 +62,9 @@ def parse_options(argv: Sequence[str] | None) -> Any:
     add("--batch_size", type=int, default=32, help="images at once, in each process; their mirror images come on top")
     add("--shard_size", type=int, default=4096, help="images in a file; being cut off costs the file begun")
     add("--workers", type=int, default=4, help="threads that decode images, in each process")
-    add_device(parser)
+    runs.add_device(parser)
     options = parse(parser, argv)
-    check_counts(options, "image_size", "batch_size", "shard_size", "workers")
+    runs.check_counts(options, "image_size", "batch_size", "shard_size", "workers")
     if options.scale is not None and not 0 < options.scale < math.inf:
         raise InputError(f"--scale must be positive: {options.scale}")
     return options
@@ -77,8 +78,6 @@ def encode(options: Any, state: Any) -> int:
         disk or latents that are not finite.
     """
     from accelerate.utils import broadcast_object_list
-
-    from diffusion.dit.vae import load_vae
 
     images = class_files(options.images)
     vae = load_vae(options.vae, state.device)
@@ -105,8 +104,6 @@ def encode(options: Any, state: Any) -> int:
 
 def describe(options: Any, vae: Any, images: ClassFiles) -> LatentIndex:
     """The index of what is to be made. Raises: InputError for an image size that the VAE cannot halve."""
-    from diffusion.dit.vae import weights_hash
-
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if options.image_size % factor:
         raise InputError(f"--image_size {options.image_size} is no multiple of {factor}, by which this VAE reduces it")
@@ -124,6 +121,15 @@ def describe(options: Any, vae: Any, images: ClassFiles) -> LatentIndex:
         shard_size=options.shard_size,
         files_sha256=hashlib.sha256(paths).hexdigest(),
     )
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """SHA-256 of a module's weights and their names, whatever files they came in."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def check_folder(out: Path, index: LatentIndex) -> None:
@@ -168,7 +174,7 @@ def prepare(out: Path, index: LatentIndex, labels: Tensor) -> list[int]:
     if need > room:
         raise InputError(f"{out} has room for {room / 1e9:.1f} GB, the latents need {need / 1e9:.1f} GB more")
     if not (out / INDEX).is_file():
-        index.write(out)
+        save_json(asdict(index), out / INDEX)
     return missing
 
 
@@ -206,19 +212,6 @@ def encode_shards(
                 if stop.requested:
                     return
             write_shard(shard_file(Path(options.out), shard), torch.cat(parts), images.labels[index.rows(shard)])
-
-
-def in_order(
-    pool: ThreadPoolExecutor, read: Callable[[range], Tensor], batches: list[range], ahead: int
-) -> Iterator[Tensor]:
-    """``read(batch)`` of each batch in turn, begun while so many before it are not yet asked for."""
-    begun: deque[Future[Tensor]] = deque()
-    for batch in batches:
-        begun.append(pool.submit(read, batch))
-        if len(begun) > ahead:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
 
 
 def decode(files: Sequence[Path], size: int) -> Tensor:

@@ -14,42 +14,29 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.errors import InputError
 from core.files import make_folder, save_json
 from core.training.command import DONE, parse, run_command
 from core.training.run import environment
-from diffusion.data import DataConfig
-from diffusion.dit.data import LabelledConfig
+from diffusion import metrics
+from diffusion.data import DataConfig, load_images
+from diffusion.dit.data import LabelledConfig, load_labelled
+from diffusion.dit.sampling import load_dit_student
 from diffusion.files import need_packages, read_json
-from diffusion.tools.runs import (
-    DiTOptions,
-    add_sampling_options,
-    check_counts,
-    content_hash,
-    data_of,
-    dit_options,
-    find_students,
-    home,
-    is_dit,
-    tool_parser,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from diffusion.metrics import Extractor, Statistics
+from diffusion.sampling import gather_shares, load_student, own_share
+from diffusion.tools import runs
 
 CHUNK = 1024
 """About so many images in memory at once: 50,000 of 256 x 256 pixels would take 10 GB in each process."""
@@ -57,11 +44,11 @@ CHUNK = 1024
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    options = parse_options(list(without_data(given)))  # which data options there are depends on the networks
-    networks = find_students(options.networks, options.steps)
-    options = parse_options(given, data_of(Path(options.networks[0])) if networks else None)
-
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = parse_options(words, DataConfig() if {"-h", "--help"} & set(words) else None)
+    networks = runs.find_students(options.networks, options.steps)
+    # Once more: which data options there are, and their defaults, depends on the networks.
+    options = parse_options(words, runs.data_of(Path(options.networks[0])) if networks else DataConfig())
     need_packages("diffusers", "torch_fidelity")
     from accelerate import PartialState
 
@@ -78,21 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def without_data(argv: Sequence[str]) -> Iterator[str]:
-    """A command line without ``--data`` and ``--data.<key>`` and their values."""
-    value = False
-    for word in argv:
-        option = re.match(r"--data(?:\.\w+)?(=|$)", word)
-        if option is None and not value:
-            yield word
-        value = option is not None and option[1] != "="
-
-
-def parse_options(argv: Sequence[str], data: DataConfig | LabelledConfig | None = None) -> Any:
+def parse_options(argv: Sequence[str], data: DataConfig | None = None) -> Any:
     """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
-    parser = tool_parser("FID and IS of distilled diffusion models, by torch-fidelity.")
+    parser = runs.tool_parser("FID and IS of distilled diffusion models, by torch-fidelity.")
     add = parser.add_argument
-    add_sampling_options(parser, "*")
+    runs.add_sampling_options(parser, "*")
     add("--images", type=str, default=None, help="instead of networks, a folder of .png or .jpg images")
     add("--samples", type=int, default=50_000, help="images drawn from each network")
     add("--batch_size", type=int, default=256, help="images sampled at once by a process")
@@ -104,12 +81,12 @@ def parse_options(argv: Sequence[str], data: DataConfig | LabelledConfig | None 
     add("--cache", type=str, default=None, help="folder that keeps real images' statistics; beside torch's hub cache")
     add("--save", type=str, default=None, help="folder for the samples as .png, in one folder a network")
     add("--out", type=str, default=None, help="JSON file; of one run or round evaluation-<features>.json in its folder")
-    data = data or DataConfig()
+    data = data or LabelledConfig()  # it has all options that DataConfig has
     add("--data", type=type(data), default=data)
     options = parse(parser, argv)
     if bool(options.networks) == (options.images is not None):
         raise InputError("give run or network folders, or --images FOLDER")
-    check_counts(options, "samples", "batch_size", "feature_batch_size", "splits", "sampling_steps")
+    runs.check_counts(options, "samples", "batch_size", "feature_batch_size", "splits", "sampling_steps")
     return options
 
 
@@ -120,22 +97,20 @@ def evaluate(options: Any, networks: Sequence[Path], state: Any) -> Results | No
     """
     from accelerate.utils import broadcast_object_list
 
-    from diffusion.metrics import Extractor, InFolder, features_of, scores, scores_of
-
     if options.samples < state.num_processes:
         raise InputError(f"--samples {options.samples} are fewer than the {state.num_processes} processes")
-    dit = dit_options(options, networks, state.device)
+    dit = runs.dit_options(options, networks, state.device)
     with state.main_process_first():  # it downloads Inception, the others find it
-        features = features_of(options.features, options.inception)
-        extractor = Extractor(features, state.device, options.feature_batch_size)
+        features = metrics.features_of(options.features, options.inception)
+        extractor = metrics.Extractor(features, state.device, options.feature_batch_size)
     results = None
     if state.is_main_process:
         print(f"{features.distance} and {features.score} by {features.note or features.extractor}", flush=True)
-        results = Results(options, dit, real_side(options, extractor), extractor, str(state.device))
+        results = Results(options, dit, real_side(options, extractor), extractor)
     plan = [
-        {"network": str(network), "guidance": guidance, "sha256": content_hash(network)}
+        {"network": str(network), "guidance": guidance, "sha256": runs.content_hash(network)}
         for network in networks
-        for guidance in (dit.guidance if dit is not None and is_dit(network) else (None,))
+        for guidance in (dit.guidance if dit is not None and runs.is_dit(network) else (None,))
     ]
     # As the main process sees the file: by now it may have written the first row.
     missing: list[Any] = [None if results is None else results.missing(plan)]
@@ -145,21 +120,18 @@ def evaluate(options: Any, networks: Sequence[Path], state: Any) -> Results | No
         found = sampled_features(draw, options, extractor, folder)
         if results is not None:
             about |= {"images": options.samples, "sampling_seconds": time.perf_counter() - started}
-            results.add({**entry, **about, **scores_of(found, results.real, extractor, options.splits)})
+            results.add({**entry, **about, **metrics.scores_of(found, results.real, extractor, options.splits)})
     if results is not None and options.images is not None:
-        images = InFolder(options.images)
+        images = metrics.InFolder(options.images)
         about = {"network": options.images, "images": len(images)}
-        results.add({**about, **scores(images, results.real, extractor, options.splits)})
+        results.add({**about, **metrics.scores(images, results.real, extractor, options.splits)})
     return results
 
 
 def prepare(
-    options: Any, entry: dict[str, Any], dit: DiTOptions | None, device: Any
+    options: Any, entry: dict[str, Any], dit: runs.DiTOptions | None, device: Any
 ) -> tuple[dict[str, Any], Callable[[Sequence[int]], Tensor], str]:
     """What a row says of its network, ``draw(indices) -> images``, and the name of the folder for them."""
-    from diffusion.dit.sampling import load_dit_student
-    from diffusion.sampling import load_student
-
     path, guidance = Path(entry["network"]), entry["guidance"]
     shared = {"seed": options.seed, "batch_size": options.batch_size}
     if dit is not None and guidance is not None:
@@ -174,12 +146,9 @@ def prepare(
 
 
 def sampled_features(
-    draw: Callable[[Sequence[int]], Tensor], options: Any, extractor: Extractor, folder: str
+    draw: Callable[[Sequence[int]], Tensor], options: Any, extractor: metrics.Extractor, folder: str
 ) -> dict[str, Tensor]:
     """Features ``[samples, C]`` by layer, in all processes, each of which samples its share of the images."""
-    from diffusion.metrics import InMemory
-    from diffusion.sampling import gather_shares, own_share
-
     own = own_share(options.samples)
     chunk = -(-CHUNK // options.batch_size) * options.batch_size
     parts = []
@@ -188,27 +157,23 @@ def sampled_features(
         images = draw(indices)
         if options.save is not None:
             save_images(images, indices, Path(options.save) / folder)
-        parts.append(extractor(InMemory(images)))
+        parts.append(extractor(metrics.InMemory(images)))
     return {key: gather_shares(torch.cat([part[key] for part in parts]), options.samples) for key in parts[0]}
 
 
-def real_side(options: Any, extractor: Extractor) -> Statistics:
+def real_side(options: Any, extractor: metrics.Extractor) -> metrics.Statistics:
     """The statistics of the real images. Raises: InputError."""
-    from diffusion.data import load_images
-    from diffusion.dit.data import load_labelled
-    from diffusion.metrics import real_statistics
-
     if options.real is not None:
-        return real_statistics(options.real, extractor, options.cache)
+        return metrics.real_statistics(options.real, extractor, options.cache)
     if not isinstance(options.data, LabelledConfig):
-        return real_statistics(load_images(options.data), extractor, options.cache)
-    images = None if options.data.name == "latents" else load_labelled(options.data).images()
-    if images is None:
+        return metrics.real_statistics(load_images(options.data), extractor, options.cache)
+    if options.data.name == "latents":
         raise InputError(
             "latents hold no images to compare with: name the real side by --real, a folder of images or an .npz with "
             "mu and sigma, such as guided-diffusion's VIRTUAL_imagenet256_labeled.npz"
         )
-    return real_statistics(images, extractor, options.cache)
+    data: Any = load_labelled(options.data)
+    return metrics.real_statistics(data.pixels, extractor, options.cache)
 
 
 class Results:
@@ -219,37 +184,31 @@ class Results:
     """
 
     def __init__(
-        self, options: Any, dit: DiTOptions | None, real: Statistics, extractor: Extractor, device: str
+        self, options: Any, dit: runs.DiTOptions | None, real: metrics.Statistics, extractor: metrics.Extractor
     ) -> None:
         self.real = real
         out = options.out
         if out is None and len(options.networks) == 1:
-            out = home(options.networks[0]) / f"evaluation-{options.features.partition(':')[0]}.json"
+            out = runs.home(options.networks[0]) / f"evaluation-{options.features.partition(':')[0]}.json"
         self.file = None if out is None else Path(out)
         settings = {
             "features": {"name": options.features, **asdict(extractor.features), "sha256": extractor.identity},
             "real": {"source": options.real or asdict(options.data), "images": real.count},
-            "samples": options.samples,
-            "seed": options.seed,
-            "sampling_steps": options.sampling_steps,
-            "last_step": options.last_step,
+            **{name: getattr(options, name) for name in ("samples", "seed", "sampling_steps", "last_step", "splits")},
             "dit": None if dit is None else {**dit.settings, "vae": options.vae},
-            "splits": options.splits,
         }
-        self.report: dict[str, Any] = {**settings, "rows": [], "environment": environment(device)}
-        before, now = self._before(), json.loads(json.dumps(settings))
+        self.report: dict[str, Any] = {**settings, "rows": [], "environment": environment(str(extractor.device))}
+        try:
+            before = {} if self.file is None else read_json(self.file)
+        except InputError as error:
+            raise InputError(f"{self.file} is no JSON of results: name another --out, or delete it") from error
+        now = json.loads(json.dumps(settings))
         changed = [key for key in now if before and _setting(before, key) != _setting(now, key)]
         self.rename = bool(changed)
         if changed:
             print(f"{self.file} is of other settings ({changed[0]}): it becomes {self.file}.before", flush=True)
         elif before:
             self.report["rows"] = before["rows"]
-
-    def _before(self) -> dict[str, Any]:
-        try:
-            return {} if self.file is None else read_json(self.file)
-        except InputError as error:
-            raise InputError(f"{self.file} is no JSON of results: name another --out, or delete it") from error
 
     def missing(self, plan: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of ``{"network", "guidance", "sha256"}`` that have no row. Rows of what they were before go."""

@@ -15,7 +15,7 @@ from core.files import make_folder
 from diffusion.data import DataConfig
 from diffusion.dit.data import LabelledConfig
 from diffusion.dit.gaussian import Sampler
-from diffusion.dit.sampling import Precision
+from diffusion.dit.sampling import Precision, load_vae
 from diffusion.files import read_json
 
 EXPORT = "export"
@@ -168,11 +168,10 @@ def dit_options(options: Any, networks: Sequence[Path], device: torch.device | s
 
     Raises: InputError where an option does not fit the networks, or the VAE is none.
     """
-    dits = [network for network in networks if is_dit(network)]
-    for name in ("guidance", "sampler", "cfg_channels", "precision", "vae"):
-        if getattr(options, name) is not None and not dits:
-            raise InputError(f"--{name} counts only for DiTs, and there is none among the networks")
-    if not dits:
+    if not any(map(is_dit, networks)):
+        for name in ("guidance", "sampler", "cfg_channels", "precision", "vae"):
+            if getattr(options, name) is not None:
+                raise InputError(f"--{name} counts only for DiTs, and there is none among the networks")
         return None
     guidance = tuple(dict.fromkeys(options.guidance or (4.0, 1.0)))
     if min(guidance) < 0:
@@ -182,11 +181,7 @@ def dit_options(options: Any, networks: Sequence[Path], device: torch.device | s
     precision = options.precision or "tf32"
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    vae = None
-    if options.vae is not None:
-        from diffusion.dit.vae import load_vae
-
-        vae = load_vae(options.vae, device)
+    vae = None if options.vae is None else load_vae(options.vae, device)
     settings = {
         "steps": options.sampling_steps or 250,
         "sampler": options.sampler or "ddpm",

@@ -22,18 +22,10 @@ from torch import Tensor
 from core.analysis.figures import save_figure
 from core.errors import InputError
 from core.training.command import DONE, parse, run_command
+from diffusion.dit.sampling import load_dit_student
 from diffusion.files import need_packages
-from diffusion.tools.runs import (
-    DiTOptions,
-    add_sampling_options,
-    check_counts,
-    device_of,
-    dit_options,
-    figures_folder,
-    find_students,
-    is_dit,
-    tool_parser,
-)
+from diffusion.sampling import denoise, initial_noise, load_student, to_uint8
+from diffusion.tools import runs
 
 COLUMNS = 9
 """At most so many columns of a trajectory; of more steps some are left out."""
@@ -42,19 +34,17 @@ COLUMNS = 9
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
     options = parse_options(argv)
-    folders = find_students(options.networks, options.steps)
+    folders = runs.find_students(options.networks, options.steps)
     need_packages("diffusers")
-    from diffusion.sampling import denoise, initial_noise, load_student, to_uint8
-
-    device = device_of(options)
-    dit = dit_options(options, folders, device)
-    if dit is not None and not all(map(is_dit, folders)):
+    device = runs.device_of(options)
+    dit = runs.dit_options(options, folders, device)
+    if dit is not None and not all(map(runs.is_dit, folders)):
         raise InputError("these are DiTs and students of a chain: draw them one after the other")
     if dit is None and options.classes is not None:
         raise InputError("--classes counts only for DiTs, and there is none among the networks")
     if dit is not None and options.gif:
         raise InputError("--gif counts only for the students of a chain, not for DiTs")
-    out = figures_folder(options.out, options.networks[0])
+    out = runs.figures_folder(options.out, options.networks[0])
     if dit is not None:
         draw_classes(options, folders, dit, device, out)
         print(f"figures are in {out}")
@@ -63,20 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in folders:
         student = load_student(folder, device)
         steps = options.sampling_steps or student.steps
-        z = initial_noise(options.seed, range(options.rows * options.columns), student.shape).to(device)
-        states = [z[: options.rows].cpu()]
-        for step in denoise(student.model, student.schedule, student.prediction, steps, z, options.last_step):
-            states.append(step.z[: options.rows].cpu())
-            last = step.z
+        start = initial_noise(options.seed, range(options.rows * options.columns), student.shape).to(device)
+        states = [start[: options.rows].cpu()]
+        for z in denoise(student.model, student.schedule, student.prediction, steps, start, options.last_step):
+            states.append(z[: options.rows].cpu())
         name = f"{steps:04d}"
         label = f"{steps} step{'s' if steps > 1 else ''}"
         if label in grids:  # networks of several runs
             label, name = f"{folder.parent.parent.name}, {label}", f"{folder.parent.parent.name}-{name}"
-        grids[label] = tile(to_uint8(last.cpu()), options.columns)
+        grids[label] = tile(to_uint8(z.cpu()), options.columns)
         chosen = [round(i * steps / min(steps, COLUMNS - 1)) for i in range(min(steps, COLUMNS - 1) + 1)]
         stride = student.schedule.timesteps // steps
         times = [student.schedule.timesteps - i * stride for i in chosen]
-        draw_trajectory([to_uint8(states[i]) for i in chosen], times, out / f"trajectory-{name}.png")
+        columns = {f"t = {t}": tile(to_uint8(states[i]), 1) for t, i in zip(times, chosen, strict=True)}
+        draw_grids(columns, out / f"trajectory-{name}.png", columns=len(chosen), width=0.9, fontsize="x-small")
         if options.gif:
             save_gif([tile(to_uint8(state), 1) for state in states], out / f"trajectory-{name}.gif")
     draw_grids(grids, out / "samples.png")
@@ -86,24 +76,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(argv: Sequence[str] | None) -> Any:
     """The command line. Raises: InputError for anything wrong with it."""
-    parser = tool_parser("Draws what distilled diffusion models sample.")
+    parser = runs.tool_parser("Draws what distilled diffusion models sample.")
     add = parser.add_argument
-    add_sampling_options(parser, "+")
+    runs.add_sampling_options(parser, "+")
     add("--classes", type=int, nargs="+", default=None, help="of DiTs: those of the rows; --rows of them unless given")
     add("--rows", type=int, default=6, help="of a grid; also the images whose trajectory is drawn")
     add("--columns", type=int, default=8, help="of a grid")
     add("--gif", type=bool, default=False, help="of a chain: write each trajectory as a GIF too, a frame a step")
     add("--out", type=str, default=None, help="folder of the figures; figures/ of the first run or round unless given")
     options = parse(parser, argv)
-    check_counts(options, "rows", "columns", "sampling_steps")
+    runs.check_counts(options, "rows", "columns", "sampling_steps")
     return options
 
 
-def draw_classes(options: Any, folders: Sequence[Path], dit: DiTOptions, device: str, out: Path) -> None:
+def draw_classes(options: Any, folders: Sequence[Path], dit: runs.DiTOptions, device: str, out: Path) -> None:
     """A grid for each DiT and guidance: a row a class, and in it the images of ``columns`` indices."""
     from PIL import Image
-
-    from diffusion.dit.sampling import load_dit_student
 
     grids: dict[str, Tensor] = {}
     names: list[str] = []
@@ -129,47 +117,40 @@ def draw_classes(options: Any, folders: Sequence[Path], dit: DiTOptions, device:
     draw_grids(grids, out / "samples.png", names)
 
 
-def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
-    """uint8 ``[N, C, H, W]``, N a multiple of ``columns`` -> one image ``[h, w, 3]``, white between them."""
-    rows = len(images) // columns
-    padded = torch.nn.functional.pad(images.expand(-1, 3, -1, -1), (0, gap, 0, gap), value=255)
-    height, width = padded.shape[-2:]
-    grid = (
-        padded.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
-    )
-    return grid[:-gap, :-gap]
+def tile(images: Tensor, columns: int) -> Tensor:
+    """uint8 ``[N, C, H, W]``, N a multiple of ``columns`` -> one image ``[h, w, 3]``, a white pixel between them."""
+    rows, (height, width) = len(images) // columns, images.shape[-2:]
+    cells = torch.nn.functional.pad(images.expand(-1, 3, -1, -1), (0, 1, 0, 1), value=255).unflatten(0, (rows, columns))
+    return cells.permute(0, 3, 1, 4, 2).reshape(rows * (height + 1), columns * (width + 1), 3)[:-1, :-1]
 
 
-def draw_grids(grids: dict[str, Tensor], file: Path, rows_named: Sequence[str] = ()) -> None:
-    """The grids ``[h, w, 3]`` side by side, four a row, each under its name; beside them the names of their rows."""
+def draw_grids(
+    grids: dict[str, Tensor],
+    file: Path,
+    rows_named: Sequence[str] = (),
+    *,
+    columns: int = 4,
+    width: float = 3.2,
+    fontsize: str = "small",
+) -> None:
+    """The grids ``[h, w, 3]`` side by side, each under its name; beside them the names of their rows.
+
+    Args: ``columns``: grids a row; ``width``: of a grid, in inches.
+    """
     from matplotlib.figure import Figure
 
-    columns = min(len(grids), 4)
+    columns = min(len(grids), columns)
     rows = -(-len(grids) // columns)
-    height, width = next(iter(grids.values())).shape[:2]
-    figure = Figure(figsize=(3.2 * columns, (3.2 * height / width + 0.3) * rows), layout="constrained")
+    high, wide = next(iter(grids.values())).shape[:2]
+    figure = Figure(figsize=(width * columns, (width * high / wide + 0.3) * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.axis("off")
     for axis, (name, grid) in zip(axes, grids.items(), strict=False):
         axis.imshow(grid.numpy(), interpolation="nearest")
         for row, said in enumerate(rows_named):
-            axis.text(-0.01 * width, (row + 0.5) * height / len(rows_named), said, ha="right", va="center", fontsize=6)
-        axis.set_title(name, fontsize="small")
-    save_figure(figure, file)
-
-
-def draw_trajectory(states: Sequence[Tensor], times: Sequence[int], file: Path) -> None:
-    """A column for each state uint8 ``[rows, C, H, W]``, under its time."""
-    from matplotlib.figure import Figure
-
-    rows, _, height, width = states[0].shape
-    figure = Figure(figsize=(0.9 * len(states), 0.9 * rows * height / width + 0.3), layout="constrained")
-    axes = figure.subplots(1, len(states), squeeze=False)[0]
-    for axis, state, t in zip(axes, states, times, strict=True):
-        axis.imshow(tile(state, 1).numpy(), interpolation="nearest")
-        axis.set_title(f"t = {t}", fontsize="x-small")
-        axis.axis("off")
+            axis.text(-0.01 * wide, (row + 0.5) * high / len(rows_named), said, ha="right", va="center", fontsize=6)
+        axis.set_title(name, fontsize=fontsize)
     save_figure(figure, file)
 
 
@@ -178,11 +159,10 @@ def save_gif(frames: Sequence[Tensor], file: Path, shortest: int = 64) -> None:
     from PIL import Image
 
     factor = max(1, shortest // min(frames[0].shape[:2]))
-    pictures = [
+    first, *others = (
         Image.fromarray(frame.repeat_interleave(factor, 0).repeat_interleave(factor, 1).numpy()) for frame in frames
-    ]
-    durations = [200] * (len(pictures) - 1) + [2000]
-    pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    )
+    first.save(file, save_all=True, append_images=others, duration=[200] * len(others) + [2000], loop=0)
 
 
 if __name__ == "__main__":

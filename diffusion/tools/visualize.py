@@ -22,19 +22,12 @@ from core.errors import InputError
 from core.files import save_json
 from core.training.command import DONE, parse, run_command
 from core.training.run import environment
-from diffusion.data import DataConfig, load_images
+from diffusion.consensus import similarity
+from diffusion.data import DataConfig, load_images, scaled
 from diffusion.files import need_packages
-from diffusion.tools.runs import (
-    add_device,
-    check_counts,
-    data_of,
-    device_of,
-    figures_folder,
-    find_students,
-    is_dit,
-    read_config,
-    tool_parser,
-)
+from diffusion.progressive.network import InputHook, check_network, load_teacher
+from diffusion.sampling import initial_noise, load_student
+from diffusion.tools import runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,16 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
     student_folder, teacher_folder = find_pair(options)
     for folder in (student_folder, teacher_folder):
-        if is_dit(folder):
+        if runs.is_dit(folder):
             raise InputError(f"{folder} is a DiT: these figures are of the U-Nets of a chain")
-    data = data_of(Path(options.run or student_folder))
+    data = runs.data_of(Path(options.run or student_folder))
     assert isinstance(data, DataConfig)
     options = parse_options(argv, data)
     need_packages("diffusers")
-    from diffusion.progressive.network import check_network, load_teacher
-    from diffusion.sampling import load_student
-
-    device = device_of(options)
+    device = runs.device_of(options)
     student, teacher = load_student(student_folder, device), load_teacher(teacher_folder)
     teacher.model.to(device)
     images = load_images(options.data)
@@ -67,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     times = [round(i * student.schedule.timesteps / options.times) for i in range(options.times + 1)]
     maps = similarities(student, teacher, chosen, times, options.seed, options.batch_size)
 
-    out = figures_folder(options.out, options.run or student_folder)
+    out = runs.figures_folder(options.out, options.run or student_folder)
     rows = [{"t": t, **numbers(s)} for t, s in zip(times, maps, strict=True)]
     name = f"similarity-{student.steps:04d}"
     about = {"teacher": str(teacher_folder), "student": str(student_folder), "images": count, "seed": options.seed}
@@ -84,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) -> Any:
     """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
-    parser = tool_parser("Draws the similarity of teacher and student over time and space (Figure 4).")
+    parser = runs.tool_parser("Draws the similarity of teacher and student over time and space (Figure 4).")
     add = parser.add_argument
     add("run", nargs="?", type=str, help="run folder of a chain; figures go into its figures/")
     add("--steps", type=int, default=None, help="of a run, the student of so many steps; else that of the fewest")
@@ -95,7 +85,7 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     add("--times", type=int, default=10, help="intervals into which 0..T is cut")
     add("--batch_size", type=int, default=64, help="images at once")
     add("--seed", type=int, default=0, help="of the noise")
-    add_device(parser)
+    runs.add_device(parser)
     add("--out", type=str, default=None, help="folder of the figures; figures/ of the run or round unless given")
     add("--data", type=DataConfig, default=data or DataConfig())
     options = parse(parser, argv)
@@ -103,7 +93,7 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
         raise InputError("give one of a run folder, and --student FOLDER --teacher FOLDER")
     if options.student is not None and options.teacher is None:
         raise InputError("--student needs --teacher FOLDER")
-    check_counts(options, "images", "rows", "times", "batch_size")
+    runs.check_counts(options, "images", "rows", "times", "batch_size")
     return options
 
 
@@ -112,13 +102,13 @@ def find_pair(options: Any) -> tuple[Path, Path]:
     if options.student is not None:
         return Path(options.student), Path(options.teacher)
     run = Path(options.run)
-    folders = find_students([run], [options.steps] if options.steps is not None else [])
+    folders = runs.find_students([run], [options.steps] if options.steps is not None else [])
     student = folders[-1]
-    if options.teacher is not None or is_dit(student):
+    if options.teacher is not None or runs.is_dit(student):
         return student, Path(options.teacher or student)
     steps = int(student.parent.name.removeprefix("round-"))
     before = run / f"round-{2 * steps:04d}" / "student"
-    given = read_config(run).get("teacher")
+    given = runs.read_config(run).get("teacher")
     candidates = [before, Path(given) if given else run / "base" / "teacher"]
     for folder in candidates:
         if (folder / "config.json").is_file():
@@ -134,15 +124,11 @@ def similarities(
 
     Args: two ``Student``; images uint8 ``[N, C, H, W]``; an image keeps its noise over all times.
     """
-    from diffusion.consensus import similarity
-    from diffusion.progressive.network import InputHook
-    from diffusion.sampling import initial_noise
-
     device = next(student.model.parameters()).device
     hooks = [InputHook(network.model) for network in (student, teacher)]
     batches = []
     for first in range(0, len(images), batch_size):
-        x = images[first : first + batch_size].to(device) / 127.5 - 1.0
+        x = scaled(images[first : first + batch_size].to(device))
         noise = initial_noise(seed, range(first, first + len(x)), x.shape[1:]).to(device)
         maps = []
         for time in times:

@@ -21,9 +21,10 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 
 from core.errors import InputError
-from diffusion.dit.data import LabelledConfig, LabelledLoader, Latents, load_labelled, read_index, shard_file
-from diffusion.dit.vae import load_vae, weights_hash
+from diffusion.dit.data import LabelledConfig, Latents, labelled_loader, load_labelled, read_index, shard_file
+from diffusion.dit.sampling import load_vae
 from diffusion.tools import encode_latents
+from diffusion.tools.encode_latents import weights_hash
 
 Shell = Callable[[Callable[[list[str]], int], list[str]], tuple[int, str, str]]
 SIZE = 16
@@ -112,7 +113,7 @@ def test_latents_are_the_vae_s_of_each_image_and_its_mirror_image(images: Path, 
             torch.testing.assert_close(std, expected.std[0], rtol=1e-3, atol=1e-4)
     image, mirror_image = (data.read(torch.tensor([0]), torch.tensor([m]))[0, 0] for m in (False, True))
     assert not torch.allclose(image.flip(2), mirror_image, atol=1e-3)  # a VAE knows left from right
-    assert next(iter(LabelledLoader(data, 4, flip=True, seed=0)))["image"].shape == (4, 4, 8, 8)
+    assert next(iter(labelled_loader(data, 4, flip=True, seed=0)))["image"].shape == (4, 4, 8, 8)
 
 
 def test_the_index_says_what_made_it(vae: Path, whole: Path) -> None:

@@ -18,8 +18,8 @@ from core.errors import InputError, TrainingError
 from diffusion.dit.convert import load_dit_pipeline, save_dit
 from diffusion.dit.gaussian import LinearSchedule, ddim, ddpm, guided, spaced_times
 from diffusion.dit.model import DiT
-from diffusion.dit.sampling import DiTStudent, ImageNoise, load_dit_student
-from diffusion.sampling import initial_noise, to_uint8
+from diffusion.dit.sampling import DiTStudent, load_dit_student
+from diffusion.sampling import ImageNoise, initial_noise, to_uint8
 
 SHAPE = (3, 8, 8)
 

@@ -82,7 +82,7 @@ def test_every_iteration_is_scored_with_and_without_guidance(
     assert report["real"]["images"] == 300 and report["real"]["source"]["name"] == "digits"
     assert report["dit"] == {"steps": 3, "sampler": "ddpm", "cfg_channels": 3, "precision": "tf32", "vae": None}
     extractor = Extractor(features_of("digits"))
-    pixels = load_labelled(DATA).images()
+    pixels = load_labelled(DATA).pixels
     assert pixels is not None
     real = statistics(extractor(InMemory(pixels))["features"], "real")
     lines = [line.split() for line in out.splitlines()]
@@ -184,7 +184,7 @@ def test_latents_are_decoded_and_meet_the_reference_of_guided_diffusion(
     save_dit(run / "export/step-00000020/student", dit(channels=4, size=4), latent_scale=0.18215, step=20)
     (run / "config.yaml").write_text("data: {name: latents, root: nowhere}\n")
 
-    pixels = load_labelled(DATA).images()
+    pixels = load_labelled(DATA).pixels
     assert pixels is not None
     extractor = Extractor(features_of("digits"))
     real = statistics(extractor(InMemory(pixels))["features"], "real")
@@ -223,7 +223,7 @@ def test_jpeg_folder_by_a_residual_network(tmp_path: Path, shell: Shell, small: 
             pixels = torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(tmp_path / f"images/{label}/{number}.jpg")
     weights = tmp_path / "resnet8.th"
-    torch.save(proxies.CifarResNet(8).state_dict(), weights)
+    torch.save(proxies.CifarResNet(8).network.state_dict(), weights)
     run = tmp_path / "runs/jpeg"
     save_dit(run / "export/step-00000020/student", dit(channels=3, classes=2), step=20)
     (run / "config.yaml").write_text(f"data: {{name: folder, root: {tmp_path / 'moved'}}}\n")

@@ -64,12 +64,18 @@ def digits() -> Extractor:
     return Extractor(features_of("digits"))
 
 
+def published(key: str) -> str:
+    """akamaster's name of a weight."""
+    key = re.sub(r"^stages\.(\d)", lambda found: f"layer{int(found[1]) + 1}", key)
+    return re.sub(r"^fc\.", "linear.", re.sub(r"^stem\.(conv|bn)", r"\g<1>1", key))
+
+
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file as akamaster's: ResNet-8 with random weights."""
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("weights") / "resnet8.th"
-    state = {f"module.{key}": value for key, value in proxies.CifarResNet(8).state_dict().items()}
+    state = {f"module.{published(key)}": w for key, w in proxies.CifarResNet(8).network.state_dict().items()}
     torch.save({"state_dict": state, "best_prec1": 10.0}, file)
     return str(file)
 
@@ -175,7 +181,7 @@ def test_statistics_of_the_real_set_are_kept(tmp_path: Path, resnet: str, monkey
         real_statistics(folder, extractor, cache)
     torch.manual_seed(1)
     other = tmp_path / "other.th"
-    torch.save(proxies.CifarResNet(8).state_dict(), other)
+    torch.save(proxies.CifarResNet(8).network.state_dict(), other)
     write_images(folder, real[:1])
     with pytest.raises(ZeroDivisionError):
         real_statistics(folder, Extractor(features_of(f"resnet8:{other}")), cache)
