@@ -14,7 +14,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from core.errors import InputError
-from segmentation.checkpoint import find_checkpoint
+from core.training.checkpoint import find_checkpoint
 from segmentation.config import PAIR, build, check_images, load_config, read_config, ready_loader
 from segmentation.distiller import load_weights
 from segmentation.export import network_model

@@ -26,7 +26,6 @@ from classification.experiment import (
     Experiment,
     build,
     command_of,
-    find_checkpoint,
     first_images,
     restore,
 )
@@ -35,6 +34,7 @@ from classification.networks.pretrained import timm_normalisation
 from core.analysis.attention import KEYS
 from core.errors import InputError, TrainingError, unknown
 from core.files import save_json, write_atomically
+from core.training.checkpoint import find_checkpoint
 from core.training.command import DONE, parse, run_command
 from core.training.run import environment
 from core.weights import read_metadata

@@ -24,7 +24,7 @@ from classification.config import ONLINE, Task
 from classification.data import DataConfig, Streamed
 from classification.data.datasets import SMALL
 from classification.evaluation import evaluate, similarities
-from classification.experiment import Experiment, command_of, find_checkpoint, images_at, load_checkpoint, restore
+from classification.experiment import Experiment, command_of, images_at, load_checkpoint, restore
 from classification.tools.evaluate import align
 from core.adm import consensus_attention
 from core.analysis.attention import KEYS
@@ -35,7 +35,7 @@ from core.analysis.maps import box_area_share, box_share, cam, draw_maps, pair_m
 from core.errors import InputError
 from core.files import make_folder, save_json
 from core.images import EXTENSIONS
-from core.training.checkpoint import numbered
+from core.training.checkpoint import find_checkpoint, numbered, step_of
 from core.training.command import DONE, parse, run_command
 from core.training.run import environment
 
@@ -115,7 +115,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 def when(checkpoint: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Step and epoch of a checkpoint folder."""
-    step = int(checkpoint.name.removeprefix("step-"))
+    step = step_of(checkpoint)
     epoch = next((line["epoch"] for line in metrics if line["step"] == step), None)
     return {"checkpoint": checkpoint.name, "step": step, "epoch": epoch}
 

@@ -15,8 +15,8 @@ from .distiller import Batch, Distiller, Progress
 from .recorder import Recorder
 from .run import RunFolder
 from .schedule import Schedule
-from .seed import random_state, restore_random_state
-from .step import batch_length, train_step
+from .seed import restore_random_state
+from .step import batch_length, share_buffers, train_step
 
 
 class Data(Protocol):
@@ -121,9 +121,11 @@ def fit(
     module = accelerator.prepare(distiller)  # not the optimiser: accelerate's wrapper costs 0.1 ms a step
     optim = optimizer(distiller.parameter_groups())
     base_rates = [group["lr"] for group in optim.param_groups]
+    from accelerate.utils import gather_object
+
     recorder = Recorder(
         run, accelerator.device, accelerator.num_processes,
-        mean=lambda values: accelerator.reduce(values, reduction="mean"),
+        mean=lambda values: accelerator.reduce(values, reduction="mean"), gather=lambda own: gather_object([own]),
         advice="lower the learning rate, clip gradients (--fit.clip 1.0) or train in bf16 / fp32",
         total=total_steps, epoch_length=epoch_length, select=select,
         track=lambda values, step: accelerator.log(values, step=step), progress_bar=progress_bar,
@@ -162,7 +164,7 @@ def fit(
                 best = False
                 if evaluate is not None:
                     distiller.eval()
-                    _share_buffers(distiller, accelerator)
+                    share_buffers(distiller)
                     values = evaluate()
                     distiller.train()
                     best = recorder.evaluated(step, values)
@@ -220,13 +222,6 @@ def _any(flag: bool, accelerator: Any) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
 
 
-def _share_buffers(distiller: Distiller, accelerator: Any) -> None:
-    # Between two forwards each process has BatchNorm statistics of its own; the first process's are those saved.
-    if accelerator.num_processes > 1:
-        for buffer in distiller.buffers():
-            torch.distributed.broadcast(buffer, 0)
-
-
 def _extra(distiller: Distiller) -> dict[str, Any]:
     """Weights, buffers and extra state (torch's ``get_extra_state``) that belong to no network: adapters, heads."""
     return {k: v for k, v in distiller.state_dict().items() if not k.startswith("networks.")}
@@ -244,14 +239,11 @@ def _save(
     keep: int,
 ) -> None:
     """A checkpoint of all that an exact resume needs. Raises: TrainingError for a NaN loss or weight, a full disk."""
-    from accelerate.utils import gather_object
-
     recorder.losses.check()
     state = {
         "step": step, **recorder.state(), "optimizer": optim.state_dict(), "data": data.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "extra": _extra(distiller),
-        "processes": gather_object([{"random": random_state(), "window": recorder.losses.rows_on_cpu()}]),
     }  # fmt: skip
     if recorder.run.main:
         weights = {r: (distiller.networks[r].state_dict(), distiller.metadata(r)) for r in distiller.trained()}
@@ -268,7 +260,7 @@ def _load(recorder: Recorder, distiller: Distiller, optim: torch.optim.Optimizer
     if not run.main and last.exists():
         found = checkpoints.read_checkpoint(last)
     if found is None:
-        recorder.restore(None, [])
+        recorder.restore(None, 0, 0)
         return 0
     weights, state = found
     for role in distiller.trained():
@@ -278,16 +270,6 @@ def _load(recorder: Recorder, distiller: Distiller, optim: torch.optim.Optimizer
     data.load_state_dict(state["data"])
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    processes = state["processes"]
-    own = processes[0]
-    if len(processes) == accelerator.num_processes:
-        own = processes[accelerator.process_index]
-        restore_random_state(own["random"])
-    else:
-        run.log(f"saved by {len(processes)} process(es), resumed by {accelerator.num_processes}: not bit by bit alike")
-    recorder.restore(state, own["window"])
-    best = recorder.best
-    if run.main and best is not None and (target := run.checkpoints / f"step-{best['step']:08d}").exists():
-        checkpoints.link(run.checkpoints, checkpoints.BEST, target)
-    run.log(f"resuming from step {state['step']} ({run.checkpoints})")
+    if (random := recorder.restore(state, state["step"], accelerator.process_index)) is not None:
+        restore_random_state(random)
     return state["step"]

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint import BEST, numbered, point, step_of
 from .meters import Clock, LossBuffer, peak_memory
 from .run import RunFolder
+from .seed import random_state
 
 DRAW_EVERY = 60.0
 """Least seconds between two drawings of the curves, one takes up to seconds; the end of the run always draws."""
@@ -26,6 +28,7 @@ class Recorder:
         mean: the mean of a tensor over all processes.
         advice: what may help against losses that are not finite.
         total: steps of the whole run, in ``unit``s ("step", "iteration").
+        gather: this process's object -> those of all processes.
         epoch_length: steps of an epoch; lines then say the epoch too.
         select: the evaluated value whose maximum makes ``best``; None: there is no best.
         track: ``track(values, step)`` hands scalars on to TensorBoard or another tracker.
@@ -39,6 +42,7 @@ class Recorder:
         processes: int,
         *,
         mean: Callable[[Tensor], Tensor],
+        gather: Callable[[Any], list[Any]],
         advice: str,
         total: int,
         unit: str = "step",
@@ -48,20 +52,33 @@ class Recorder:
         progress_bar: bool = True,
     ) -> None:
         self.run, self.device, self.processes = run, device, processes
-        self.total, self.unit, self.epoch_length = total, unit, epoch_length
+        self.gather, self.total, self.unit, self.epoch_length = gather, total, unit, epoch_length
         self.select, self.track, self.progress_bar = select, track, progress_bar
         self.losses = LossBuffer(device, mean, advice)
         self.clock = Clock(device, processes)
         self.best: dict[str, Any] | None = None
         self._started, self._drawn = time.perf_counter(), -math.inf
 
-    def restore(self, state: Mapping[str, Any] | None, loss_rows: list[dict[str, Any]]) -> None:
-        """Goes on from what ``state`` of a checkpoint says and this process's unfinished losses; None: from nothing."""
+    def restore(self, state: Mapping[str, Any] | None, step: int, rank: int) -> dict[str, Any] | None:
+        """Goes on from what ``state()`` said after ``step`` steps; None: from nothing.
+
+        Returns: the random state of this process (``rank``), None where there is none to go on with exactly.
+        """
         self.run.cut_metrics(0 if state is None else state["metrics_size"])
-        if state is not None:
-            self.best = state["best"]
-            self.losses.rows = loss_rows
-            self.clock.restore(state["seconds"], state["samples"])
+        if state is None:
+            return None
+        processes = state["processes"]
+        own = processes[min(rank, len(processes) - 1)]
+        self.best, self.losses.rows = state["best"], own["window"]
+        self.clock.restore(state["seconds"], state["samples"])
+        if len(processes) != self.processes:
+            said = f"saved by {len(processes)} process(es), resumed by {self.processes}"
+            self.run.log(f"{said}: not bit by bit alike")
+        for checkpoint in numbered(self.run.checkpoints) if self.run.main and self.best is not None else ():
+            if step_of(checkpoint) == self.best["step"]:
+                point(BEST, checkpoint)
+        self.run.log(f"resuming from {self.unit} {step} ({self.run.checkpoints})")
+        return own["random"] if len(processes) == self.processes else None
 
     def start(self, step: int) -> None:
         """Before the first step that is taken now: shows the bar and lets the clock run."""
@@ -93,10 +110,11 @@ class Recorder:
         return True
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this, besides ``losses.rows_on_cpu()`` of each process."""
+        """What a checkpoint keeps of this, and the random state of each process."""
+        own = {"random": random_state(), "window": self.losses.rows_on_cpu()}
         return {
             "best": self.best, "seconds": self.clock.seconds, "samples": self.clock.samples,
-            "metrics_size": self.run.metrics_size(),
+            "metrics_size": self.run.metrics_size(), "processes": self.gather(own),
         }  # fmt: skip
 
     def draw(self) -> None:
