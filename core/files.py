@@ -41,7 +41,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         temporary.replace(path)
-    except Exception as error:
+    except BaseException as error:
         remove(temporary)
         # torch.save reports a failed write as RuntimeError, safetensors as its own error: both end here too.
         if isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError":

@@ -28,8 +28,7 @@ class AttentionStatistics(RunningSums):
     of one image do; over millions of locations they would lie at 5 and more. The variance is the population's, over
     the locations of one image.
 
-    Over processes: ``state()`` reduces by SUM (see ``RunningSums``). Images that a sampler repeats to even out the
-    processes must be left out by the caller.
+    Images that a sampler repeats to even out the processes must be left out by the caller.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, TrainingError
+from ..errors import InputError
+from ..files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
-    """Write ``figure`` beside ``path`` and rename it, in the format of the suffix (.png, .pdf, .svg, ...).
+    """Write ``figure`` in the format of the suffix (.png, .pdf, .svg, ...).
 
     Raises: InputError for a missing folder or an unknown suffix; TrainingError where writing fails (full disk, no
     permission). After an error there is neither a half file nor a changed old one.
@@ -24,11 +24,4 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 120) -> None:
         raise InputError(f"cannot draw {path}: its name must end in one of .{', .'.join(sorted(known))}")
     if not path.parent.is_dir():
         raise InputError(f"cannot draw {path}: there is no folder {path.parent}; create it first")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(beside, dpi=dpi, format=suffix)
-        os.replace(beside, path)
-    except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=dpi, format=suffix))

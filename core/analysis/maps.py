@@ -29,16 +29,6 @@ def upsample(maps: Tensor, size: Size) -> Tensor:
     return F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
 
 
-def similarity_map(similarity: Tensor, size: Size) -> Tensor:
-    """S ``[B, h, w]`` of Eq. 6 at the size of the image: ``[B, H, W]`` in [-1, 1]."""
-    return upsample(similarity, size)
-
-
-def discrepancy_map(similarity: Tensor, size: Size) -> Tensor:
-    """1 - S at the size of the image: ``[B, H, W]`` in [0, 2]. The "discrepancy regions" of Figure 1."""
-    return 1.0 - upsample(similarity, size)
-
-
 def cam(feature_map: Tensor, head: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
     """Class activation map (Zhou et al., 2016) of any network: ``H W sum_c dz_y/dF_c F_c``, ``[B, H, W]``, signed.
 
