@@ -25,7 +25,6 @@ from classification.data import DataConfig, Streamed
 from classification.data.datasets import SMALL
 from classification.evaluation import evaluate, similarities
 from classification.experiment import Experiment, command_of, images_at, load_checkpoint, restore
-from classification.tools.evaluate import align
 from core.adm import consensus_attention
 from core.analysis.attention import KEYS
 from core.analysis.calibration import draw_reliability
@@ -36,7 +35,7 @@ from core.errors import InputError
 from core.files import make_folder, save_json
 from core.images import EXTENSIONS
 from core.training.checkpoint import find_checkpoint, numbered, step_of
-from core.training.command import DONE, parse, run_command
+from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
 from core.training.run import environment
 
 BOXES_HELP = (
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
     folders = [find_checkpoint(run, name) for name in names or ["last" if every else options.checkpoint]]
 
     experiment = restore(command, folders[0])
-    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    device = device_of(options)
     experiment.distiller.to(device).eval()
     boxes = read_boxes(experiment, options) if options.boxes is not None else None
     figures = run / "figures"
@@ -87,10 +86,9 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
 
 def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) -> Any:
     """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
-    from jsonargparse import ArgumentParser
-
-    description = "Draws a run's maps (Figure 1), attention over training (Table 17) and calibration (Figure 10)."
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser = tool_parser(
+        "Draws a run's maps (Figure 1), attention over training (Table 17) and calibration (Figure 10)."
+    )
     add = parser.add_argument
     add("run", type=str, help="run folder; figures go into its figures/")
     add("--checkpoint", type=str, default="last", help="last, best, step-00000123, or all that were kept")
@@ -98,7 +96,7 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     add("--split", type=Literal["test", "validation"], default="test", help="which images")
     add("--boxes", type=str, default=None, help=BOXES_HELP)
     add("--box_size", type=int, default=64, help="height and width in pixels of the images the boxes were drawn on")
-    add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
+    add_device(parser)
     add("--data", type=DataConfig, default=data or DataConfig())
     options = parse(parser, argv)
     for name in ("images", "box_size"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
-from core.training.command import DONE, LineParser, missing_extra, run_command
+from core.training.command import DONE, LineParser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,13 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.config is not None and options.checkpoint is None:
         raise InputError("--config needs --checkpoint FILE")
 
-    try:  # after the command line is read: --help is quick
-        from segmentation.experiment import restore
-    except ImportError as error:
-        raise missing_extra(error, "segmentation") from error
     from core.files import save_json
     from core.training.run import environment
     from segmentation.evaluation import evaluate, table
+    from segmentation.experiment import restore  # after the command line is read: --help is quick
     from segmentation.export import export_network
 
     found = restore(options.run, options.config, options.checkpoint, options.role, options.data_root)
