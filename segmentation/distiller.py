@@ -126,10 +126,10 @@ class DistillationSegmentor(BaseSegmentor):
         for role, settings in zip(ROLES, (teacher, student), strict=True):
             with self._drawn_for(role), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Default ``avg_non_ignore``")  # `normalise` decides
-                network = MODELS.build({**settings, "data_preprocessor": None})
+                self.add_module(role, MODELS.build({**settings, "data_preprocessor": None}))
+        for role, network in self.networks.items():
             check_network(network, role)
-            self.add_module(role, network)
-        check_pair(self.teacher, self.student)
+        check_pair(self.networks)
         self.ignore: int = self.student.decode_head.ignore_index
         self.frozen = self.method == "kd"
         if self.frozen:
@@ -356,10 +356,10 @@ def splits(head: BaseDecodeHead) -> bool:
     return "_forward_feature" in vars(own) and type(head).cls_seg is BaseDecodeHead.cls_seg and one_by_one
 
 
-def check_pair(teacher: Any, student: Any) -> None:
+def check_pair(networks: Mapping[str, Any]) -> None:
     """Raises: InputError where the two do not tell the same classes apart."""
-    s = student.decode_head
-    for role, network in (("teacher", teacher), ("student", student)):
+    s = networks["student"].decode_head
+    for role, network in networks.items():
         for head in [network.decode_head, *auxiliary_heads(network)]:
             if (head.num_classes, head.ignore_index) != (s.num_classes, s.ignore_index):
                 raise InputError(

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.dist import all_gather_object, all_reduce, get_dist_info
 from mmengine.hooks import Hook
@@ -22,7 +21,7 @@ from core.training.recorder import Recorder
 from core.training.run import RunFolder
 from core.training.seed import random_state, restore_random_state, seed_everything
 from core.training.step import share_buffers
-from segmentation.export import as_text, export_network
+from segmentation.experiment import as_text, export_network
 
 ADVICE = "lower the learning rate, clip gradients (--cfg-options optim_wrapper.clip_grad.max_norm=1.0) or train in fp32"
 
@@ -97,7 +96,7 @@ class RunHook(Hook):
         stopping = self.processes == 1 and self.stop.requested
         if step % self.cfg.run.log_every == 0 or step == runner.max_iters:
             self.recorder.log_point(step, self._rate)
-            stopping = self._stopping()
+            stopping = self.recorder.any(self.stop.requested)
         if stopping and step < runner.max_iters:
             runner.train_loop.stop_training = True
         due = save_every is not None and step % save_every == 0
@@ -161,10 +160,6 @@ class RunHook(Hook):
         hub = checkpoint["message_hub"]
         hub["log_scalars"] = type(hub["log_scalars"])()
         hub["runtime_info"] = {k: v.item() if hasattr(v, "item") else v for k, v in hub["runtime_info"].items()}
-
-    def _stopping(self) -> bool:
-        """Whether any process was told to stop: all leave after the same iteration."""
-        return bool(mean(torch.tensor(float(self.stop.requested), device=self.recorder.device)) > 0)
 
 
 def mean(values: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from core.training.task import dry_run, estimate, exit_code, gigabytes, open_run
 from core.weights import read_torch
 from segmentation.config import build, check_images, check_pretrained, complete, load_config, map_stride
 from segmentation.distiller import ROLES
-from segmentation.export import as_text
+from segmentation.experiment import as_text
 from segmentation.hooks import RunHook
 
 # In what a resumed run may differ: where it runs, and how much it says and keeps.

@@ -30,7 +30,7 @@ from core.analysis.attention import KEYS
 from core.analysis.calibration import draw_reliability
 from core.analysis.curves import draw_curves
 from core.analysis.figures import save_figure
-from core.analysis.maps import box_area_share, box_share, cam, draw_maps, pair_maps, relative_cam
+from core.analysis.maps import box_share, cam, draw_maps, pair_maps, relative_cam
 from core.errors import InputError
 from core.files import make_folder, save_json
 from core.images import EXTENSIONS
@@ -132,20 +132,19 @@ def draw_pairs(experiment: Experiment, options: Any, boxes: Tensor | None, figur
     pairs = distiller.pairs
     labels = row_labels(experiment, target, {role: outputs[role].logits.argmax(1).cpu() for role in cams})
     outlines = boxes[positions] * (images.shape[-1] / options.box_size) if boxes is not None else None
-    for student, teacher in pairs:
-        if (student, teacher) in compared:
-            maps = pair_maps(compared[student, teacher], cams[teacher], cams[student])
+    for pair in pairs or [tuple(reversed(cams))]:
+        if pair in compared:
+            student, teacher = pair
+            maps = pair_maps(compared[pair], cams[teacher], cams[student])
         else:
-            print(
-                f"the maps of {student} and {teacher} have different channels and no adapter (a run without ADM): "
-                "there is no S to draw, CAM alone is"
-            )
-            maps = {f"CAM {role}": relative_cam(cams[role]) for role in (teacher, student)}
-        pair = f"-{student}-{teacher}" if len(pairs) > 1 else ""
-        draw_maps(images, maps, figures / f"maps{pair}{suffix}.png", labels, outlines)
-    if not pairs:
-        maps = {f"CAM {role}": relative_cam(activation) for role, activation in cams.items()}
-        draw_maps(images, maps, figures / f"maps{suffix}.png", labels, outlines)
+            maps = {f"CAM {role}": relative_cam(cams[role]) for role in reversed(pair)}
+            if pairs:
+                print(
+                    f"the maps of {pair[0]} and {pair[1]} have different channels and no adapter (a run without ADM): "
+                    "there is no S to draw, CAM alone is"
+                )
+        name = "-".join(["maps", *pair] if len(pairs) > 1 else ["maps"])
+        draw_maps(images, maps, figures / f"{name}{suffix}.png", labels, outlines)
 
 
 def row_labels(experiment: Experiment, target: Tensor, predictions: Mapping[str, Tensor]) -> list[str]:
@@ -249,14 +248,13 @@ def box_shares(experiment: Experiment, options: Any, boxes: Tensor) -> dict[str,
         inside = inside[has].to(device)
         target = batch["target"][has].to(device)
         outputs = distiller.outputs(batch["image"][has].to(device))
-        weights = {}
+        weights = {"area": torch.ones(len(inside), 1, 1, device=device)}
         for (student, teacher), similarity in similarities(distiller, outputs).items():
             pair = f" {student} {teacher}" if len(pairs) > 1 else ""
             weights[f"consensus{pair}"] = consensus_attention(similarity).squeeze(1)
             weights[f"discrepancy{pair}"] = 1.0 - similarity
         for role in distiller.output_roles:
             weights[f"CAM {role}"] = cam(outputs[role].maps[-1], outputs[role].head, target).clamp_min(0.0)
-        found.setdefault("area", []).append(box_area_share(inside, size))
         for name, values in weights.items():
             found.setdefault(name, []).append(box_share(values, inside, size))
     shares = {name: torch.cat(parts).cpu() for name, parts in found.items()}

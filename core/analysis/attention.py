@@ -10,12 +10,7 @@ from ..errors import InputError
 from .sums import RunningSums
 
 KEYS = (
-    "attention/consensus_min",
-    "attention/consensus_max",
-    "attention/consensus_variance",
-    "attention/divergence_min",
-    "attention/divergence_max",
-    "attention/divergence_variance",
+    *(f"attention/{side}_{of}" for side in ("consensus", "divergence") for of in ("min", "max", "variance")),
     "attention/similarity",
 )
 

@@ -103,10 +103,10 @@ def add_device(parser: Any) -> None:
 
 
 def device_of(options: Any) -> str:
-    """What ``--device`` means here; "auto" where there is no such option."""
+    """What ``--device`` means here."""
     import torch
 
-    return "cuda" if getattr(options, "device", "auto") == "auto" and torch.cuda.is_available() else "cpu"
+    return "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
 
 
 def train_parser(config: type, prog: str | None = None, description: str | None = None, epilog: str = "") -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from ..errors import InputError, unknown
+from ..errors import InputError, require_positive, unknown
 from . import checkpoint as checkpoints
 from .command import Stop
 from .distiller import Batch, Distiller, Progress
@@ -158,7 +158,7 @@ def fit(
             stopping = accelerator.num_processes == 1 and stop.requested
             if step % config.log_every == 0 or step == total_steps:
                 recorder.log_point(step, optim.param_groups[0]["lr"])
-                stopping = _any(stop.requested, accelerator)
+                stopping = recorder.any(stop.requested)
             if step % interval == 0 or step == total_steps:
                 recorder.clock.pause()
                 best = False
@@ -198,13 +198,11 @@ def durations(config: FitConfig, steps_per_epoch: int | None) -> tuple[int, int]
     else:
         assert config.epochs is not None
         total = round(config.epochs * steps_per_epoch)
-    for name in ("accumulate", "log_every", "keep"):
-        if getattr(config, name) < 1:
+    for name in ("accumulate", "log_every", "keep", "evaluate_every"):
+        if (value := getattr(config, name)) is not None and value < 1:
             raise InputError(f"fit.{name} must be at least 1")
-    if config.clip is not None and config.clip <= 0:
-        raise InputError(f"fit.clip must be positive: {config.clip}")
-    if config.evaluate_every is not None and config.evaluate_every < 1:
-        raise InputError("fit.evaluate_every must be at least 1")
+    if config.clip is not None:
+        require_positive("fit", clip=config.clip)
     if total < 1:
         raise InputError("nothing to train: fit.epochs or fit.steps is 0 or less")
     return total, config.evaluate_every or steps_per_epoch or total
@@ -213,13 +211,6 @@ def durations(config: FitConfig, steps_per_epoch: int | None) -> tuple[int, int]
 def _endless(data: Iterable[Batch]) -> Iterator[Batch]:
     while True:
         yield from data
-
-
-def _any(flag: bool, accelerator: Any) -> bool:
-    """Whether any process was told to stop: all leave after the same step."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
 
 
 def _extra(distiller: Distiller) -> dict[str, Any]:

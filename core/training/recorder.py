@@ -117,6 +117,10 @@ class Recorder:
             "metrics_size": self.run.metrics_size(), "processes": self.gather(own),
         }  # fmt: skip
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process: all learn of it after the same step."""
+        return bool(self.losses.mean(torch.tensor(float(flag), device=self.device)) > 0)
+
     def draw(self) -> None:
         """The curves, unless they were drawn a moment ago."""
         if time.perf_counter() - self._drawn >= DRAW_EVERY:
