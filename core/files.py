@@ -78,6 +78,21 @@ def make_folder(folder: Path, option: str = "") -> Path:
     return folder
 
 
+def save_figure(figure: Any, path: str | Path, dpi: int = 120) -> None:
+    """Writes a matplotlib ``figure`` in the format of the suffix (.png, .pdf, .svg, ...).
+
+    Raises: InputError for a missing folder or an unknown suffix; TrainingError where writing fails (full disk, no
+    permission). After an error there is neither a half file nor a changed old one.
+    """
+    path = Path(path)
+    suffix, known = path.suffix.lstrip(".").lower(), figure.canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise InputError(f"cannot draw {path}: its name must end in one of .{', .'.join(sorted(known))}")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot draw {path}: there is no folder {path.parent}; create it first")
+    write_atomically(path, lambda file: figure.savefig(file, dpi=dpi, format=suffix))
+
+
 def save_json(values: Mapping[str, Any], path: str | Path) -> None:
     """Writes ``values`` atomically; JSON has no NaN or infinity, so that these become null.
 

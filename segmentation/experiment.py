@@ -43,28 +43,20 @@ def restore(
     Raises: InputError where something is missing, damaged or of another network.
     """
     if run is not None:
-        folder = Path(run)
-        if not (folder / "config.py").is_file():
+        config = f"{run}/config.py"
+        if not Path(config).is_file():
             raise InputError(f"{run} is no run folder of segmentation: it has no config.py")
-        cfg, file = load_config(folder / "config.py"), find_checkpoint(folder, checkpoint or "last")
-    else:
-        cfg, file = read_config(config or ""), Path(checkpoint or "")
-        if cfg.model.get("type") == PAIR:
-            cfg = load_config(config or "")
-    pair = cfg.model.get("type") == PAIR
-    if not pair and role is None:
+    cfg = read_config(config or "")
+    if pair := cfg.model.get("type") == PAIR:
+        cfg = load_config(config or "")
+    elif role is None:
         role = "student"
+    file = Path(checkpoint or "") if run is None else find_checkpoint(Path(run), checkpoint or "last")
     init_default_scope("mmseg")
-    if role is not None:
-        settings = network_model(cfg, role) if pair else copy.deepcopy(cfg.model)
-        settings.pretrained = None
-        model = build(settings)
-        load_weights(model, file, role)
-        networks = {role: model}
-    else:
-        model = build({**cfg.model, "teacher_weights": cfg.model.get("teacher_weights")})
-        load_weights(model, file)
-        networks = model.networks
+    settings = network_model(cfg, role) if pair and role else copy.deepcopy(cfg.model)
+    model = build(settings if role is None else {**settings, "pretrained": None})
+    load_weights(model, file, role)
+    networks = model.networks if role is None else {role: model}
     source = cfg.get("val_dataloader") or cfg.get("test_dataloader")
     if source is None:
         raise InputError(f"{config} has neither val_dataloader nor test_dataloader: what is to be evaluated?")

@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from core.analysis.figures import save_figure
 from core.errors import InputError
-from core.files import save_json, write_atomically
+from core.files import save_figure, save_json, write_atomically
 from core.training.command import LineParser, run_command
 from tools.curves import figure_of
 from tools.groups import PERCENT, Comparison, Group, Versus, chosen_by, compare_runs, lower_is_better, named

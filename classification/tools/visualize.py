@@ -29,10 +29,9 @@ from core.adm import consensus_attention
 from core.analysis.attention import KEYS
 from core.analysis.calibration import draw_reliability
 from core.analysis.curves import draw_curves
-from core.analysis.figures import save_figure
 from core.analysis.maps import box_share, cam, draw_maps, pair_maps, relative_cam
 from core.errors import InputError
-from core.files import make_folder, save_json
+from core.files import make_folder, save_figure, save_json
 from core.images import EXTENSIONS
 from core.training.checkpoint import find_checkpoint, numbered, step_of
 from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
@@ -132,7 +131,8 @@ def draw_pairs(experiment: Experiment, options: Any, boxes: Tensor | None, figur
     pairs = distiller.pairs
     labels = row_labels(experiment, target, {role: outputs[role].logits.argmax(1).cpu() for role in cams})
     outlines = boxes[positions] * (images.shape[-1] / options.box_size) if boxes is not None else None
-    for pair in pairs or [tuple(reversed(cams))]:
+    drawn: list[Any] = list(pairs) or [tuple(reversed(cams))]
+    for pair in drawn:
         if pair in compared:
             student, teacher = pair
             maps = pair_maps(compared[pair], cams[teacher], cams[student])

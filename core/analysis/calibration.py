@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .figures import save_figure
+from ..files import save_figure
 from .sums import RunningSums
 
 if TYPE_CHECKING:

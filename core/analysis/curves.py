@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from .figures import save_figure
+from ..files import save_figure
 
 Line = Mapping[str, Any]
 Series = tuple[list[float], list[float]]  # x, y

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adm import consensus_attention, divergence_attention
 from ..errors import InputError
-from .figures import save_figure
+from ..files import save_figure
 
 Size = tuple[int, int]  # height, width
 

@@ -29,9 +29,8 @@ from classification.data.datasets import IN_MEMORY_NAMES
 from classification.experiment import images_at
 from classification.networks import create_network
 from classification.networks.base import classifier_of
-from core.analysis.figures import save_figure
 from core.errors import InputError
-from core.files import make_folder, save_json
+from core.files import make_folder, save_figure, save_json
 from core.network import as_network
 from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
 from core.training.run import environment

@@ -19,7 +19,6 @@ from core.analysis import curves
 from core.analysis.attention import KEYS, AttentionStatistics
 from core.analysis.calibration import Calibration, draw_reliability
 from core.analysis.curves import draw_curves
-from core.analysis.figures import save_figure
 from core.analysis.maps import (
     box_share,
     cam,
@@ -29,6 +28,7 @@ from core.analysis.maps import (
     upsample,
 )
 from core.errors import InputError, TrainingError
+from core.files import save_figure
 
 
 def cosines(*shape: int, seed: int = 0) -> Tensor:
