@@ -133,7 +133,11 @@ def check_option(cfg: Config, key: str, value: Any) -> None:
             here = here[int(part)]
         elif isinstance(here, (Mapping, Config)):
             if part not in here and (known := _accepted(here, parts[:depth])) is not None and part not in known:
-                raise _unknown_option(key, ".".join(parts[:depth]), part, known | set(here))
+                names = sorted(known | set(here))
+                section, nearest = ".".join(parts[:depth]), difflib.get_close_matches(part, names, n=1, cutoff=0.5)
+                meant = ".".join([*parts[:depth], *nearest])
+                said = f"did you mean {meant}?" if nearest else f"{section or 'a config'} has {', '.join(names)}"
+                raise InputError(f"unknown option {key}: {said}")
             here = here.get(part)
             if isinstance(here, (int, float)) and isinstance(value, str) and depth == len(parts) - 1:
                 raise InputError(f"the option {key} is a number or a switch, not {value!r}")
@@ -141,13 +145,6 @@ def check_option(cfg: Config, key: str, value: Any) -> None:
             if here is not None:
                 raise InputError(f"unknown option {key}: {'.'.join(parts[:depth])} is {here!r}, it has no parts")
             return
-
-
-def _unknown_option(key: str, place: str, part: str, known: set[str]) -> InputError:
-    nearest = difflib.get_close_matches(part, sorted(known), n=1, cutoff=0.5)
-    prefix = f"{place}." if place else ""
-    hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"{place or 'a config'} has {', '.join(sorted(known))}"
-    return InputError(f"unknown option {key}: {hint}")
 
 
 def _accepted(section: Mapping[str, Any] | Config, place: Sequence[str]) -> set[str] | None:

@@ -60,7 +60,12 @@ class RunHook(Hook):
     def before_train(self, runner: Any) -> None:
         device = next(runner.model.parameters()).device
         self.run.write_environment(str(device))
-        self.board = tensorboard(self.run, runner.iter) if "tensorboard" in self.cfg.run.trackers else None
+        self.board: Any = None
+        if self.run.main and "tensorboard" in self.cfg.run.trackers and importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = runner.iter + 1 if runner.iter else None  # lines of iterations that are now taken again
+            self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=purge)
 
         def track(values: dict[str, float], step: int) -> None:
             runner.visualizer.add_scalars(values, step=step)
@@ -171,15 +176,6 @@ def mean(values: Tensor) -> Tensor:
 def bare(model: Any) -> Any:
     """The model without the wrapper that several processes put around it."""
     return model.module if is_model_wrapper(model) else model
-
-
-def tensorboard(run: RunFolder, done: int) -> Any:
-    """Writes below ``<run>/tensorboard``, anew after ``done`` iterations; None where tensorboard is not installed."""
-    if not run.main or importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run.path / "tensorboard"), purge_step=done + 1 if done else None)
 
 
 def _evaluates(runner: Any, step: int) -> bool:

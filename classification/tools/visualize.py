@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
     make_folder(figures)
     metrics = read_metrics(run / "metrics.jsonl")
     of_split = "" if options.split == "test" else f"-{options.split}"
-    rows = []
+    rows: list[dict[str, Any]] = []
     for folder in folders:
         load_checkpoint(experiment.distiller, folder)
         suffix = of_split if options.checkpoint == "last" else f"{of_split}-{folder.name}"
@@ -70,13 +70,18 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
         calibrations = evaluate(experiment.distiller, images).calibrations
         draw_reliability(calibrations, figures / f"reliability{suffix}.png")
         if boxes is not None:
-            rows.append({**when(folder, metrics), "shares": box_shares(experiment, options, boxes)})
+            step = step_of(folder)
+            epoch = next((line["epoch"] for line in metrics if line["step"] == step), None)
+            shares = box_shares(experiment, options, boxes)
+            rows.append({"checkpoint": folder.name, "step": step, "epoch": epoch, "shares": shares})
     draw_attention(metrics, figures)
     if boxes is not None:
         suffix = of_split if options.checkpoint == "last" else f"{of_split}-{'all' if every else folders[0].name}"
         about = {"run": str(run), "split": options.split, "boxes": options.boxes, "environment": environment(device)}
         save_json({**about, "images": int(boxes[:, 0].isfinite().sum()), "rows": rows}, figures / f"boxes{suffix}.json")
-        print("\n".join(box_table(rows)))
+        names = list(rows[0]["shares"])
+        cells = [[str(row["step"]), *(f"{100 * row['shares'][n]['mean']:.2f}" for n in names)] for row in rows]
+        print("\n".join(["share inside the object box, %:", *align([["step", *names], *cells])]))
         if len(rows) > 1:
             draw_box_shares(rows, figures / f"boxes{suffix}.png")
     print(f"figures are in {figures}")
@@ -108,13 +113,6 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The evaluation lines of ``metrics.jsonl``; a line still being written is left out."""
     lines = file.read_text().splitlines() if file.is_file() else []
     return [m for line in lines if line.endswith("}") and (m := json.loads(line)).get("kind") == "evaluation"]
-
-
-def when(checkpoint: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Step and epoch of a checkpoint folder."""
-    step = step_of(checkpoint)
-    epoch = next((line["epoch"] for line in metrics if line["step"] == step), None)
-    return {"checkpoint": checkpoint.name, "step": step, "epoch": epoch}
 
 
 def draw_pairs(experiment: Experiment, options: Any, boxes: Tensor | None, figures: Path, suffix: str) -> None:
@@ -265,13 +263,6 @@ def box_shares(experiment: Experiment, options: Any, boxes: Tensor) -> dict[str,
         error = (over.std() / len(over) ** 0.5).item()
         result[name] = {"mean": share.nanmean().item(), "over_area": over.mean().item(), "standard_error": error}
     return result
-
-
-def box_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The shares in percent, a line a checkpoint."""
-    names = list(rows[0]["shares"])
-    cells = [[str(row["step"]), *(f"{100 * row['shares'][name]['mean']:.2f}" for name in names)] for row in rows]
-    return ["share inside the object box, %:", *align([["step", *names], *cells])]
 
 
 def draw_box_shares(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

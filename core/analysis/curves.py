@@ -40,12 +40,11 @@ def draw_curves(metrics: Sequence[Line], path: str | Path) -> None:
     x = "epoch" if any("epoch" in line for line in metrics) else "step"
     training = [line for line in metrics if line.get("kind") != "evaluation"]
     evaluation = [line for line in metrics if line.get("kind") == "evaluation"]
-    panels = [
-        *_loss_panels(training, x),
-        *_score_panels(evaluation, x),
-        *_rate_panels(training, x),
-        *_attention_panels(evaluation, x),
-    ]
+    panels = [*_loss_panels(training, x), *_score_panels(evaluation, x)]
+    if (rates := _series(training, "lr", x))[0]:
+        look = {"color": "0.2", "marker": "o" if len(rates[0]) == 1 else None, "drawstyle": "steps-post"}
+        panels.append(Panel("learning rate", "learning rate", [(rates, look)], logarithmic=True))
+    panels += _attention_panels(evaluation, x)
     if not panels:
         raise InputError(f"cannot draw {path}: the metrics hold no loss, accuracy, learning rate or attention yet")
     from matplotlib.figure import Figure
@@ -159,12 +158,6 @@ def _score_panels(evaluation: Sequence[Line], x: str) -> list[Panel]:
         if curves:
             panels.append(Panel(title, unit, curves))
     return panels
-
-
-def _rate_panels(training: Sequence[Line], x: str) -> list[Panel]:
-    points = _series(training, "lr", x)
-    look = {"color": "0.2", "marker": "o" if len(points[0]) == 1 else None, "drawstyle": "steps-post"}
-    return [Panel("learning rate", "learning rate", [(points, look)], logarithmic=True)] if points[0] else []
 
 
 _ATTENTION = {  # title -> unit, name of the statistic -> label and colour

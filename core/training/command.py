@@ -149,12 +149,8 @@ def parse(parser: Any, argv: Sequence[str] | None = None, nested: Sequence[str] 
     try:
         return parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
-        raise InputError(_one_line(str(error), [*_keys(parser), *nested])) from error
-
-
-def _keys(parser: Any) -> Iterator[str]:
-    for action in parser._actions:
-        yield from (option.lstrip("-") for option in action.option_strings)
+        keys = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+        raise InputError(_one_line(str(error), [*keys, *nested])) from error
 
 
 def _one_line(message: str, keys: list[str]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any, Literal, Protocol
 
 import torch
@@ -113,6 +114,8 @@ def fit(
         summary: what to say in ``summary.json`` besides.
     Raises: TrainingError for a NaN loss (naming network, term and step) or a full disk; InputError for a wrong config.
     """
+    from accelerate.utils import gather_object
+
     steps_per_epoch: int | None = len(data) if hasattr(data, "__len__") else None  # type: ignore[arg-type]
     total_steps, interval = durations(config, steps_per_epoch)
     epoch_length = steps_per_epoch or interval
@@ -121,8 +124,6 @@ def fit(
     module = accelerator.prepare(distiller)  # not the optimiser: accelerate's wrapper costs 0.1 ms a step
     optim = optimizer(distiller.parameter_groups())
     base_rates = [group["lr"] for group in optim.param_groups]
-    from accelerate.utils import gather_object
-
     recorder = Recorder(
         run, accelerator.device, accelerator.num_processes,
         mean=lambda values: accelerator.reduce(values, reduction="mean"), gather=lambda own: gather_object([own]),
@@ -136,7 +137,7 @@ def fit(
     purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers("adm", init_kwargs=purge)
     saved_at, factor = step, None
-    batches = _endless(data)
+    batches = chain.from_iterable(repeat(data))
     distiller.train()
     recorder.start(step)
     with Stop().listening() as stop, recorder.bar:
@@ -208,16 +209,6 @@ def durations(config: FitConfig, steps_per_epoch: int | None) -> tuple[int, int]
     return total, config.evaluate_every or steps_per_epoch or total
 
 
-def _endless(data: Iterable[Batch]) -> Iterator[Batch]:
-    while True:
-        yield from data
-
-
-def _extra(distiller: Distiller) -> dict[str, Any]:
-    """Weights, buffers and extra state (torch's ``get_extra_state``) that belong to no network: adapters, heads."""
-    return {k: v for k, v in distiller.state_dict().items() if not k.startswith("networks.")}
-
-
 def _save(
     recorder: Recorder,
     step: int,
@@ -234,7 +225,8 @@ def _save(
     state = {
         "step": step, **recorder.state(), "optimizer": optim.state_dict(), "data": data.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        "extra": _extra(distiller),
+        # Weights, buffers and extra state (torch's get_extra_state) that belong to no network: adapters, heads.
+        "extra": {k: v for k, v in distiller.state_dict().items() if not k.startswith("networks.")},
     }  # fmt: skip
     if recorder.run.main:
         weights = {r: (distiller.networks[r].state_dict(), distiller.metadata(r)) for r in distiller.trained()}

@@ -38,7 +38,8 @@ def train_step(
         accumulate: parts into which the batch is split, one after the other.
         clip: largest gradient norm over all networks together.
     """
-    batch = {name: _to(value, accelerator.device) for name, value in batch.items()}
+    device = accelerator.device
+    batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
     batch = distiller.before_step(batch, progress)
     for phase in distiller.phases:
         for part, share, final in _parts(batch, accumulate):
@@ -49,10 +50,6 @@ def train_step(
         distiller.before_update()
         _update(optimizer, distiller, clip, accelerator.scaler)
     distiller.after_step(batch, progress)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def batch_length(batch: Batch) -> int:
