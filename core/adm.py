@@ -176,7 +176,7 @@ class ADMConfig:
         alpha: weight of the consensus loss (trains the student).
         beta: weight of the divergence loss (trains the teacher).
         gamma: weight of the feature loss (Eq. 5, trains the student).
-        consensus: ce (Eq. 7) or kd (Eq. 11, ImageNet's headline figures).
+        consensus: ce (Eq. 7) or kd (Eq. 11, ImageNet's headline figures); Table 15 has each form of both sides.
         divergence: ce (Eq. 8) or kd (Eq. 12, towards what the teacher itself said in the epoch before, which is kept
             on disk in the run folder: 4 bytes an image and class).
         tau: temperature of the kd form of consensus.
@@ -215,15 +215,12 @@ class ADMLoss(nn.Module):
     """Eq. 9: ``alpha L_co + beta L_di`` for one student and one teacher, to be added to any loss.
 
     Args:
-        alpha, beta: weights of the consensus loss (trains the student) and of the divergence loss (trains the teacher);
-            0 leaves that side's head alone. Online: 0.01 / 0.01 (CIFAR-100), 0.2 / 0.6 (ImageNet).
+        alpha, beta, consensus, divergence, tau, control: as in ``ADMConfig``; a weight of 0 leaves that side's head
+            alone. Online: 0.01 / 0.01 (CIFAR-100), 0.2 / 0.6 (ImageNet).
         adapter: ``Adapter(Cs, Ct)``, needed where the channels differ. S then compares F_t with phi(F_s), and the
             returned scalar holds phi's own loss: hand ``adm.parameters()`` to the optimiser.
-        consensus, divergence: the form of each side (Table 15): "ce" (Eq. 7, 8) or "kd" (Eq. 11, 12).
-        tau: temperature of the "kd" consensus.
         train_adapter: phi by its own loss (default). False: by whatever feature loss you compute with it.
         criterion: ``criterion(head_output, target)`` of the "ce" forms; cross-entropy unless told.
-        control: "none" is ADM; "uniform" or "shuffled" put a control in the place of S (see ``control``).
     Raises: InputError, a ValueError, as ``ADMConfig``.
     """
 

@@ -10,7 +10,6 @@ Writes into `<run>/figures/`: `maps.png`, `reliability.png`, `attention.json` an
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +34,7 @@ from core.files import make_folder, save_figure, save_json
 from core.images import EXTENSIONS
 from core.training.checkpoint import find_checkpoint, numbered, step_of
 from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
-from core.training.run import environment
+from core.training.run import environment, read_metrics
 
 BOXES_HELP = (
     "TSV with an object box an image: columns that make up the end of its path (as split, class, image), then x0, y0, "
@@ -50,16 +49,15 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
     options = parse_options(argv, command.config.data)
     command = replace(command, config=replace(command.config, data=options.data))
     every = options.checkpoint == "all"
-    names = [folder.name for folder in numbered(run / "checkpoints")] if every else []
-    folders = [find_checkpoint(run, name) for name in names or ["last" if every else options.checkpoint]]
+    folders = numbered(run / "checkpoints") if every else []
+    folders = folders or [find_checkpoint(run, "last" if every else options.checkpoint)]
 
     experiment = restore(command, folders[0])
     device = device_of(options)
     experiment.distiller.to(device).eval()
     boxes = read_boxes(experiment, options) if options.boxes is not None else None
-    figures = run / "figures"
-    make_folder(figures)
-    metrics = read_metrics(run / "metrics.jsonl")
+    figures = make_folder(run / "figures")
+    metrics = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "evaluation"]
     of_split = "" if options.split == "test" else f"-{options.split}"
     rows: list[dict[str, Any]] = []
     for folder in folders:
@@ -107,12 +105,6 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
         if getattr(options, name) < 1:
             raise InputError(f"--{name} must be at least 1")
     return options
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The evaluation lines of ``metrics.jsonl``; a line still being written is left out."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [m for line in lines if line.endswith("}") and (m := json.loads(line)).get("kind") == "evaluation"]
 
 
 def draw_pairs(experiment: Experiment, options: Any, boxes: Tensor | None, figures: Path, suffix: str) -> None:

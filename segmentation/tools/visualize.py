@@ -31,10 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from segmentation.experiment import restore  # after the command line is read: --help is quick
 
     found = restore(options.run, None, options.checkpoint, None, options.data_root)
-    figures = Path(options.run) / "figures"
-    make_folder(figures)
     suffix = "" if options.checkpoint == "last" else f"-{found.checkpoint.stem}"
-    file = figures / f"maps{suffix}.png"
+    file = make_folder(Path(options.run) / "figures") / f"maps{suffix}.png"
     draw(found, options.images, file)
     print(f"written to {file}")
     return DONE
