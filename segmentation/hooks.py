@@ -59,7 +59,6 @@ class RunHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         device = next(runner.model.parameters()).device
-        self.run.write_environment(str(device))
         self.board: Any = None
         if self.run.main and "tensorboard" in self.cfg.run.trackers and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
@@ -77,7 +76,7 @@ class RunHook(Hook):
         self.recorder = Recorder(
             self.run, device, self.processes,
             mean=mean, gather=all_gather_object, advice=ADVICE, total=runner.max_iters, unit="iteration",
-            select=self.cfg.run.select, track=track,
+            log_every=self.cfg.run.log_every, select=self.cfg.run.select, track=track,
         )  # fmt: skip
         self._random = self.recorder.restore(self._loaded, runner.iter, self.rank)
         self.recorder.start(runner.iter)
@@ -97,12 +96,8 @@ class RunHook(Hook):
         step, save_every = runner.iter + 1, self.cfg.run.save_every
         terms = {name.replace("/loss_", "/"): value for name, value in outputs.items() if name != "loss"}
         self.recorder.losses.observe(terms)
-        self.recorder.after_step(step, len(data_batch["inputs"]))
-        stopping = self.processes == 1 and self.stop.requested
-        if step % self.cfg.run.log_every == 0 or step == runner.max_iters:
-            self.recorder.log_point(step, self._rate)
-            stopping = self.recorder.any(self.stop.requested)
-        if stopping and step < runner.max_iters:
+        stopping = self.recorder.after_step(step, len(data_batch["inputs"]), self._rate, self.stop.requested)
+        if stopping:
             runner.train_loop.stop_training = True
         due = save_every is not None and step % save_every == 0
         if (due or stopping or step == runner.max_iters) and not _evaluates(runner, step):
@@ -130,9 +125,7 @@ class RunHook(Hook):
     # End
 
     def after_train(self, runner: Any) -> None:
-        if runner.iter < runner.max_iters:
-            self.run.log(f"interrupted at iteration {runner.iter} of {runner.max_iters}; the same command goes on")
-        elif self.run.main:
+        if self.run.main and runner.iter >= runner.max_iters:
             student = bare(runner.model).networks["student"]
             metainfo = runner.train_dataloader.dataset.metainfo
             export_network(self.cfg, student, "student", metainfo, self.run.path)

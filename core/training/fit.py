@@ -128,11 +128,10 @@ def fit(
         run, accelerator.device, accelerator.num_processes,
         mean=lambda values: accelerator.reduce(values, reduction="mean"), gather=lambda own: gather_object([own]),
         advice="lower the learning rate, clip gradients (--fit.clip 1.0) or train in bf16 / fp32",
-        total=total_steps, epoch_length=epoch_length, select=select,
+        total=total_steps, log_every=config.log_every, epoch_length=epoch_length, select=select,
         track=lambda values, step: accelerator.log(values, step=step), progress_bar=progress_bar,
     )  # fmt: skip
     run.open()
-    run.write_environment(str(accelerator.device))
     step = _load(recorder, distiller, optim, data, accelerator)
     purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers("adm", init_kwargs=purge)
@@ -154,12 +153,7 @@ def fit(
                 accumulate=config.accumulate, clip=config.clip,
             )  # fmt: skip
             step += 1
-            recorder.after_step(step, batch_length(batch))
-
-            stopping = accelerator.num_processes == 1 and stop.requested
-            if step % config.log_every == 0 or step == total_steps:
-                recorder.log_point(step, optim.param_groups[0]["lr"])
-                stopping = recorder.any(stop.requested)
+            stopping = recorder.after_step(step, batch_length(batch), optim.param_groups[0]["lr"], stop.requested)
             if step % interval == 0 or step == total_steps:
                 recorder.clock.pause()
                 best = False
@@ -173,10 +167,9 @@ def fit(
                 recorder.draw()
                 saved_at = step
                 recorder.clock.resume()
-            if stopping and step < total_steps:
+            if stopping:
                 if saved_at != step:
                     _save(recorder, step, distiller, optim, data, accelerator, keep=config.keep)
-                run.log(f"interrupted at step {step} of {total_steps}; the same command goes on from here")
                 break
 
     result = recorder.finish(step, summary or {})

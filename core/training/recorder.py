@@ -28,6 +28,7 @@ class Recorder:
         mean: the mean of a tensor over all processes.
         advice: what may help against losses that are not finite.
         total: steps of the whole run, in ``unit``s ("step", "iteration").
+        log_every: steps between training lines.
         gather: this process's object -> those of all processes.
         epoch_length: steps of an epoch; lines then say the epoch too.
         select: the evaluated value whose maximum makes ``best``; None: there is no best.
@@ -45,6 +46,7 @@ class Recorder:
         gather: Callable[[Any], list[Any]],
         advice: str,
         total: int,
+        log_every: int,
         unit: str = "step",
         epoch_length: int | None = None,
         select: str | None = None,
@@ -52,7 +54,8 @@ class Recorder:
         progress_bar: bool = True,
     ) -> None:
         self.run, self.device, self.processes = run, device, processes
-        self.gather, self.total, self.unit, self.epoch_length = gather, total, unit, epoch_length
+        self.gather, self.total, self.log_every = gather, total, log_every
+        self.unit, self.epoch_length = unit, epoch_length
         self.select, self.track, self.progress_bar = select, track, progress_bar
         self.losses = LossBuffer(device, mean, advice)
         self.clock = Clock(device, processes)
@@ -81,24 +84,32 @@ class Recorder:
         return own["random"] if len(processes) == self.processes else None
 
     def start(self, step: int) -> None:
-        """Before the first step that is taken now: shows the bar and lets the clock run."""
+        """Before the first step that is taken now: says where, shows the bar and lets the clock run."""
         from tqdm import tqdm
 
+        self.run.write_environment(str(self.device))
         hidden = None if self.progress_bar and self.run.main else True
         self.bar = tqdm(total=self.total, initial=step, unit=self.unit, disable=hidden, dynamic_ncols=True)
         self.clock.resume()
 
-    def after_step(self, step: int, images: int) -> None:
-        """``step``: how many are done with this one; ``images``: of it, on this process."""
+    def after_step(self, step: int, images: int, rate: float, stop: bool) -> bool:
+        """Counts a step and, at log points, writes a training line: learning rate, images/s, means of the losses.
+
+        Args: how many steps are done with this one; images of it, on this process; the learning rate; whether this
+            process was told to stop.
+        Returns: whether to stop now: several processes do it after the same step, at a log point.
+        Raises: TrainingError for a NaN.
+        """
         self.losses.close_step(step)
         self.clock.samples += images
         self.bar.update()
-
-    def log_point(self, step: int, rate: float) -> None:
-        """A training line: learning rate, images/s, means of the losses. Raises: TrainingError for a NaN."""
+        if step % self.log_every and step < self.total:
+            return stop and self.processes == 1
         means = self.losses.flush()
         self._line("train", step, {"lr": rate, "images_per_second": self.clock.tick(), **means})
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in means.items() if name.endswith("/ce")})
+        told = bool(self.losses.mean(torch.tensor(float(stop), device=self.device)) > 0)  # any of them
+        return told and step < self.total
 
     def evaluated(self, step: int, values: Mapping[str, Any]) -> bool:
         """An evaluation line. Returns: whether it is the best so far."""
@@ -117,10 +128,6 @@ class Recorder:
             "metrics_size": self.run.metrics_size(), "processes": self.gather(own),
         }  # fmt: skip
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so in any process: all learn of it after the same step."""
-        return bool(self.losses.mean(torch.tensor(float(flag), device=self.device)) > 0)
-
     def draw(self) -> None:
         """The curves, unless they were drawn a moment ago."""
         if time.perf_counter() - self._drawn >= DRAW_EVERY:
@@ -130,6 +137,9 @@ class Recorder:
     def finish(self, step: int, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Writes ``summary.json`` and the curves. Returns: what the summary says."""
         self.bar.close()
+        if step < self.total:
+            place = f"{self.unit} {step} of {self.total}"
+            self.run.log(f"interrupted at {place}; the same command goes on from here")
         result = {
             "status": "finished" if step >= self.total else "interrupted",
             "step": step,
