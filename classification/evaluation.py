@@ -93,7 +93,7 @@ def evaluate(
     gathered: list[RunningSums] = [*scores.values(), *calibrations.values(), attention]
     if accelerator is not None and accelerator.num_processes > 1:
         for sums in gathered:
-            sums.load_state({"sums": accelerator.reduce(sums.state()["sums"], reduction="sum")})
+            sums.sums = accelerator.reduce(sums.sums, reduction="sum")
     values: dict[str, float] = {}
     for role in roles:
         values |= {f"{role}/{name}": value for name, value in scores[role].compute().items()}

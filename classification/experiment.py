@@ -20,7 +20,6 @@ from classification.networks.pretrained import timm_keeps_head, timm_normalisati
 from classification.networks.published import load_weights
 from core.errors import InputError, first_line
 from core.images import EXTENSIONS
-from core.training.checkpoint import BEST, LAST, numbered
 from core.weights import read_metadata, read_torch
 
 EVALUATION_BATCH = 256
@@ -209,18 +208,6 @@ def command_of(run: Path, task: Task = ONLINE) -> Command:
         return parse_command(["--config", str(file), "--out", str(run)], task=task)
     except InputError as error:
         raise InputError(f"{file} is not of a {task.name} run: {error}") from error
-
-
-def find_checkpoint(run: Path, name: str) -> Path:
-    """``run``'s checkpoint "last", "best" or "step-00000123", as the numbered folder. Raises: InputError naming all."""
-    folder = run / "checkpoints" / name
-    if not folder.is_dir():
-        steps = numbered(run / "checkpoints")
-        known = ", ".join(n for n in (LAST, BEST, *(p.name for p in steps)) if (run / "checkpoints" / n).is_dir())
-        raise InputError(
-            f"{run} has no checkpoint {name!r}: " + (f"it has {known}" if known else "nothing was saved yet")
-        )
-    return folder.resolve()
 
 
 def restore(command: Command, checkpoint: Path) -> Experiment:

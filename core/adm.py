@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +176,7 @@ class ADMConfig:
         alpha: weight of the consensus loss (trains the student).
         beta: weight of the divergence loss (trains the teacher).
         gamma: weight of the feature loss (Eq. 5, trains the student).
-        consensus: ce (Eq. 7) or kd (Eq. 11, ImageNet's headline figures).
+        consensus: ce (Eq. 7) or kd (Eq. 11, ImageNet's headline figures); Table 15 has each form of both sides.
         divergence: ce (Eq. 8) or kd (Eq. 12, towards what the teacher itself said in the epoch before, which is kept
             on disk in the run folder: 4 bytes an image and class).
         tau: temperature of the kd form of consensus.
@@ -215,16 +215,13 @@ class ADMLoss(nn.Module):
     """Eq. 9: ``alpha L_co + beta L_di`` for one student and one teacher, to be added to any loss.
 
     Args:
-        alpha, beta: weights of the consensus loss (trains the student) and of the divergence loss (trains the teacher);
-            0 leaves that side's head alone. Online: 0.01 / 0.01 (CIFAR-100), 0.2 / 0.6 (ImageNet).
+        alpha, beta, consensus, divergence, tau, control: as in ``ADMConfig``; a weight of 0 leaves that side's head
+            alone. Online: 0.01 / 0.01 (CIFAR-100), 0.2 / 0.6 (ImageNet).
         adapter: ``Adapter(Cs, Ct)``, needed where the channels differ. S then compares F_t with phi(F_s), and the
             returned scalar holds phi's own loss: hand ``adm.parameters()`` to the optimiser.
-        consensus, divergence: the form of each side (Table 15): "ce" (Eq. 7, 8) or "kd" (Eq. 11, 12).
-        tau: temperature of the "kd" consensus.
         train_adapter: phi by its own loss (default). False: by whatever feature loss you compute with it.
         criterion: ``criterion(head_output, target)`` of the "ce" forms; cross-entropy unless told.
-        control: "none" is ADM; "uniform" or "shuffled" put a control in the place of S (see ``control``).
-    Raises: ValueError for negative weights, an unknown form or control.
+    Raises: InputError, a ValueError, as ``ADMConfig``.
     """
 
     def __init__(
@@ -241,16 +238,8 @@ class ADMLoss(nn.Module):
         control: Control = "none",
     ) -> None:
         super().__init__()
-        if alpha < 0 or beta < 0:
-            raise ValueError(f"the weights of ADM must not be negative: alpha = {alpha}, beta = {beta}")
-        for side, form in (("consensus", consensus), ("divergence", divergence)):
-            if form not in ("ce", "kd"):
-                raise ValueError(f"unknown {side} form {form!r}: 'ce' or 'kd'")
-        if control not in get_args(Control):
-            raise ValueError(f"unknown control {control!r}: 'none', 'uniform' or 'shuffled'")
-        self.alpha, self.beta, self.adapter = alpha, beta, adapter
-        self.consensus, self.divergence, self.tau = consensus, divergence, tau
-        self.train_adapter, self.criterion, self.control = train_adapter, criterion, control
+        self.config = ADMConfig(alpha, beta, consensus=consensus, divergence=divergence, tau=tau, control=control)
+        self.adapter, self.train_adapter, self.criterion = adapter, train_adapter, criterion
 
     def project(self, map_student: Tensor, map_teacher: Tensor) -> Tensor:
         """phi(F_s) at the size at which the maps are compared, F_s detached; the map itself without an adapter."""
@@ -275,22 +264,26 @@ class ADMLoss(nn.Module):
         previous: Tensor | None = None,
         delta: float | Tensor = 0.0,
     ) -> dict[str, Tensor]:
-        """The weighted parts, by name: "consensus" (student), "divergence" (teacher), "phi" (adapter alone)."""
-        terms: dict[str, Tensor] = {}
+        """The weighted parts, by name: "consensus" (student), "divergence" (teacher), "phi" (adapter alone).
+
+        Args: maps ``[B, Cs, Hs, Ws]``, ``[B, Ct, Ht, Wt]``; class indices ``[B]``; each network's own head.
+            ``previous`` ``[B, K]``, ``delta`` (a number or ``[B]``): only for the "kd" form of divergence (Eq. 12).
+        """
+        config, terms = self.config, {}
         projected = self.project(map_student, map_teacher)
-        similarity = control(spatial_similarity(projected, map_teacher), self.control)  # [B, H, W]
-        if self.alpha > 0:
-            if self.consensus == "ce":
+        similarity = control(spatial_similarity(projected, map_teacher), config.control)  # [B, H, W]
+        if config.alpha > 0:
+            if config.consensus == "ce":
                 loss = consensus_loss(similarity, map_student, target, student_head, self.criterion)
             else:
-                loss = consensus_kd_loss(similarity, map_student, map_teacher, student_head, teacher_head, self.tau)
-            terms["consensus"] = self.alpha * loss
-        if self.beta > 0:
-            if self.divergence == "ce":
+                loss = consensus_kd_loss(similarity, map_student, map_teacher, student_head, teacher_head, config.tau)
+            terms["consensus"] = config.alpha * loss
+        if config.beta > 0:
+            if config.divergence == "ce":
                 loss = divergence_loss(similarity, map_teacher, target, teacher_head, self.criterion)
             else:
                 loss = divergence_kd_loss(similarity, map_teacher, target, teacher_head, previous, delta)
-            terms["divergence"] = self.beta * loss
+            terms["divergence"] = config.beta * loss
         if self.train_adapter and self.adapter is not None and self.adapter.conv is not None:
             terms["phi"] = phi_loss(projected, map_teacher, map_student)
         return terms
@@ -306,14 +299,12 @@ class ADMLoss(nn.Module):
         previous: Tensor | None = None,
         delta: float | Tensor = 0.0,
     ) -> Tensor:
-        """The scalar of Eq. 9, plus phi's own loss where there is one: the sum of ``terms`` (same arguments).
-
-        Args: maps ``[B, Cs, Hs, Ws]``, ``[B, Ct, Ht, Wt]``; class indices ``[B]``; each network's own head.
-            ``previous`` ``[B, K]``, ``delta`` (a number or ``[B]``): only for the "kd" form of divergence (Eq. 12).
-        """
+        """The scalar of Eq. 9, plus phi's own loss where there is one: the sum of ``terms``, whose arguments it takes."""
         terms = self.terms(map_student, map_teacher, target, student_head, teacher_head, previous=previous, delta=delta)
         return sum(terms.values(), start=map_student.new_zeros(()))
 
     def extra_repr(self) -> str:
-        forms = f"consensus={self.consensus!r}, divergence={self.divergence!r}, control={self.control!r}"
-        return f"alpha={self.alpha}, beta={self.beta}, {forms}"
+        c = self.config
+        return (
+            f"alpha={c.alpha}, beta={c.beta}, consensus={c.consensus}, divergence={c.divergence}, control={c.control}"
+        )

@@ -41,7 +41,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         temporary.replace(path)
-    except Exception as error:
+    except BaseException as error:
         remove(temporary)
         # torch.save reports a failed write as RuntimeError, safetensors as its own error: both end here too.
         if isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError":
@@ -76,6 +76,21 @@ def make_folder(folder: Path, option: str = "") -> Path:
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}{option and f' ({option})'}: {error.strerror}") from error
     return folder
+
+
+def save_figure(figure: Any, path: str | Path, dpi: int = 120) -> None:
+    """Writes a matplotlib ``figure`` in the format of the suffix (.png, .pdf, .svg, ...).
+
+    Raises: InputError for a missing folder or an unknown suffix; TrainingError where writing fails (full disk, no
+    permission). After an error there is neither a half file nor a changed old one.
+    """
+    path = Path(path)
+    suffix, known = path.suffix.lstrip(".").lower(), figure.canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise InputError(f"cannot draw {path}: its name must end in one of .{', .'.join(sorted(known))}")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot draw {path}: there is no folder {path.parent}; create it first")
+    write_atomically(path, lambda file: figure.savefig(file, dpi=dpi, format=suffix))
 
 
 def save_json(values: Mapping[str, Any], path: str | Path) -> None:

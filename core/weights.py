@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def read_state_dict(file: str | Path, inside: Sequence[str] = ("model", "state_d
     if not file.is_file():
         raise InputError(f"no weight file {file}")
     if file.suffix == ".safetensors":
-        state: Any = _read_safetensors(file)
+        from safetensors.torch import load_file
+
+        with _readable(file):
+            state: Any = load_file(file)
     else:
         content = read_torch(file)
         if isinstance(content, Mapping):
@@ -46,26 +50,23 @@ def read_metadata(file: str | Path) -> dict[str, Any]:
 
     Empty for a file that says nothing, as any of another format. Raises: InputError for one that is missing or cut off.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not Path(file).is_file():
         raise InputError(f"no weight file {file}")
     if Path(file).suffix != ".safetensors":
         return {}
-    try:
-        with safe_open(file, "pt") as opened:
-            said: dict[str, Any] = opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"cannot read {file} (incomplete, or not a safetensors file): {first_line(error)}") from error
+    from safetensors import safe_open
+
+    with _readable(file), safe_open(file, "pt") as opened:
+        said: dict[str, Any] = opened.metadata() or {}
     return {k: tuple(json.loads(v)) if k in ("mean", "std") else v for k, v in said.items()}
 
 
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
+@contextmanager
+def _readable(file: str | Path) -> Iterator[None]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        return load_file(file)
+        yield
     except (SafetensorError, OSError) as error:
         raise InputError(f"cannot read {file} (incomplete, or not a safetensors file): {first_line(error)}") from error
 

@@ -4,7 +4,12 @@ import contextlib
 import io
 import warnings
 
+from core.training.command import missing_extra
+
 with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about compiled operators that nothing here uses; what is printed spoils output
-    import mmseg.apis
-    import mmseg.datasets  # noqa: F401
+    try:
+        import mmseg.apis
+        import mmseg.datasets  # noqa: F401
+    except ImportError as error:
+        raise missing_extra(error, "segmentation") from error

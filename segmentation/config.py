@@ -127,36 +127,34 @@ def check_option(cfg: Config, key: str, value: Any) -> None:
     here: Any = cfg
     parts = key.split(".")
     for depth, part in enumerate(parts):
+        place = ".".join(parts[:depth])
         if isinstance(here, (list, tuple)):
             if not part.isdigit() or int(part) >= len(here):
-                raise InputError(f"unknown option {key}: {'.'.join(parts[:depth])} has the items 0 to {len(here) - 1}")
+                raise InputError(f"unknown option {key}: {place} has the items 0 to {len(here) - 1}")
             here = here[int(part)]
         elif isinstance(here, (Mapping, Config)):
-            if part not in here and (known := _accepted(here, parts[:depth])) is not None and part not in known:
-                raise _unknown_option(key, ".".join(parts[:depth]), part, known | set(here))
+            if part not in here and (known := _accepted(here, place)) is not None and part not in known:
+                names = sorted(known | set(here))
+                nearest = difflib.get_close_matches(part, names, n=1, cutoff=0.5)
+                meant = ".".join([*parts[:depth], *nearest])
+                hint = f"did you mean {meant}?" if nearest else f"{place or 'a config'} has {', '.join(names)}"
+                raise InputError(f"unknown option {key}: {hint}")
             here = here.get(part)
             if isinstance(here, (int, float)) and isinstance(value, str) and depth == len(parts) - 1:
                 raise InputError(f"the option {key} is a number or a switch, not {value!r}")
-        else:
-            if here is not None:
-                raise InputError(f"unknown option {key}: {'.'.join(parts[:depth])} is {here!r}, it has no parts")
+        elif here is None:
             return
+        else:
+            raise InputError(f"unknown option {key}: {place} is {here!r}, it has no parts")
 
 
-def _unknown_option(key: str, place: str, part: str, known: set[str]) -> InputError:
-    nearest = difflib.get_close_matches(part, sorted(known), n=1, cutoff=0.5)
-    prefix = f"{place}." if place else ""
-    hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"{place or 'a config'} has {', '.join(sorted(known))}"
-    return InputError(f"unknown option {key}: {hint}")
-
-
-def _accepted(section: Mapping[str, Any] | Config, place: Sequence[str]) -> set[str] | None:
+def _accepted(section: Mapping[str, Any] | Config, place: str) -> set[str] | None:
     """The arguments that a section's class takes besides those it has; None where they cannot be known."""
     if not place:
         return set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"} | {"find_unused_parameters"}
-    if tuple(place) == ("model", "adm"):
+    if place == "model.adm":
         return {field.name for field in fields(ADMConfig)}
-    if tuple(place) == ("run",):
+    if place == "run":
         return set()
     if "type" not in section:
         return set(inspect.signature(torch.utils.data.DataLoader).parameters) if "sampler" in section else None

@@ -39,15 +39,12 @@ class NumberedSampler(Sampler[Draw]):
         self.skipped = num_samples
 
     def __iter__(self) -> Iterator[Draw]:
+        shuffled: int | None = None
         for number in itertools.count(self.rank + self.skipped * self.processes, self.processes):
             epoch, position = divmod(number, self.size)
-            yield int(self._order(epoch)[position]), number
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_known", None) != epoch:
-            self._known = epoch
-            self._shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.size)
-        return self._shuffled
+            if epoch != shuffled:
+                shuffled, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.size)
+            yield int(order[position]), number
 
     def __len__(self) -> int:
         return self.size

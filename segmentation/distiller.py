@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from core.adm import spatial_similarity
 from core.distillation import full_precision, kd_loss
-from core.errors import InputError, require_positive, unknown
+from core.errors import InputError, require_not_negative, require_positive, unknown
 from core.training.seed import random_state, restore_random_state, seed_everything
 from core.weights import read_state_dict
 from segmentation.losses import (
@@ -112,8 +111,7 @@ class DistillationSegmentor(BaseSegmentor):
         for role, value in weights.items():
             if role not in ROLES:
                 raise unknown("network in model.weight", role, ROLES)
-            if value < 0:
-                raise InputError(f"model.weight must not be negative: {value}")
+            require_not_negative("model", weight=value)
         if normalise not in ("all", "valid"):
             raise unknown("model.normalise", normalise, ("all", "valid"))
         if self.method == "kd" and teacher_weights is None:
@@ -124,12 +122,11 @@ class DistillationSegmentor(BaseSegmentor):
 
         self._seed = torch.initial_seed()
         for role, settings in zip(ROLES, (teacher, student), strict=True):
-            with self._drawn_for(role), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Default ``avg_non_ignore``")  # `normalise` decides
-                network = MODELS.build({**settings, "data_preprocessor": None})
+            with self._drawn_for(role):
+                self.add_module(role, MODELS.build({**settings, "data_preprocessor": None}))
+        for role, network in self.networks.items():
             check_network(network, role)
-            self.add_module(role, network)
-        check_pair(self.teacher, self.student)
+        check_pair(self.networks)
         self.ignore: int = self.student.decode_head.ignore_index
         self.frozen = self.method == "kd"
         if self.frozen:
@@ -356,10 +353,10 @@ def splits(head: BaseDecodeHead) -> bool:
     return "_forward_feature" in vars(own) and type(head).cls_seg is BaseDecodeHead.cls_seg and one_by_one
 
 
-def check_pair(teacher: Any, student: Any) -> None:
+def check_pair(networks: Mapping[str, Any]) -> None:
     """Raises: InputError where the two do not tell the same classes apart."""
-    s = student.decode_head
-    for role, network in (("teacher", teacher), ("student", student)):
+    s = networks["student"].decode_head
+    for role, network in networks.items():
         for head in [network.decode_head, *auxiliary_heads(network)]:
             if (head.num_classes, head.ignore_index) != (s.num_classes, s.ignore_index):
                 raise InputError(

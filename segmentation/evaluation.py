@@ -11,6 +11,7 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 
 from core.errors import InputError
+from core.training.command import align
 
 PREDICTIONS = {"student": "pred_sem_seg", "teacher": "pred_sem_seg_teacher"}
 
@@ -64,13 +65,9 @@ def evaluate(model: Any, loader: Any, evaluator: Sequence[Mapping[str, Any]]) ->
 
 def table(values: Mapping[str, float]) -> str:
     """mIoU, pixel accuracy and IoU of each class in percent, a column for each network."""
-    rows = list(dict.fromkeys(name.partition("/")[2] for name in values))
-    columns = [["%", *(row.removeprefix("IoU.") for row in rows)]]
-    for role in (name.removesuffix("/mIoU") for name in values if name.endswith("/mIoU")):
-        numbers = (values.get(f"{role}/{row}") for row in rows)
-        columns.append([role, *("-" if number is None else f"{number:.2f}" for number in numbers)])
-    widths = [max(map(len, column)) for column in columns]
-    lines = (
-        (first.ljust(widths[0]), *map(str.rjust, others, widths[1:])) for first, *others in zip(*columns, strict=True)
-    )
-    return "\n".join("  ".join(line) for line in lines)
+    roles = [name.removesuffix("/mIoU") for name in values if name.endswith("/mIoU")]
+    rows = [["%", *roles]]
+    for row in dict.fromkeys(name.partition("/")[2] for name in values):
+        numbers = (values.get(f"{role}/{row}") for role in roles)
+        rows.append([row.removeprefix("IoU."), *("-" if n is None else f"{n:.2f}" for n in numbers)])
+    return "\n".join(align(rows))

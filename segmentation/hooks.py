@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
-from mmengine.dist import all_gather_object, all_reduce, broadcast, get_dist_info
+from mmengine.dist import all_gather_object, all_reduce, get_dist_info
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import TrainingError
 from core.files import write_atomically
+from core.training.checkpoint import name_and_prune, require_finite
 from core.training.command import Stop
 from core.training.recorder import Recorder
 from core.training.run import RunFolder
 from core.training.seed import random_state, restore_random_state, seed_everything
-from segmentation.checkpoint import BEST, LAST, checkpoint_path, point, prune
-from segmentation.export import as_text, export_network
+from core.training.step import share_buffers
+from segmentation.experiment import as_text, export_network
 
 ADVICE = "lower the learning rate, clip gradients (--cfg-options optim_wrapper.clip_grad.max_norm=1.0) or train in fp32"
 
@@ -53,15 +53,18 @@ class RunHook(Hook):
         self._loaded = loaded
         self._saving: dict[str, Any] = {}
         self._before_evaluation: dict[str, Any] = {}
-        self._started = False
-        self._rate = 0.0
+        self._started, self._rate = False, 0.0
 
     # Start
 
     def before_train(self, runner: Any) -> None:
         device = next(runner.model.parameters()).device
-        self.run.write_environment(str(device))
-        self.board = tensorboard(self.run, runner.iter) if "tensorboard" in self.cfg.run.trackers else None
+        self.board: Any = None
+        if self.run.main and "tensorboard" in self.cfg.run.trackers and importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = runner.iter + 1 if runner.iter else None  # lines of iterations that are now taken again
+            self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=purge)
 
         def track(values: dict[str, float], step: int) -> None:
             runner.visualizer.add_scalars(values, step=step)
@@ -72,21 +75,10 @@ class RunHook(Hook):
 
         self.recorder = Recorder(
             self.run, device, self.processes,
-            mean=mean, advice=ADVICE, total=runner.max_iters, unit="iteration", select=self.cfg.run.select, track=track,
+            mean=mean, gather=all_gather_object, advice=ADVICE, total=runner.max_iters, unit="iteration",
+            log_every=self.cfg.run.log_every, select=self.cfg.run.select, track=track,
         )  # fmt: skip
-        if (state := self._loaded) is None:
-            self.recorder.restore(None, [])
-        else:
-            processes = state["processes"]
-            if len(processes) != self.processes:
-                self.run.log(
-                    f"saved by {len(processes)} process(es), resumed by {self.processes}: not bit by bit alike"
-                )
-            self.recorder.restore(state, processes[min(self.rank, len(processes) - 1)]["window"])
-            best = self.recorder.best
-            if self.run.main and best is not None and checkpoint_path(self.run.path, best["step"]).exists():
-                point(self.run.path, BEST, best["step"])
-            self.run.log(f"resuming from iteration {runner.iter} ({self.run.checkpoints})")
+        self._random = self.recorder.restore(self._loaded, runner.iter, self.rank)
         self.recorder.start(runner.iter)
 
     # Each iteration
@@ -94,9 +86,8 @@ class RunHook(Hook):
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         if not self._started:  # not earlier: the loaders draw their own seeds when they start
             self._started = True
-            processes = [] if self._loaded is None else self._loaded["processes"]
-            if len(processes) == self.processes:
-                restore_random_state(processes[self.rank]["random"])
+            if self._random is not None:
+                restore_random_state(self._random)
             else:
                 seed_everything(self.cfg.seed, "training", self.rank, runner.iter)
         self._rate = runner.optim_wrapper.get_lr()["lr"][0]
@@ -105,12 +96,8 @@ class RunHook(Hook):
         step, save_every = runner.iter + 1, self.cfg.run.save_every
         terms = {name.replace("/loss_", "/"): value for name, value in outputs.items() if name != "loss"}
         self.recorder.losses.observe(terms)
-        self.recorder.after_step(step, len(data_batch["inputs"]))
-        stopping = self.processes == 1 and self.stop.requested
-        if step % self.cfg.run.log_every == 0 or step == runner.max_iters:
-            self.recorder.log_point(step, self._rate)
-            stopping = self._stopping()
-        if stopping and step < runner.max_iters:
+        stopping = self.recorder.after_step(step, len(data_batch["inputs"]), self._rate, self.stop.requested)
+        if stopping:
             runner.train_loop.stop_training = True
         due = save_every is not None and step % save_every == 0
         if (due or stopping or step == runner.max_iters) and not _evaluates(runner, step):
@@ -123,7 +110,7 @@ class RunHook(Hook):
     def before_val(self, runner: Any) -> None:
         self.recorder.clock.pause()
         self._before_evaluation = random_state()
-        self._share_buffers(runner)
+        share_buffers(bare(runner.model))
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         values = {name: float(value) for name, value in (metrics or {}).items()}
@@ -138,9 +125,7 @@ class RunHook(Hook):
     # End
 
     def after_train(self, runner: Any) -> None:
-        if runner.iter < runner.max_iters:
-            self.run.log(f"interrupted at iteration {runner.iter} of {runner.max_iters}; the same command goes on")
-        elif self.run.main:
+        if self.run.main and runner.iter >= runner.max_iters:
             student = bare(runner.model).networks["student"]
             metainfo = runner.train_dataloader.dataset.metainfo
             export_network(self.cfg, student, "student", metainfo, self.run.path)
@@ -153,21 +138,18 @@ class RunHook(Hook):
 
     def _save(self, runner: Any, step: int, best: bool = False) -> None:
         self.recorder.losses.check()
-        self._share_buffers(runner)
-        check_weights(bare(runner.model), step)
-        own = {"random": random_state(), "window": self.recorder.losses.rows_on_cpu()}
-        self._saving = {**self.recorder.state(), "processes": all_gather_object(own)}
+        share_buffers(bare(runner.model))
+        for owner, part in bare(runner.model).named_children():
+            require_finite(owner, part.state_dict(), f"iteration {step}")
+        self._saving = self.recorder.state()
         if self.run.main:
-            meta = {"epoch": 0, "iter": step}
+            meta, target = {"epoch": 0, "iter": step}, self.run.checkpoints / f"iter_{step}.pth"
 
             def write(path: Path) -> None:
                 runner.save_checkpoint(str(path.parent), path.name, meta=meta, by_epoch=False)
 
-            write_atomically(checkpoint_path(self.run.path, step), write)
-            point(self.run.path, LAST, step)
-            if best:
-                point(self.run.path, BEST, step)
-            prune(self.run.path, self.cfg.run.keep)
+            write_atomically(target, write)
+            name_and_prune(target, best=best, keep=self.cfg.run.keep)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self._saving
@@ -176,15 +158,6 @@ class RunHook(Hook):
         hub = checkpoint["message_hub"]
         hub["log_scalars"] = type(hub["log_scalars"])()
         hub["runtime_info"] = {k: v.item() if hasattr(v, "item") else v for k, v in hub["runtime_info"].items()}
-
-    def _share_buffers(self, runner: Any) -> None:
-        # Between two forwards each process has BatchNorm statistics of its own; the first process's are those saved.
-        for buffer in bare(runner.model).buffers():
-            broadcast(buffer, 0)
-
-    def _stopping(self) -> bool:
-        """Whether any process was told to stop: all leave after the same iteration."""
-        return bool(mean(torch.tensor(float(self.stop.requested), device=self.recorder.device)) > 0)
 
 
 def mean(values: Tensor) -> Tensor:
@@ -196,25 +169,6 @@ def mean(values: Tensor) -> Tensor:
 def bare(model: Any) -> Any:
     """The model without the wrapper that several processes put around it."""
     return model.module if is_model_wrapper(model) else model
-
-
-def check_weights(model: nn.Module, step: int) -> None:
-    """Raises: TrainingError naming the first weight that is not finite."""
-    values = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-    finite = torch.stack([value.isfinite().all() for value in values.values()]).tolist()
-    for name, good in zip(values, finite, strict=True):
-        if not good:
-            role, _, weight = name.partition(".")
-            raise TrainingError(f"{role}: the weight {weight} is not finite at iteration {step}; nothing was saved")
-
-
-def tensorboard(run: RunFolder, done: int) -> Any:
-    """Writes below ``<run>/tensorboard``, anew after ``done`` iterations; None where tensorboard is not installed."""
-    if not run.main or importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run.path / "tensorboard"), purge_step=done + 1 if done else None)
 
 
 def _evaluates(runner: Any, step: int) -> bool:

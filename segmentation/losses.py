@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,8 +23,7 @@ from core.adm import (
     phi_loss,
     spatial_similarity,
 )
-from core.baselines import distances, epsilon, learning, min_logit_target
-from core.distillation import feature_loss, full_precision
+from core.distillation import distances, epsilon, feature_loss, full_precision, learning, min_logit_target
 from core.errors import InputError, parse_label, unknown
 
 Terms = dict[str, Tensor]
@@ -199,10 +199,8 @@ class DenseADM(nn.Module):
         similarity = control(spatial_similarity(projected, teacher.feature), config.control)  # [B, h, w]
 
         def attended(loss: Callable[..., Tensor], output: Output) -> Tensor:
-            def criterion(logits: Tensor, _: Tensor) -> Tensor:
-                return cross_entropy(logits, pixels, output.head)
-
-            return loss(similarity, output.reweighable(), pixels.labels, output.finish, criterion)
+            criterion = partial(cross_entropy, head=output.head)  # the target that it is given is `pixels`
+            return loss(similarity, output.reweighable(), pixels, output.finish, criterion)
 
         if config.alpha > 0 and config.consensus == "ce":
             losses["student"]["consensus"] = config.alpha * attended(consensus_loss, student)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,19 +16,18 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import CheckpointLoader, Runner, set_random_seed
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
-from torch import Tensor
 
 from core.errors import InputError, TrainingError
 from core.files import write_atomically
+from core.training.checkpoint import LAST, latest_checkpoint
 from core.training.command import DONE, Stop
-from core.training.distiller import Batch, Distiller, Losses, Progress
 from core.training.run import RunFolder
-from core.training.step import memory_estimate
+from core.training.step import bytes_needed, shortest
 from core.training.task import dry_run, estimate, exit_code, gigabytes, open_run
-from segmentation.checkpoint import LAST, latest_checkpoint, read_checkpoint
+from core.weights import read_torch
 from segmentation.config import build, check_images, check_pretrained, complete, load_config, map_stride
 from segmentation.distiller import ROLES
-from segmentation.export import as_text
+from segmentation.experiment import as_text
 from segmentation.hooks import RunHook
 
 # In what a resumed run may differ: where it runs, and how much it says and keeps.
@@ -79,17 +77,17 @@ def train(
                 return _run(run, cfg, ready, model)
             model = model.to(device)
             wrapper = build_optim_wrapper(model, ready.optim_wrapper)
-            timed = (lambda: seconds(model, wrapper, ready)) if dry == "time" else None
+            timed = (lambda: time_iterations(model, wrapper, ready)) if dry == "time" else None
             return dry_run(resolved(cfg), describe(model, wrapper, ready), timed)
 
 
 def _run(run: RunFolder, cfg: Config, ready: Config, model: Any) -> int:
     """``cfg``: of the run, as it is kept; ``ready``: for this machine."""
     _, processes = get_dist_info()
-    found = latest_checkpoint(run.path, run.log) if run.main else None
+    found = latest_checkpoint(run.checkpoints, run.log, read_torch) if run.main else None
     barrier()
-    if not run.main and (last := run.checkpoints / LAST).exists():
-        found = read_checkpoint(last)
+    if not run.main and (last := run.checkpoints / f"{LAST}.pth").exists():
+        found = read_torch(last)
     if found is None:
         check_pretrained(ready, model.networks)
     else:
@@ -184,44 +182,25 @@ def describe(model: Any, wrapper: Any, ready: Config) -> Iterator[str]:
     yield gigabytes(memory(model, wrapper, ready))
 
 
-class _Forward(Distiller):
-    """The pair as core's estimate calls it."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
-        return {"pair": self.model.loss(**batch)}, {}
-
-
 def memory(model: Any, wrapper: Any, ready: Config) -> int:
     """Bytes that training needs, from one forward of two small images: what is kept grows with their area."""
     crop = tuple(min(side, SMALL) for side in ready.crop_size)
     device = next(model.parameters()).device
     channels = 6 if ready.model.data_preprocessor.type == "ViewsDataPreProcessor" else 3
     labels = PixelData(data=torch.zeros(1, *crop, dtype=torch.long, device=device))
-    batch = {
-        "inputs": torch.zeros(2, channels, *crop, device=device),
-        "data_samples": [SegDataSample(gt_sem_seg=labels)] * 2,
-    }
-    images = ready.train_dataloader.batch_size * math.prod(ready.crop_size) / math.prod(crop)
+    images, samples = torch.zeros(2, channels, *crop, device=device), [SegDataSample(gt_sem_seg=labels)] * 2
+    count = round(ready.train_dataloader.batch_size * math.prod(ready.crop_size) / math.prod(crop))
     defaults = wrapper.optimizer.defaults
     moments = 2 if "betas" in defaults else int(defaults.get("momentum", 0) > 0)
     with wrapper.optim_context(model):
-        return memory_estimate(_Forward(model), batch, round(images), moments=moments)
+        return bytes_needed(model, lambda: model.loss(images, samples), count / 2, moments=moments)
 
 
-def seconds(model: Any, wrapper: Any, ready: Config) -> Iterator[str]:
+def time_iterations(model: Any, wrapper: Any, ready: Config) -> Iterator[str]:
     """Lines on the time of the shortest of three real iterations, after one that warms up."""
     batches = iter(Runner.build_dataloader(ready.train_dataloader, seed=ready.seed))
     model.train()
-    times = []
-    for _ in range(4):
-        started = time.perf_counter()
-        log = model.train_step(next(batches), optim_wrapper=wrapper)
-        log["loss"].item()
-        times.append(time.perf_counter() - started)
+    seconds = shortest(lambda: model.train_step(next(batches), optim_wrapper=wrapper)["loss"].item())
     iterations = ready.train_cfg.max_iters
     yield f"{iterations:,} iterations of {ready.train_dataloader.batch_size} images a process"
-    yield from estimate(iterations, min(times[1:]), next(model.parameters()).device)
+    yield from estimate(iterations, seconds, next(model.parameters()).device)

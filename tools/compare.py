@@ -19,9 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.analysis.figures import save_figure
 from core.errors import InputError
-from core.files import make_folder, save_json, write_atomically
+from core.files import make_folder, save_figure, save_json, write_atomically
 from core.training.command import LineParser, run_command
 from tools.groups import PERCENT, Comparison, Group, chosen_by, compare_runs, lower_is_better, named, score
 from tools.runs import Run, read_run, runs_in

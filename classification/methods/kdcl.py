@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.methods.base import Method, Outputs, sum_over_processes
-from core.baselines import min_logit_target, relative_logits
-from core.distillation import full_precision, kd_loss
+from core.distillation import full_precision, kd_loss, min_logit_target, relative_logits
 from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
 

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from classification.methods.base import Method, Outputs, is_teacher, pairs_of, sum_over_processes
-from core.baselines import distances, epsilon, learning
-from core.distillation import kd_loss
+from core.distillation import distances, epsilon, kd_loss, learning
 from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
 

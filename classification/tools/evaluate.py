@@ -26,7 +26,6 @@ from classification.experiment import (
     Experiment,
     build,
     command_of,
-    find_checkpoint,
     first_images,
     restore,
 )
@@ -35,7 +34,8 @@ from classification.networks.pretrained import timm_normalisation
 from core.analysis.attention import KEYS
 from core.errors import InputError, TrainingError, unknown
 from core.files import save_json, write_atomically
-from core.training.command import DONE, parse, run_command
+from core.training.checkpoint import find_checkpoint
+from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
 from core.training.run import environment
 from core.weights import read_metadata
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
     else:
         experiment = build(weights_command(options))
         source = {"weights": options.weights or f"timm's {options.network}"}
-    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    device = device_of(options)
     experiment.distiller.to(device)
     report = evaluate_split(experiment, options.split, source, device)
     print(table(report))
@@ -72,10 +72,8 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
 
 def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) -> Any:
     """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
-    from jsonargparse import ArgumentParser
-
-    description = "Evaluates each network of a run, or one weight file, on a split: accuracy, likelihood, calibration."
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    about = "Evaluates each network of a run, or one weight file, on a split: accuracy, likelihood, calibration."
+    parser = tool_parser(about)
     add = parser.add_argument
     add("run", nargs="?", type=str, help="run folder; data set, networks and method come from its config.yaml")
     add("--checkpoint", type=str, default="last", help="of the run: last, best or step-00000123")
@@ -85,7 +83,7 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     add("--mean", type=float, nargs="+", default=None, help="per channel, of images in [0, 1] (see --std)")
     add("--std", type=float, nargs="+", default=None, help="likewise; the file's, timm's, the data set's unless given")
     add("--split", type=Literal["test", "validation"], default="test", help="which images")
-    add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
+    add_device(parser)
     add("--out", type=str, default=None, help="JSON file; for a run evaluation-<checkpoint>-<split>.json in its folder")
     add("--export", type=Literal["onnx"], default=None, help="write a network, its normalisation inside")
     add("--export_role", type=str, default=None, help="which network; the student unless given")
@@ -156,26 +154,13 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines; numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = [column[-1].lstrip("-")[:1].isdigit() for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
 class Normalised(nn.Module):
     """Images in [0, 1] ``[B, C, H, W]`` -> the logits ``[B, K]`` of a network that expects them normalised."""
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.network = network
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.mean, self.std = (nn.Buffer(torch.tensor(values).view(-1, 1, 1)) for values in (mean, std))
 
     def forward(self, image: Tensor) -> Tensor:
         return self.network((image - self.mean) / self.std)

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from classification.config import ONLINE, Task, parse_command
 from core.training.command import run_command
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
-    from classification.config import parse_command
-
-    command = parse_command(argv)
+    command = parse_command(argv, task=task)
 
     from classification.training import train  # after the command line is read: --help is quick
 

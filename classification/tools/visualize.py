@@ -10,7 +10,6 @@ Writes into `<run>/figures/`: `maps.png`, `reliability.png`, `attention.json` an
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,20 +23,18 @@ from classification.config import ONLINE, Task
 from classification.data import DataConfig, Streamed
 from classification.data.datasets import SMALL
 from classification.evaluation import evaluate, similarities
-from classification.experiment import Experiment, command_of, find_checkpoint, images_at, load_checkpoint, restore
-from classification.tools.evaluate import align
+from classification.experiment import Experiment, command_of, images_at, load_checkpoint, restore
 from core.adm import consensus_attention
 from core.analysis.attention import KEYS
 from core.analysis.calibration import draw_reliability
 from core.analysis.curves import draw_curves
-from core.analysis.figures import save_figure
-from core.analysis.maps import box_area_share, box_share, cam, draw_maps, pair_maps, relative_cam
+from core.analysis.maps import box_share, cam, draw_maps, pair_maps, relative_cam
 from core.errors import InputError
-from core.files import make_folder, save_json
+from core.files import make_folder, save_figure, save_json
 from core.images import EXTENSIONS
-from core.training.checkpoint import numbered
-from core.training.command import DONE, parse, run_command
-from core.training.run import environment
+from core.training.checkpoint import find_checkpoint, numbered, step_of
+from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
+from core.training.run import environment, read_metrics
 
 BOXES_HELP = (
     "TSV with an object box an image: columns that make up the end of its path (as split, class, image), then x0, y0, "
@@ -52,18 +49,17 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
     options = parse_options(argv, command.config.data)
     command = replace(command, config=replace(command.config, data=options.data))
     every = options.checkpoint == "all"
-    names = [folder.name for folder in numbered(run / "checkpoints")] if every else []
-    folders = [find_checkpoint(run, name) for name in names or ["last" if every else options.checkpoint]]
+    folders = numbered(run / "checkpoints") if every else []
+    folders = folders or [find_checkpoint(run, "last" if every else options.checkpoint)]
 
     experiment = restore(command, folders[0])
-    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    device = device_of(options)
     experiment.distiller.to(device).eval()
     boxes = read_boxes(experiment, options) if options.boxes is not None else None
-    figures = run / "figures"
-    make_folder(figures)
-    metrics = read_metrics(run / "metrics.jsonl")
+    figures = make_folder(run / "figures")
+    metrics = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "evaluation"]
     of_split = "" if options.split == "test" else f"-{options.split}"
-    rows = []
+    rows: list[dict[str, Any]] = []
     for folder in folders:
         load_checkpoint(experiment.distiller, folder)
         suffix = of_split if options.checkpoint == "last" else f"{of_split}-{folder.name}"
@@ -72,13 +68,18 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
         calibrations = evaluate(experiment.distiller, images).calibrations
         draw_reliability(calibrations, figures / f"reliability{suffix}.png")
         if boxes is not None:
-            rows.append({**when(folder, metrics), "shares": box_shares(experiment, options, boxes)})
+            step = step_of(folder)
+            epoch = next((line["epoch"] for line in metrics if line["step"] == step), None)
+            shares = box_shares(experiment, options, boxes)
+            rows.append({"checkpoint": folder.name, "step": step, "epoch": epoch, "shares": shares})
     draw_attention(metrics, figures)
     if boxes is not None:
         suffix = of_split if options.checkpoint == "last" else f"{of_split}-{'all' if every else folders[0].name}"
         about = {"run": str(run), "split": options.split, "boxes": options.boxes, "environment": environment(device)}
         save_json({**about, "images": int(boxes[:, 0].isfinite().sum()), "rows": rows}, figures / f"boxes{suffix}.json")
-        print("\n".join(box_table(rows)))
+        names = list(rows[0]["shares"])
+        cells = [[str(row["step"]), *(f"{100 * row['shares'][n]['mean']:.2f}" for n in names)] for row in rows]
+        print("\n".join(["share inside the object box, %:", *align([["step", *names], *cells])]))
         if len(rows) > 1:
             draw_box_shares(rows, figures / f"boxes{suffix}.png")
     print(f"figures are in {figures}")
@@ -87,10 +88,9 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
 
 def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) -> Any:
     """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
-    from jsonargparse import ArgumentParser
-
-    description = "Draws a run's maps (Figure 1), attention over training (Table 17) and calibration (Figure 10)."
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser = tool_parser(
+        "Draws a run's maps (Figure 1), attention over training (Table 17) and calibration (Figure 10)."
+    )
     add = parser.add_argument
     add("run", type=str, help="run folder; figures go into its figures/")
     add("--checkpoint", type=str, default="last", help="last, best, step-00000123, or all that were kept")
@@ -98,26 +98,13 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     add("--split", type=Literal["test", "validation"], default="test", help="which images")
     add("--boxes", type=str, default=None, help=BOXES_HELP)
     add("--box_size", type=int, default=64, help="height and width in pixels of the images the boxes were drawn on")
-    add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
+    add_device(parser)
     add("--data", type=DataConfig, default=data or DataConfig())
     options = parse(parser, argv)
     for name in ("images", "box_size"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} must be at least 1")
     return options
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The evaluation lines of ``metrics.jsonl``; a line still being written is left out."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [m for line in lines if line.endswith("}") and (m := json.loads(line)).get("kind") == "evaluation"]
-
-
-def when(checkpoint: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Step and epoch of a checkpoint folder."""
-    step = int(checkpoint.name.removeprefix("step-"))
-    epoch = next((line["epoch"] for line in metrics if line["step"] == step), None)
-    return {"checkpoint": checkpoint.name, "step": step, "epoch": epoch}
 
 
 def draw_pairs(experiment: Experiment, options: Any, boxes: Tensor | None, figures: Path, suffix: str) -> None:
@@ -134,20 +121,20 @@ def draw_pairs(experiment: Experiment, options: Any, boxes: Tensor | None, figur
     pairs = distiller.pairs
     labels = row_labels(experiment, target, {role: outputs[role].logits.argmax(1).cpu() for role in cams})
     outlines = boxes[positions] * (images.shape[-1] / options.box_size) if boxes is not None else None
-    for student, teacher in pairs:
-        if (student, teacher) in compared:
-            maps = pair_maps(compared[student, teacher], cams[teacher], cams[student])
+    drawn: list[Any] = list(pairs) or [tuple(reversed(cams))]
+    for pair in drawn:
+        if pair in compared:
+            student, teacher = pair
+            maps = pair_maps(compared[pair], cams[teacher], cams[student])
         else:
-            print(
-                f"the maps of {student} and {teacher} have different channels and no adapter (a run without ADM): "
-                "there is no S to draw, CAM alone is"
-            )
-            maps = {f"CAM {role}": relative_cam(cams[role]) for role in (teacher, student)}
-        pair = f"-{student}-{teacher}" if len(pairs) > 1 else ""
-        draw_maps(images, maps, figures / f"maps{pair}{suffix}.png", labels, outlines)
-    if not pairs:
-        maps = {f"CAM {role}": relative_cam(activation) for role, activation in cams.items()}
-        draw_maps(images, maps, figures / f"maps{suffix}.png", labels, outlines)
+            maps = {f"CAM {role}": relative_cam(cams[role]) for role in reversed(pair)}
+            if pairs:
+                print(
+                    f"the maps of {pair[0]} and {pair[1]} have different channels and no adapter (a run without ADM): "
+                    "there is no S to draw, CAM alone is"
+                )
+        name = "-".join(["maps", *pair] if len(pairs) > 1 else ["maps"])
+        draw_maps(images, maps, figures / f"{name}{suffix}.png", labels, outlines)
 
 
 def row_labels(experiment: Experiment, target: Tensor, predictions: Mapping[str, Tensor]) -> list[str]:
@@ -251,14 +238,13 @@ def box_shares(experiment: Experiment, options: Any, boxes: Tensor) -> dict[str,
         inside = inside[has].to(device)
         target = batch["target"][has].to(device)
         outputs = distiller.outputs(batch["image"][has].to(device))
-        weights = {}
+        weights = {"area": torch.ones(len(inside), 1, 1, device=device)}
         for (student, teacher), similarity in similarities(distiller, outputs).items():
             pair = f" {student} {teacher}" if len(pairs) > 1 else ""
             weights[f"consensus{pair}"] = consensus_attention(similarity).squeeze(1)
             weights[f"discrepancy{pair}"] = 1.0 - similarity
         for role in distiller.output_roles:
             weights[f"CAM {role}"] = cam(outputs[role].maps[-1], outputs[role].head, target).clamp_min(0.0)
-        found.setdefault("area", []).append(box_area_share(inside, size))
         for name, values in weights.items():
             found.setdefault(name, []).append(box_share(values, inside, size))
     shares = {name: torch.cat(parts).cpu() for name, parts in found.items()}
@@ -269,13 +255,6 @@ def box_shares(experiment: Experiment, options: Any, boxes: Tensor) -> dict[str,
         error = (over.std() / len(over) ** 0.5).item()
         result[name] = {"mean": share.nanmean().item(), "over_area": over.mean().item(), "standard_error": error}
     return result
-
-
-def box_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The shares in percent, a line a checkpoint."""
-    names = list(rows[0]["shares"])
-    cells = [[str(row["step"]), *(f"{100 * row['shares'][name]['mean']:.2f}" for name in names)] for row in rows]
-    return ["share inside the object box, %:", *align([["step", *names], *cells])]
 
 
 def draw_box_shares(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

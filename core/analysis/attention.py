@@ -10,12 +10,7 @@ from ..errors import InputError
 from .sums import RunningSums
 
 KEYS = (
-    "attention/consensus_min",
-    "attention/consensus_max",
-    "attention/consensus_variance",
-    "attention/divergence_min",
-    "attention/divergence_max",
-    "attention/divergence_variance",
+    *(f"attention/{side}_{of}" for side in ("consensus", "divergence") for of in ("min", "max", "variance")),
     "attention/similarity",
 )
 
@@ -28,8 +23,7 @@ class AttentionStatistics(RunningSums):
     of one image do; over millions of locations they would lie at 5 and more. The variance is the population's, over
     the locations of one image.
 
-    Over processes: ``state()`` reduces by SUM (see ``RunningSums``). Images that a sampler repeats to even out the
-    processes must be left out by the caller.
+    Images that a sampler repeats to even out the processes must be left out by the caller.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .figures import save_figure
+from ..files import save_figure
 from .sums import RunningSums
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ class Calibration(RunningSums):
 
     Bin b holds confidences in ``(b / bins, (b + 1) / bins]``, edges rounded to the confidences' own precision, so that
     an edge belongs to the bin below it and 1.0 to the last. 15 bins are the usual choice; the paper gives none.
-
-    Over processes: ``state()`` reduces by SUM (see ``RunningSums``).
     """
 
     def __init__(self, bins: int = 15, device: torch.device | str = "cpu") -> None:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from ..errors import InputError
-from .figures import save_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from ..files import save_figure
 
 Line = Mapping[str, Any]
 Series = tuple[list[float], list[float]]  # x, y
-Panel = Callable[["Axes"], None]
 
 SMOOTHED_FROM = 200  # points; shorter curves are drawn as they are
 LOG_FROM = 30.0  # ratio of the largest to the smallest value of a panel
 SCORES = ("top1", "top5", "ece")  # every other term of a training line is a loss
 STYLES = ("-", "--", ":")
+
+
+class Panel(NamedTuple):
+    """One set of axes."""
+
+    title: str
+    unit: str
+    curves: list[tuple[Series, dict[str, Any]]]  # points, how matplotlib draws them
+    logarithmic: bool = False  # where the values are far apart
 
 
 def draw_curves(metrics: Sequence[Line], path: str | Path) -> None:
@@ -35,12 +40,11 @@ def draw_curves(metrics: Sequence[Line], path: str | Path) -> None:
     x = "epoch" if any("epoch" in line for line in metrics) else "step"
     training = [line for line in metrics if line.get("kind") != "evaluation"]
     evaluation = [line for line in metrics if line.get("kind") == "evaluation"]
-    panels = [
-        *_loss_panels(training, x),
-        *_score_panels(evaluation, x),
-        *_rate_panels(training, x),
-        *_attention_panels(evaluation, x),
-    ]
+    panels = [*_loss_panels(training, x), *_score_panels(evaluation, x)]
+    if (rates := _series(training, "lr", x))[0]:
+        look = {"color": "0.2", "marker": "o" if len(rates[0]) == 1 else None, "drawstyle": "steps-post"}
+        panels.append(Panel("learning rate", "learning rate", [(rates, look)], logarithmic=True))
+    panels += _attention_panels(evaluation, x)
     if not panels:
         raise InputError(f"cannot draw {path}: the metrics hold no loss, accuracy, learning rate or attention yet")
     from matplotlib.figure import Figure
@@ -53,8 +57,13 @@ def draw_curves(metrics: Sequence[Line], path: str | Path) -> None:
     for spare in axes[len(panels) :]:
         spare.set_axis_off()
     end = max((float(line[x]) for line in metrics if _finite(line.get(x))), default=0.0)
-    for axis, draw in zip(axes, panels, strict=False):
-        draw(axis)
+    for axis, panel in zip(axes, panels, strict=False):
+        for points, look in panel.curves:
+            axis.plot(*points, **look)
+        values = [y for (_, ys), _ in panel.curves for y in ys]
+        if panel.logarithmic and min(values) > 0 and max(values) > LOG_FROM * min(values):
+            axis.set_yscale("log")
+        axis.set(title=panel.title, ylabel=panel.unit)
         axis.set_xlabel(x)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=end > 3))
         if end > 0:  # the same stretch of training in every panel
@@ -94,6 +103,13 @@ def _keys(lines: Sequence[Line]) -> list[tuple[str, str]]:
     return [(name[0], name[1]) for name in sorted(names, key=rank)]
 
 
+def _curve(points: Series, label: str, color: str, style: str = "-") -> tuple[Series, dict[str, Any]]:
+    # Few points need markers: a curve of one point is invisible without.
+    marker = "o" if len(points[0]) <= 30 else None
+    look = {"linestyle": style, "color": color, "marker": marker, "markersize": 3, "linewidth": 1.4, "label": label}
+    return points, look
+
+
 def _loss_panels(training: Sequence[Line], x: str) -> list[Panel]:
     losses: dict[str, dict[str, Series]] = {}  # role -> term -> points
     for role, term in _keys(training):
@@ -102,31 +118,26 @@ def _loss_panels(training: Sequence[Line], x: str) -> list[Panel]:
             losses.setdefault(role, {})[term] = points
     terms = sorted({term for by_term in losses.values() for term in by_term})
     colors = {term: f"C{i % 10}" for i, term in enumerate(terms)}  # a term has one colour in all panels
-    return [partial(_draw_losses, role=role, losses=by_term, colors=colors) for role, by_term in losses.items()]
-
-
-def _draw_losses(axis: Axes, role: str, losses: Mapping[str, Series], colors: Mapping[str, str]) -> None:
-    smoothed = False
-    for term, (xs, ys) in losses.items():
-        if len(ys) >= SMOOTHED_FROM:
-            axis.plot(xs, ys, color=colors[term], linewidth=0.6, alpha=0.25)
-            ys, smoothed = _running_mean(ys, len(ys) // 50), True
-        _plot(axis, (xs, ys), term, colors[term])
-    _log_if_wide(axis, [y for _, ys in losses.values() for y in ys])
-    axis.set_title(f"training loss: {role}" + (" (running mean)" if smoothed else ""))
-    axis.set_ylabel("loss term")
+    panels = []
+    for role, by_term in losses.items():
+        title, curves = f"training loss: {role}", []
+        for term, (xs, ys) in by_term.items():
+            if len(ys) >= SMOOTHED_FROM:
+                curves.append(((xs, ys), {"color": colors[term], "linewidth": 0.6, "alpha": 0.25}))
+                ys, title = _running_mean(ys, len(ys) // 50), f"training loss: {role} (running mean)"
+            curves.append(_curve((xs, ys), term, colors[term]))
+        panels.append(Panel(title, "loss term", curves, logarithmic=True))
+    return panels
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
     """The mean of each value and those before it, ``window`` at most."""
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
+    sums = list(accumulate(values, initial=0.0))
     return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(window, i + 1) for i in range(len(values))]
 
 
 def _score_panels(evaluation: Sequence[Line], x: str) -> list[Panel]:
-    panels: list[Panel] = []
+    panels = []
     for term, title, unit, best in (
         ("top1", "top-1 accuracy", "top-1 (%)", max),
         ("ece", "expected calibration error", "ECE (%)", min),
@@ -138,86 +149,43 @@ def _score_panels(evaluation: Sequence[Line], x: str) -> list[Panel]:
             for split, lines in _by_split(evaluation).items()
             if key == term and (points := _series(lines, f"{role}/{term}", x))[0]
         }
-        if scores:
-            panels.append(partial(_draw_scores, scores=scores, title=title, unit=unit, best=best))
+        roles, splits = (list(dict.fromkeys(key[i] for key in scores)) for i in (0, 1))
+        curves = []
+        for (role, split), points in scores.items():
+            label = f"{role} {split}".strip() + f": last {points[1][-1]:.2f}, best {best(points[1]):.2f}"
+            color, style = f"C{roles.index(role) % 10}", STYLES[splits.index(split) % len(STYLES)]
+            curves.append(_curve(points, label, color, style))
+        if curves:
+            panels.append(Panel(title, unit, curves))
     return panels
 
 
-def _draw_scores(
-    axis: Axes,
-    scores: Mapping[tuple[str, str], Series],
-    title: str,
-    unit: str,
-    best: Callable[[Sequence[float]], float],
-) -> None:
-    roles = list(dict.fromkeys(role for role, _ in scores))
-    splits = list(dict.fromkeys(split for _, split in scores))
-    for (role, split), points in scores.items():
-        label = f"{role} {split}".strip() + f": last {points[1][-1]:.2f}, best {best(points[1]):.2f}"
-        _plot(axis, points, label, f"C{roles.index(role) % 10}", STYLES[splits.index(split) % len(STYLES)])
-    axis.set_title(title)
-    axis.set_ylabel(unit)
-
-
-def _rate_panels(training: Sequence[Line], x: str) -> list[Panel]:
-    points = _series(training, "lr", x)
-    return [partial(_draw_rate, points=points)] if points[0] else []
-
-
-def _draw_rate(axis: Axes, points: Series) -> None:
-    axis.plot(*points, color="0.2", marker="o" if len(points[0]) == 1 else None, drawstyle="steps-post")
-    _log_if_wide(axis, points[1])
-    axis.set_title("learning rate")
-    axis.set_ylabel("learning rate")
+_ATTENTION = {  # title -> unit, name of the statistic -> label and colour
+    "extremes of the attention": (
+        "smallest and largest weight",
+        {
+            "consensus_max": ("consensus", "C0"),
+            "consensus_min": ("", "C0"),
+            "divergence_max": ("divergence", "C3"),
+            "divergence_min": ("", "C3"),
+        },
+    ),
+    "variance of the attention": (
+        "variance over locations",
+        {"consensus_variance": ("consensus", "C0"), "divergence_variance": ("divergence", "C3")},
+    ),
+    "similarity of the maps": ("mean cosine S", {"similarity": ("", "0.2")}),
+}
 
 
 def _attention_panels(evaluation: Sequence[Line], x: str) -> list[Panel]:
     """Table 17's statistics, of the first split that has any."""
     for split, lines in _by_split(evaluation).items():
-        found = {term: _series(lines, f"attention/{term}", x) for role, term in _keys(lines) if role == "attention"}
-        found = {term: points for term, points in found.items() if points[0]}
-        if found:
-            where = f" ({split})" if split else ""
-            panels = {
-                f"extremes of the attention{where}": ("smallest and largest weight", _EXTREMES),
-                f"variance of the attention{where}": ("variance over locations", _VARIANCES),
-                f"similarity of the maps{where}": ("mean cosine S", _SIMILARITY),
-            }
-            return [
-                partial(_draw_attention, found=found, title=title, unit=unit, curves=curves)
-                for title, (unit, curves) in panels.items()
-                if found.keys() & curves.keys()
-            ]
+        where, panels = f" ({split})" if split else "", []
+        for title, (unit, names) in _ATTENTION.items():
+            found = ((_series(lines, f"attention/{name}", x), look) for name, look in names.items())
+            if curves := [_curve(points, *look) for points, look in found if points[0]]:
+                panels.append(Panel(f"{title}{where}", unit, curves))
+        if panels:
+            return panels
     return []
-
-
-# Name of the statistic -> label, colour, style.
-_EXTREMES = {
-    "consensus_max": ("consensus", "C0", "-"),
-    "consensus_min": ("", "C0", "-"),
-    "divergence_max": ("divergence", "C3", "-"),
-    "divergence_min": ("", "C3", "-"),
-}
-_VARIANCES = {"consensus_variance": ("consensus", "C0", "-"), "divergence_variance": ("divergence", "C3", "-")}
-_SIMILARITY = {"similarity": ("", "0.2", "-")}
-
-
-def _draw_attention(
-    axis: Axes, found: Mapping[str, Series], title: str, unit: str, curves: Mapping[str, tuple[str, str, str]]
-) -> None:
-    for name, (label, color, style) in curves.items():
-        if name in found:
-            _plot(axis, found[name], label, color, style)
-    axis.set_title(title)
-    axis.set_ylabel(unit)
-
-
-def _plot(axis: Axes, points: Series, label: str, color: str, style: str = "-") -> None:
-    # Few points need markers: a curve of one point is invisible without.
-    marker = "o" if len(points[0]) <= 30 else None
-    axis.plot(*points, linestyle=style, color=color, marker=marker, markersize=3, linewidth=1.4, label=label)
-
-
-def _log_if_wide(axis: Axes, values: Sequence[float]) -> None:
-    if min(values) > 0 and max(values) > LOG_FROM * min(values):
-        axis.set_yscale("log")

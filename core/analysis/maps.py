@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adm import consensus_attention, divergence_attention
 from ..errors import InputError
-from .figures import save_figure
+from ..files import save_figure
 
 Size = tuple[int, int]  # height, width
 
@@ -27,16 +27,6 @@ UNITS = {  # a word in a map's name -> what its scale says
 def upsample(maps: Tensor, size: Size) -> Tensor:
     """``[B, h, w] -> [B, H, W]``, bilinear, as the attention itself is resized (align_corners=False)."""
     return F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
-
-
-def similarity_map(similarity: Tensor, size: Size) -> Tensor:
-    """S ``[B, h, w]`` of Eq. 6 at the size of the image: ``[B, H, W]`` in [-1, 1]."""
-    return upsample(similarity, size)
-
-
-def discrepancy_map(similarity: Tensor, size: Size) -> Tensor:
-    """1 - S at the size of the image: ``[B, H, W]`` in [0, 2]. The "discrepancy regions" of Figure 1."""
-    return 1.0 - upsample(similarity, size)
 
 
 def cam(feature_map: Tensor, head: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
@@ -68,7 +58,7 @@ def box_share(weights: Tensor, boxes: Tensor, image_size: Size) -> Tensor:
     """Share of a non-negative map's mass that lies inside each image's object box: ``[B]`` in [0, 1], float64.
 
     A map's cell is a rectangle of the image with its weight spread evenly, so that a cell the box cuts counts by its
-    covered area, and a uniform map gives exactly ``box_area_share``.
+    covered area, and a uniform map gives exactly the box's share of the image: what any share is by chance.
 
     Args:
         weights: ``[B, h, w]`` at any resolution, e.g. an attention, 1 - S, ``relative_cam``.
@@ -80,19 +70,7 @@ def box_share(weights: Tensor, boxes: Tensor, image_size: Size) -> Tensor:
     """
     if (weights < 0).any():
         raise InputError("the share of a map needs non-negative weights: use an attention, 1 - S, or relative_cam")
-    cover = _cover(boxes, image_size, (weights.shape[1], weights.shape[2]))  # [B, h, w]
-    weights = weights.double()
-    return (weights * cover).sum(dim=(1, 2)) / weights.sum(dim=(1, 2))
-
-
-def box_area_share(boxes: Tensor, image_size: Size) -> Tensor:
-    """Share of the image's area that the box covers, ``[B]``, float64: what ``box_share`` is by chance."""
-    return _cover(boxes, image_size, (1, 1))[:, 0, 0]
-
-
-def _cover(boxes: Tensor, image_size: Size, map_size: Size) -> Tensor:
-    """The covered share of each cell of a map laid over the image, ``[B, h, w]``."""
-    boxes = boxes.double()
+    boxes, weights = boxes.double(), weights.double()
     if (boxes[:, 2:] < boxes[:, :2]).any():
         raise InputError("a box has x1 < x0 or y1 < y0: boxes are x0, y0, x1, y1 in pixels, not x, y, width, height")
 
@@ -101,9 +79,9 @@ def _cover(boxes: Tensor, image_size: Size, map_size: Size) -> Tensor:
         overlap = torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])
         return overlap.clamp_min(0.0) * (cells / pixels)
 
-    rows = covered(boxes[:, 1], boxes[:, 3], image_size[0], map_size[0])
-    columns = covered(boxes[:, 0], boxes[:, 2], image_size[1], map_size[1])
-    return rows[:, :, None] * columns[:, None, :]
+    rows = covered(boxes[:, 1], boxes[:, 3], image_size[0], weights.shape[1])
+    columns = covered(boxes[:, 0], boxes[:, 2], image_size[1], weights.shape[2])
+    return (weights * (rows[:, :, None] * columns[:, None, :])).sum(dim=(1, 2)) / weights.sum(dim=(1, 2))
 
 
 def pair_maps(similarity: Tensor, cam_teacher: Tensor, cam_student: Tensor) -> dict[str, Tensor]:

@@ -2,13 +2,14 @@
 
 ``checkpoints/step-00000123/`` holds ``<role>.safetensors`` of each trained network and ``state.pt`` (all else that an
 exact resume needs, loadable with ``weights_only=True``); ``last`` and ``best`` are links to such folders.
+
+Segmentation's are mmengine's files: ``checkpoints/iter_123.pth``, with the links ``last.pth`` and ``best.pth``.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,49 @@ from ..files import leftover, remove, write_atomically
 LAST, BEST = "last", "best"
 
 
-def link(folder: Path, name: str, target: Path) -> None:
-    """Points ``folder/name`` at ``target`` (a sibling), atomically."""
-    write_atomically(folder / name, lambda path: path.symlink_to(target.name))
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    found = (p for p in folder.glob("*") if re.fullmatch(r"step-\d+|iter_\d+\.pth", p.name))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step, by its name, after which a checkpoint was saved."""
+    return int(re.split("[-_]", checkpoint.stem)[1])
+
+
+def point(name: str, target: Path) -> None:
+    """Lets ``last`` or ``best`` be this checkpoint, atomically."""
+    write_atomically(target.with_name(f"{name}{target.suffix}"), lambda path: path.symlink_to(target.name))
+
+
+def name_and_prune(target: Path, *, best: bool, keep: int) -> None:
+    """Lets ``last`` (and ``best``) be a new checkpoint; removes all but the newest ``keep`` and those two."""
+    for name in (LAST, BEST) if best else (LAST,):
+        point(name, target)
+    named = {os.readlink(path) for path in target.parent.glob("*") if path.is_symlink()}
+    for old in numbered(target.parent)[:-keep]:
+        if old.name not in named:
+            remove(old)
+
+
+def find_checkpoint(run: Path, name: str) -> Path:
+    """``run``'s checkpoint "last", "best" or "step-00000123" ("iter_123"). Raises: InputError naming all it has."""
+    folder = run / "checkpoints"
+    found = {n: path for n in (name, LAST, BEST) for path in (folder / n, folder / f"{n}.pth") if path.exists()}
+    if name not in found:
+        known = ", ".join([*found, *(path.stem for path in numbered(folder))])
+        raise InputError(
+            f"{run} has no checkpoint {name!r}: " + (f"it has {known}" if known else "nothing was saved yet")
+        )
+    return found[name].resolve()
+
+
+def require_finite(owner: str, values: Mapping[str, Any], when: str) -> None:
+    """Raises: TrainingError naming the first of the ``owner``'s weights that is not finite; other values count not."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+            raise TrainingError(f"{owner}: the weight {name} is not finite at {when}; nothing was saved")
 
 
 def save_checkpoint(
@@ -45,9 +86,7 @@ def save_checkpoint(
 
     tensors = {role: {k: v.detach().contiguous().cpu() for k, v in sd.items()} for role, (sd, _) in networks.items()}
     for owner, values in [*tensors.items(), ("outside the networks", state.get("extra", {}))]:
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
-                raise TrainingError(f"{owner}: the weight {name} is not finite at step {step}; nothing was saved")
+        require_finite(owner, values, f"step {step}")
 
     def write(temporary: Path) -> None:
         temporary.mkdir()
@@ -58,12 +97,7 @@ def save_checkpoint(
 
     target = folder / f"step-{step:08d}"
     write_atomically(target, write)
-    link(folder, LAST, target)
-    if best:
-        link(folder, BEST, target)
-    for old in numbered(folder)[:-keep]:
-        if old.name != os.readlink(folder / LAST) and old.name != _best_name(folder):
-            shutil.rmtree(old)
+    name_and_prune(target, best=best, keep=keep)
     return target
 
 
@@ -77,16 +111,6 @@ def _untied(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _best_name(folder: Path) -> str | None:
-    return os.readlink(folder / BEST) if (folder / BEST).is_symlink() else None
-
-
-def numbered(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    found = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
-
-
 def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """``({role: state dict}, state)`` of one checkpoint folder. Raises whatever a damaged file raises."""
     from safetensors.torch import load_file
@@ -96,9 +120,9 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
 
 
 def latest_checkpoint(
-    folder: Path, log: Callable[[str], None]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """The newest readable checkpoint, None where there is none. A damaged newer one is reported and removed.
+    folder: Path, log: Callable[[str], None], read: Callable[[Path], Any] = read_checkpoint
+) -> Any | None:
+    """The newest checkpoint that ``read`` can, None where there is none. A damaged newer one is reported and removed.
 
     For one process alone: it moves ``last`` to what it returns and clears what a killed save left behind.
     Raises: InputError where there are checkpoints but none is readable.
@@ -110,17 +134,18 @@ def latest_checkpoint(
     damaged: list[Path] = []
     for candidate in candidates:
         try:
-            checkpoint = read_checkpoint(candidate)
+            checkpoint = read(candidate)
         except Exception as error:
             log(f"checkpoint {candidate} is damaged ({first_line(error)}): looking for the one before it")
             damaged.append(candidate)
             continue
         for bad in damaged:
             log(f"resuming from {candidate} instead of {bad.name}")
-            shutil.rmtree(bad)
-        link(folder, LAST, candidate)
-        if (folder / BEST).is_symlink() and not (folder / BEST).exists():
-            (folder / BEST).unlink()
+            remove(bad)
+        point(LAST, candidate)
+        best = candidate.with_name(f"{BEST}{candidate.suffix}")
+        if best.is_symlink() and not best.exists():
+            best.unlink()
         return checkpoint
     if candidates:
         raise InputError(f"none of the checkpoints in {folder} can be read: move the run folder away to start anew")

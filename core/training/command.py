@@ -79,6 +79,36 @@ def run_command(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, the first with the columns' names; numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = [any(cell.lstrip("-")[:1].isdigit() for cell in column[1:]) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def tool_parser(description: str) -> Any:
+    """The jsonargparse parser of a tool, for ``parse``."""
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+
+
+def add_device(parser: Any) -> None:
+    """``--device`` of every tool that runs networks."""
+    about = "auto takes a GPU where there is one"
+    parser.add_argument("--device", type=Literal["auto", "cpu"], default="auto", help=about)
+
+
+def device_of(options: Any) -> str:
+    """What ``--device`` means here."""
+    import torch
+
+    return "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+
+
 def train_parser(config: type, prog: str | None = None, description: str | None = None, epilog: str = "") -> Any:
     """The jsonargparse parser of a ``train.py``: all of a typed config, ``--config`` with a recipe, ``--dry-run``.
 
@@ -119,12 +149,8 @@ def parse(parser: Any, argv: Sequence[str] | None = None, nested: Sequence[str] 
     try:
         return parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
-        raise InputError(_one_line(str(error), [*_keys(parser), *nested])) from error
-
-
-def _keys(parser: Any) -> Iterator[str]:
-    for action in parser._actions:
-        yield from (option.lstrip("-") for option in action.option_strings)
+        keys = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+        raise InputError(_one_line(str(error), [*keys, *nested])) from error
 
 
 def _one_line(message: str, keys: list[str]) -> str:

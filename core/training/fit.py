@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any, Literal, Protocol
 
 import torch
 
-from ..errors import InputError, unknown
+from ..errors import InputError, require_positive, unknown
 from . import checkpoint as checkpoints
 from .command import Stop
 from .distiller import Batch, Distiller, Progress
 from .recorder import Recorder
 from .run import RunFolder
 from .schedule import Schedule
-from .seed import random_state, restore_random_state
-from .step import batch_length, train_step
+from .seed import restore_random_state
+from .step import batch_length, share_buffers, train_step
 
 
 class Data(Protocol):
@@ -113,6 +114,8 @@ def fit(
         summary: what to say in ``summary.json`` besides.
     Raises: TrainingError for a NaN loss (naming network, term and step) or a full disk; InputError for a wrong config.
     """
+    from accelerate.utils import gather_object
+
     steps_per_epoch: int | None = len(data) if hasattr(data, "__len__") else None  # type: ignore[arg-type]
     total_steps, interval = durations(config, steps_per_epoch)
     epoch_length = steps_per_epoch or interval
@@ -123,18 +126,17 @@ def fit(
     base_rates = [group["lr"] for group in optim.param_groups]
     recorder = Recorder(
         run, accelerator.device, accelerator.num_processes,
-        mean=lambda values: accelerator.reduce(values, reduction="mean"),
+        mean=lambda values: accelerator.reduce(values, reduction="mean"), gather=lambda own: gather_object([own]),
         advice="lower the learning rate, clip gradients (--fit.clip 1.0) or train in bf16 / fp32",
-        total=total_steps, epoch_length=epoch_length, select=select,
+        total=total_steps, log_every=config.log_every, epoch_length=epoch_length, select=select,
         track=lambda values, step: accelerator.log(values, step=step), progress_bar=progress_bar,
     )  # fmt: skip
     run.open()
-    run.write_environment(str(accelerator.device))
     step = _load(recorder, distiller, optim, data, accelerator)
     purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers("adm", init_kwargs=purge)
     saved_at, factor = step, None
-    batches = _endless(data)
+    batches = chain.from_iterable(repeat(data))
     distiller.train()
     recorder.start(step)
     with Stop().listening() as stop, recorder.bar:
@@ -151,18 +153,13 @@ def fit(
                 accumulate=config.accumulate, clip=config.clip,
             )  # fmt: skip
             step += 1
-            recorder.after_step(step, batch_length(batch))
-
-            stopping = accelerator.num_processes == 1 and stop.requested
-            if step % config.log_every == 0 or step == total_steps:
-                recorder.log_point(step, optim.param_groups[0]["lr"])
-                stopping = _any(stop.requested, accelerator)
+            stopping = recorder.after_step(step, batch_length(batch), optim.param_groups[0]["lr"], stop.requested)
             if step % interval == 0 or step == total_steps:
                 recorder.clock.pause()
                 best = False
                 if evaluate is not None:
                     distiller.eval()
-                    _share_buffers(distiller, accelerator)
+                    share_buffers(distiller)
                     values = evaluate()
                     distiller.train()
                     best = recorder.evaluated(step, values)
@@ -170,10 +167,9 @@ def fit(
                 recorder.draw()
                 saved_at = step
                 recorder.clock.resume()
-            if stopping and step < total_steps:
+            if stopping:
                 if saved_at != step:
                     _save(recorder, step, distiller, optim, data, accelerator, keep=config.keep)
-                run.log(f"interrupted at step {step} of {total_steps}; the same command goes on from here")
                 break
 
     result = recorder.finish(step, summary or {})
@@ -196,40 +192,14 @@ def durations(config: FitConfig, steps_per_epoch: int | None) -> tuple[int, int]
     else:
         assert config.epochs is not None
         total = round(config.epochs * steps_per_epoch)
-    for name in ("accumulate", "log_every", "keep"):
-        if getattr(config, name) < 1:
+    for name in ("accumulate", "log_every", "keep", "evaluate_every"):
+        if (value := getattr(config, name)) is not None and value < 1:
             raise InputError(f"fit.{name} must be at least 1")
-    if config.clip is not None and config.clip <= 0:
-        raise InputError(f"fit.clip must be positive: {config.clip}")
-    if config.evaluate_every is not None and config.evaluate_every < 1:
-        raise InputError("fit.evaluate_every must be at least 1")
+    if config.clip is not None:
+        require_positive("fit", clip=config.clip)
     if total < 1:
         raise InputError("nothing to train: fit.epochs or fit.steps is 0 or less")
     return total, config.evaluate_every or steps_per_epoch or total
-
-
-def _endless(data: Iterable[Batch]) -> Iterator[Batch]:
-    while True:
-        yield from data
-
-
-def _any(flag: bool, accelerator: Any) -> bool:
-    """Whether any process was told to stop: all leave after the same step."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
-
-
-def _share_buffers(distiller: Distiller, accelerator: Any) -> None:
-    # Between two forwards each process has BatchNorm statistics of its own; the first process's are those saved.
-    if accelerator.num_processes > 1:
-        for buffer in distiller.buffers():
-            torch.distributed.broadcast(buffer, 0)
-
-
-def _extra(distiller: Distiller) -> dict[str, Any]:
-    """Weights, buffers and extra state (torch's ``get_extra_state``) that belong to no network: adapters, heads."""
-    return {k: v for k, v in distiller.state_dict().items() if not k.startswith("networks.")}
 
 
 def _save(
@@ -244,14 +214,12 @@ def _save(
     keep: int,
 ) -> None:
     """A checkpoint of all that an exact resume needs. Raises: TrainingError for a NaN loss or weight, a full disk."""
-    from accelerate.utils import gather_object
-
     recorder.losses.check()
     state = {
         "step": step, **recorder.state(), "optimizer": optim.state_dict(), "data": data.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        "extra": _extra(distiller),
-        "processes": gather_object([{"random": random_state(), "window": recorder.losses.rows_on_cpu()}]),
+        # Weights, buffers and extra state (torch's get_extra_state) that belong to no network: adapters, heads.
+        "extra": {k: v for k, v in distiller.state_dict().items() if not k.startswith("networks.")},
     }  # fmt: skip
     if recorder.run.main:
         weights = {r: (distiller.networks[r].state_dict(), distiller.metadata(r)) for r in distiller.trained()}
@@ -268,7 +236,7 @@ def _load(recorder: Recorder, distiller: Distiller, optim: torch.optim.Optimizer
     if not run.main and last.exists():
         found = checkpoints.read_checkpoint(last)
     if found is None:
-        recorder.restore(None, [])
+        recorder.restore(None, 0, 0)
         return 0
     weights, state = found
     for role in distiller.trained():
@@ -278,16 +246,6 @@ def _load(recorder: Recorder, distiller: Distiller, optim: torch.optim.Optimizer
     data.load_state_dict(state["data"])
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    processes = state["processes"]
-    own = processes[0]
-    if len(processes) == accelerator.num_processes:
-        own = processes[accelerator.process_index]
-        restore_random_state(own["random"])
-    else:
-        run.log(f"saved by {len(processes)} process(es), resumed by {accelerator.num_processes}: not bit by bit alike")
-    recorder.restore(state, own["window"])
-    best = recorder.best
-    if run.main and best is not None and (target := run.checkpoints / f"step-{best['step']:08d}").exists():
-        checkpoints.link(run.checkpoints, checkpoints.BEST, target)
-    run.log(f"resuming from step {state['step']} ({run.checkpoints})")
+    if (random := recorder.restore(state, state["step"], accelerator.process_index)) is not None:
+        restore_random_state(random)
     return state["step"]

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint import BEST, numbered, point, step_of
 from .meters import Clock, LossBuffer, peak_memory
 from .run import RunFolder
+from .seed import random_state
 
 DRAW_EVERY = 60.0
 """Least seconds between two drawings of the curves, one takes up to seconds; the end of the run always draws."""
@@ -26,6 +28,8 @@ class Recorder:
         mean: the mean of a tensor over all processes.
         advice: what may help against losses that are not finite.
         total: steps of the whole run, in ``unit``s ("step", "iteration").
+        log_every: steps between training lines.
+        gather: this process's object -> those of all processes.
         epoch_length: steps of an epoch; lines then say the epoch too.
         select: the evaluated value whose maximum makes ``best``; None: there is no best.
         track: ``track(values, step)`` hands scalars on to TensorBoard or another tracker.
@@ -39,8 +43,10 @@ class Recorder:
         processes: int,
         *,
         mean: Callable[[Tensor], Tensor],
+        gather: Callable[[Any], list[Any]],
         advice: str,
         total: int,
+        log_every: int,
         unit: str = "step",
         epoch_length: int | None = None,
         select: str | None = None,
@@ -48,40 +54,62 @@ class Recorder:
         progress_bar: bool = True,
     ) -> None:
         self.run, self.device, self.processes = run, device, processes
-        self.total, self.unit, self.epoch_length = total, unit, epoch_length
+        self.gather, self.total, self.log_every = gather, total, log_every
+        self.unit, self.epoch_length = unit, epoch_length
         self.select, self.track, self.progress_bar = select, track, progress_bar
         self.losses = LossBuffer(device, mean, advice)
         self.clock = Clock(device, processes)
         self.best: dict[str, Any] | None = None
         self._started, self._drawn = time.perf_counter(), -math.inf
 
-    def restore(self, state: Mapping[str, Any] | None, loss_rows: list[dict[str, Any]]) -> None:
-        """Goes on from what ``state`` of a checkpoint says and this process's unfinished losses; None: from nothing."""
+    def restore(self, state: Mapping[str, Any] | None, step: int, rank: int) -> dict[str, Any] | None:
+        """Goes on from what ``state()`` said after ``step`` steps; None: from nothing.
+
+        Returns: the random state of this process (``rank``), None where there is none to go on with exactly.
+        """
         self.run.cut_metrics(0 if state is None else state["metrics_size"])
-        if state is not None:
-            self.best = state["best"]
-            self.losses.rows = loss_rows
-            self.clock.restore(state["seconds"], state["samples"])
+        if state is None:
+            return None
+        processes = state["processes"]
+        own = processes[min(rank, len(processes) - 1)]
+        self.best, self.losses.rows = state["best"], own["window"]
+        self.clock.restore(state["seconds"], state["samples"])
+        if len(processes) != self.processes:
+            said = f"saved by {len(processes)} process(es), resumed by {self.processes}"
+            self.run.log(f"{said}: not bit by bit alike")
+        for checkpoint in numbered(self.run.checkpoints) if self.run.main and self.best is not None else ():
+            if step_of(checkpoint) == self.best["step"]:
+                point(BEST, checkpoint)
+        self.run.log(f"resuming from {self.unit} {step} ({self.run.checkpoints})")
+        return own["random"] if len(processes) == self.processes else None
 
     def start(self, step: int) -> None:
-        """Before the first step that is taken now: shows the bar and lets the clock run."""
+        """Before the first step that is taken now: says where, shows the bar and lets the clock run."""
         from tqdm import tqdm
 
+        self.run.write_environment(str(self.device))
         hidden = None if self.progress_bar and self.run.main else True
         self.bar = tqdm(total=self.total, initial=step, unit=self.unit, disable=hidden, dynamic_ncols=True)
         self.clock.resume()
 
-    def after_step(self, step: int, images: int) -> None:
-        """``step``: how many are done with this one; ``images``: of it, on this process."""
+    def after_step(self, step: int, images: int, rate: float, stop: bool) -> bool:
+        """Counts a step and, at log points, writes a training line: learning rate, images/s, means of the losses.
+
+        Args: how many steps are done with this one; images of it, on this process; the learning rate; whether this
+            process was told to stop.
+        Returns: whether to stop now: several processes do it after the same step, at a log point.
+        Raises: TrainingError for a NaN.
+        """
         self.losses.close_step(step)
         self.clock.samples += images
         self.bar.update()
-
-    def log_point(self, step: int, rate: float) -> None:
-        """A training line: learning rate, images/s, means of the losses. Raises: TrainingError for a NaN."""
+        if step % self.log_every and step < self.total:
+            return stop and self.processes == 1
         means = self.losses.flush()
         self._line("train", step, {"lr": rate, "images_per_second": self.clock.tick(), **means})
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in means.items() if name.endswith("/ce")})
+        told = bool(self.losses.mean(torch.tensor(float(stop), device=self.device)) > 0)  # any of them
+        return told and step < self.total
 
     def evaluated(self, step: int, values: Mapping[str, Any]) -> bool:
         """An evaluation line. Returns: whether it is the best so far."""
@@ -93,10 +121,11 @@ class Recorder:
         return True
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this, besides ``losses.rows_on_cpu()`` of each process."""
+        """What a checkpoint keeps of this, and the random state of each process."""
+        own = {"random": random_state(), "window": self.losses.rows_on_cpu()}
         return {
             "best": self.best, "seconds": self.clock.seconds, "samples": self.clock.samples,
-            "metrics_size": self.run.metrics_size(),
+            "metrics_size": self.run.metrics_size(), "processes": self.gather(own),
         }  # fmt: skip
 
     def draw(self) -> None:
@@ -108,6 +137,9 @@ class Recorder:
     def finish(self, step: int, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Writes ``summary.json`` and the curves. Returns: what the summary says."""
         self.bar.close()
+        if step < self.total:
+            place = f"{self.unit} {step} of {self.total}"
+            self.run.log(f"interrupted at {place}; the same command goes on from here")
         result = {
             "status": "finished" if step >= self.total else "interrupted",
             "step": step,

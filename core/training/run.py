@@ -78,15 +78,10 @@ class RunFolder:
         write_atomically(self.path / "config.yaml", lambda p: p.write_text(text))
 
     @property
-    def summary(self) -> dict[str, Any] | None:
-        """What ``summary.json`` says, None before there is one."""
-        file = self.path / "summary.json"
-        return json.loads(file.read_text()) if file.exists() else None
-
-    @property
     def finished(self) -> bool:
         """Whether the run reached its end."""
-        return (self.summary or {}).get("status") == "finished"
+        file = self.path / "summary.json"
+        return file.exists() and json.loads(file.read_text()).get("status") == "finished"
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         if self.main:
@@ -104,16 +99,8 @@ class RunFolder:
             _append(self.metrics_file, json.dumps(plain(values, finite=True)))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of ``metrics.jsonl``; a last line that was cut off is left out."""
-        lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
-        result = []
-        for number, line in enumerate(lines):
-            try:
-                result.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number < len(lines) - 1:
-                    raise
-        return result
+        """All lines of ``metrics.jsonl``; see ``read_metrics``."""
+        return read_metrics(self.metrics_file)
 
     def metrics_size(self) -> int:
         """Bytes of ``metrics.jsonl``: a checkpoint remembers it, a resume cuts the file back to it."""
@@ -147,6 +134,12 @@ def _append(file: Path, line: str) -> None:
             opened.write(f"{line}\n")
     except OSError as error:
         raise TrainingError(f"cannot write {file}: {error.strerror}") from error
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """All lines of a ``metrics.jsonl``, none where there is no file; a last one that is not whole is left out."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in (lines if not lines or lines[-1].endswith("}") else lines[:-1])]
 
 
 def is_main_process() -> bool:

@@ -38,7 +38,8 @@ def train_step(
         accumulate: parts into which the batch is split, one after the other.
         clip: largest gradient norm over all networks together.
     """
-    batch = {name: _to(value, accelerator.device) for name, value in batch.items()}
+    device = accelerator.device
+    batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
     batch = distiller.before_step(batch, progress)
     for phase in distiller.phases:
         for part, share, final in _parts(batch, accumulate):
@@ -49,10 +50,6 @@ def train_step(
         distiller.before_update()
         _update(optimizer, distiller, clip, accelerator.scaler)
     distiller.after_step(batch, progress)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def batch_length(batch: Batch) -> int:
@@ -95,6 +92,23 @@ def _update(optimizer: torch.optim.Optimizer, distiller: Distiller, clip: float 
     optimizer.zero_grad()
 
 
+def share_buffers(module: torch.nn.Module) -> None:
+    """Gives every process the first one's buffers: between two forwards each has BatchNorm statistics of its own."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def shortest(step: Callable[[], object]) -> float:
+    """Seconds of the shortest of three steps, after one that warms up."""
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
+
+
 def seconds_a_step(
     distiller: Distiller,
     loader: Iterable[Batch],
@@ -112,17 +126,17 @@ def seconds_a_step(
     distiller.train()
     optim = optimizer(distiller.parameter_groups())
     losses = LossBuffer(accelerator.device, lambda values: values, "")
-    batch, seconds = next(iter(loader)), []
-    for number in range(4):
-        started = time.perf_counter()
+    batch = next(iter(loader))
+
+    def step() -> None:
         train_step(
             module, distiller, optim, batch, MIDWAY, accelerator, losses,
             accumulate=accumulate, clip=clip,
         )  # fmt: skip
-        losses.close_step(number)
+        losses.close_step(MIDWAY.step)
         losses.flush()  # reads the device: the step is over
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+
+    return shortest(step)
 
 
 def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
@@ -147,18 +161,23 @@ def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor] = ()
 
 
 def memory_estimate(distiller: Distiller, batch: Batch, images: int, *, moments: int) -> int:
-    """Bytes of weights, gradients, the optimiser's moments and what ``images`` need for the backward pass.
-
-    A lower bound: workspaces and fragments come on top. One forward of a small ``batch`` is taken, in this precision.
-    ``moments``: values that the optimiser keeps for each weight (1 for SGD with momentum, 2 for Adam).
-    """
-    parameters = list(distiller.parameters())
-    distiller.train()
+    """Bytes that a step of so many ``images`` needs (see ``bytes_needed``), from one forward of a small ``batch``."""
 
     def forward() -> object:
         return distiller(distiller.before_step(batch, MIDWAY), MIDWAY, distiller.phases[0])
 
-    activations = saved_bytes(forward, [*parameters, *distiller.buffers()]) / batch_length(batch)
-    weights = sum(p.nbytes for p in parameters) + sum(b.nbytes for b in distiller.buffers())
+    return bytes_needed(distiller, forward, images / batch_length(batch), moments=moments)
+
+
+def bytes_needed(module: torch.nn.Module, forward: Callable[[], object], times: float, *, moments: int) -> int:
+    """Bytes of weights, gradients, the optimiser's moments and what a batch needs for the backward pass.
+
+    A lower bound: workspaces and fragments come on top. ``forward`` is taken once, in this precision, on a batch of
+    which the whole one is ``times`` as large.
+    ``moments``: values that the optimiser keeps for each weight (1 for SGD with momentum, 2 for Adam).
+    """
+    parameters, buffers = list(module.parameters()), list(module.buffers())
+    module.train()
+    activations = saved_bytes(forward, [*parameters, *buffers])
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
-    return round(weights + trained * (1 + moments) + activations * images)
+    return round(sum(t.nbytes for t in [*parameters, *buffers]) + trained * (1 + moments) + activations * times)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.analysis.figures import save_figure
 from core.errors import InputError
+from core.files import save_figure
 from core.training.command import DONE, parse, run_command
 from diffusion.dit.sampling import load_dit_student
 from diffusion.files import need_packages

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from core.adm import consensus_attention
-from core.analysis.figures import save_figure
 from core.errors import InputError
-from core.files import save_json
+from core.files import save_figure, save_json
 from core.training.command import DONE, parse, run_command
 from core.training.run import environment
 from diffusion.consensus import similarity

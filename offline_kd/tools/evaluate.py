@@ -7,17 +7,13 @@ Options and ONNX export as in `classification/tools/evaluate.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from classification.tools import evaluate
 from core.training.command import run_command
 from offline_kd.config import OFFLINE
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code. Raises: InputError, TrainingError."""
-    return evaluate.main(argv, OFFLINE)
-
+main = partial(evaluate.main, task=OFFLINE)
 
 if __name__ == "__main__":
     run_command(main)

@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +29,10 @@ from classification.data.datasets import IN_MEMORY_NAMES
 from classification.experiment import images_at
 from classification.networks import create_network
 from classification.networks.base import classifier_of
-from classification.tools.evaluate import align
-from core.analysis.figures import save_figure
 from core.errors import InputError
-from core.files import make_folder, save_json
+from core.files import make_folder, save_figure, save_json
 from core.network import as_network
-from core.training.command import DONE, parse, run_command
+from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
 from core.training.run import environment
 from core.training.seed import seed_everything
 from offline_kd.methods.diswot import relation_loss
@@ -43,7 +41,7 @@ from offline_kd.methods.diswot import relation_loss
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError, TrainingError."""
     options = parse_options(argv)
-    device = "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    device = device_of(options)
     images, target, classes = read_batch(options.data, options.batch_size)
     images, target = images.to(device), target.to(device)
     rows = score(options.teacher, options.students, images, target, classes, options.seeds)
@@ -63,16 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(argv: Sequence[str] | None) -> Any:
     """The command line. Raises: InputError for anything wrong with it."""
-    from jsonargparse import ArgumentParser
-
-    description = "Scores students for a teacher without training (DisWOT): the larger, the better."
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser = tool_parser("Scores students for a teacher without training (DisWOT): the larger, the better.")
     add = parser.add_argument
     add("--teacher", type=str, required=True, help="a CIFAR network of this package or a timm name")
     add("--students", type=str, nargs="+", required=True, help="the candidates, likewise")
     add("--seeds", type=int, default=10, help="how often all weights are drawn")
     add("--batch_size", type=int, default=64, help="images, drawn once from the training split")
-    add("--device", type=Literal["auto", "cpu"], default="auto", help="auto takes a GPU where there is one")
+    add_device(parser)
     add("--out", type=str, default=None, help="folder for score.json and score.png")
     add("--data", type=DataConfig, default=DataConfig())
     options = parse(parser, argv)

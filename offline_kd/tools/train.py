@@ -8,22 +8,13 @@ The same command again resumes where the run stopped. Several processes: `accele
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
+from classification.tools import train
 from core.training.command import run_command
+from offline_kd.config import OFFLINE
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code. Raises: InputError, TrainingError."""
-    from classification.config import parse_command
-    from offline_kd.config import OFFLINE
-
-    command = parse_command(argv, task=OFFLINE)
-
-    from classification.training import train  # after the command line is read: --help is quick
-
-    return train(command)
-
+main = partial(train.main, task=OFFLINE)
 
 if __name__ == "__main__":
     run_command(main)

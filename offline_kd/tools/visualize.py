@@ -7,17 +7,13 @@ Options and files as in `classification/tools/visualize.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from classification.tools import visualize
 from core.training.command import run_command
 from offline_kd.config import OFFLINE
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code. Raises: InputError, TrainingError."""
-    return visualize.main(argv, OFFLINE)
-
+main = partial(visualize.main, task=OFFLINE)
 
 if __name__ == "__main__":
     run_command(main)

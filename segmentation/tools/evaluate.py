@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError
-from core.training.command import DONE, LineParser, missing_extra, run_command
+from core.files import save_json
+from core.training.command import DONE, LineParser, run_command
+from core.training.run import environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,14 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.config is not None and options.checkpoint is None:
         raise InputError("--config needs --checkpoint FILE")
 
-    try:  # after the command line is read: --help is quick
-        from segmentation.experiment import restore
-    except ImportError as error:
-        raise missing_extra(error, "segmentation") from error
-    from core.files import save_json
-    from core.training.run import environment
-    from segmentation.evaluation import evaluate, table
-    from segmentation.export import export_network
+    from segmentation.evaluation import evaluate, table  # after the command line is read: --help is quick
+    from segmentation.experiment import export_network, restore
 
     found = restore(options.run, options.config, options.checkpoint, options.role, options.data_root)
     roles = list(found.networks)
@@ -50,10 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "config": options.config,
         "checkpoint": str(found.checkpoint),
         "images": len(found.loader.dataset),
-        "networks": {
-            role: {"parameters": sum(p.numel() for p in network.parameters())}
-            for role, network in found.networks.items()
-        },
+        "networks": {r: {"parameters": sum(p.numel() for p in n.parameters())} for r, n in found.networks.items()},
         "values": values,
         "environment": environment(found.device),
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from core.training.command import LineParser, add_dry_run, dry_run_wanted, missing_extra, run_command
+from core.training.command import LineParser, add_dry_run, dry_run_wanted, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,11 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     dry = dry_run_wanted(options.dry_run, options.time)
 
-    try:  # after the command line is read: --help is quick
-        from segmentation.config import parse_options
-        from segmentation.training import train
-    except ImportError as error:
-        raise missing_extra(error, "segmentation") from error
+    from segmentation.config import parse_options  # after the command line is read: --help is quick
+    from segmentation.training import train
 
     changes: dict[str, Any] = parse_options(options.cfg_options)
     for key, value in (("model.method", options.method), ("seed", options.seed), ("data_root", options.data_root)):

@@ -13,7 +13,7 @@ from typing import Any
 
 from core.errors import InputError
 from core.files import make_folder
-from core.training.command import DONE, LineParser, missing_extra, run_command
+from core.training.command import DONE, LineParser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,16 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.images < 1:
         raise InputError("--images must be at least 1")
 
-    try:  # after the command line is read: --help is quick
-        from segmentation.experiment import restore
-    except ImportError as error:
-        raise missing_extra(error, "segmentation") from error
+    from segmentation.experiment import restore  # after the command line is read: --help is quick
 
     found = restore(options.run, None, options.checkpoint, None, options.data_root)
-    figures = Path(options.run) / "figures"
-    make_folder(figures)
     suffix = "" if options.checkpoint == "last" else f"-{found.checkpoint.stem}"
-    file = figures / f"maps{suffix}.png"
+    file = make_folder(Path(options.run) / "figures") / f"maps{suffix}.png"
     draw(found, options.images, file)
     print(f"written to {file}")
     return DONE

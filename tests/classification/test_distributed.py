@@ -197,7 +197,8 @@ def test_killed_stopped_and_resumed_equals_uninterrupted(two: tuple[Path, list[d
 def test_scores_are_those_of_the_saved_weights(two: tuple[Path, list[dict[str, Any]]]) -> None:
     """BatchNorm's statistics differ between processes until the next forward: all must score with the saved ones."""
     from classification.evaluation import evaluate
-    from classification.experiment import command_of, find_checkpoint, restore
+    from classification.experiment import command_of, restore
+    from core.training.checkpoint import find_checkpoint
 
     run = two[0] / "whole"
     experiment = restore(command_of(run), find_checkpoint(run, "last"))

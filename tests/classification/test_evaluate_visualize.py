@@ -16,11 +16,12 @@ from PIL import Image
 from runs import CPU, RECIPE, lines, train_whole
 
 from classification.evaluation import similarities
-from classification.experiment import command_of, find_checkpoint, restore
+from classification.experiment import command_of, restore
 from classification.tools import evaluate, train, visualize
 from core.adm import consensus_attention
 from core.analysis.attention import KEYS
 from core.analysis.maps import cam
+from core.training.checkpoint import find_checkpoint
 from core.weights import read_metadata, read_state_dict
 
 FIT = ["--fit.log_every", "4", *CPU, "--fit.keep", "5", "--batch_size", "32"]

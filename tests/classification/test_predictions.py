@@ -490,8 +490,9 @@ def test_cut_runs_equal_a_whole_one(tmp_path: Path, command: Command, monkeypatc
         assert ours.read_bytes() == its.read_bytes()
 
     # Evaluation needs no store.
-    from classification.experiment import command_of, find_checkpoint, restore
+    from classification.experiment import command_of, restore
     from classification.tools.evaluate import main as evaluate
+    from core.training.checkpoint import find_checkpoint
 
     shutil.rmtree(tmp_path / "whole/predictions")
     run = tmp_path / "whole"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import classification.distiller
 from classification.config import parse_command
-from classification.experiment import build, command_of, find_checkpoint, restore
+from classification.experiment import build, command_of, restore
 from classification.networks import create_network
 from classification.networks.pretrained import (
     check_weights,
@@ -28,6 +28,7 @@ from classification.networks.pretrained import (
 )
 from classification.tools import evaluate
 from core.errors import InputError
+from core.training.checkpoint import find_checkpoint
 from core.training.command import run_command
 from core.weights import read_metadata
 

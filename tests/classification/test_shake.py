@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from classification.config import TrainConfig, parse_command
 from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig
 from classification.evaluation import evaluate
-from classification.experiment import build, command_of, find_checkpoint, restore
+from classification.experiment import build, command_of, restore
 from classification.methods.base import Output
 from classification.methods.shake import SHAKE, ShadowHead, SHAKEOptions, classify
 from classification.networks import create_network
@@ -28,7 +28,7 @@ from core.adm import ADMConfig
 from core.distillation import standardise
 from core.errors import InputError
 from core.network import as_network
-from core.training.checkpoint import read_checkpoint
+from core.training.checkpoint import find_checkpoint, read_checkpoint
 from core.training.distiller import Progress
 
 Command = Callable[[list[str]], tuple[int, str, str]]

@@ -720,7 +720,7 @@ def test_negative_weights_are_refused(weights: tuple[float, float]) -> None:
 
 @pytest.mark.parametrize("side", ["consensus", "divergence"])
 def test_unknown_forms_are_refused(side: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown {side} form 'KL': 'ce' or 'kd'"):
+    with pytest.raises(ValueError, match=f"unknown value of adm.{side} 'KL': known: ce, kd"):
         core.ADMLoss(0.1, 0.1, **{side: "KL"})  # type: ignore[arg-type]
 
 

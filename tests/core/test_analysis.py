@@ -19,18 +19,16 @@ from core.analysis import curves
 from core.analysis.attention import KEYS, AttentionStatistics
 from core.analysis.calibration import Calibration, draw_reliability
 from core.analysis.curves import draw_curves
-from core.analysis.figures import save_figure
 from core.analysis.maps import (
-    box_area_share,
     box_share,
     cam,
-    discrepancy_map,
     draw_maps,
     pair_maps,
     relative_cam,
-    similarity_map,
+    upsample,
 )
 from core.errors import InputError, TrainingError
+from core.files import save_figure
 
 
 def cosines(*shape: int, seed: int = 0) -> Tensor:
@@ -82,25 +80,16 @@ def test_attention_statistics_where_the_maps_agree_everywhere() -> None:
     assert values["attention/similarity"] == 1.0
 
 
-def test_attention_statistics_reduce_by_summing_their_state() -> None:
+def test_attention_statistics_reduce_by_addition() -> None:
     similarity = cosines(9, 4, 4)
     whole, first, second, idle = (AttentionStatistics() for _ in range(4))
     whole.update(similarity)
     first.update(similarity[:2])
     second.update(similarity[2:])
-    states = [process.state() for process in (first, second, idle)]
-    reduced = {name: torch.stack([state[name] for state in states]).sum(dim=0) for name in states[0]}
+    reduced = torch.stack([process.sums for process in (first, second, idle)]).sum(dim=0)
     for process in (first, idle):
-        process.load_state(reduced)
+        process.sums = reduced
         assert process.compute() == pytest.approx(whole.compute(), rel=1e-6)
-
-
-def test_the_state_may_be_reduced_in_place() -> None:
-    statistics = AttentionStatistics()
-    statistics.update(cosines(2, 3, 3))
-    before = statistics.compute()
-    statistics.state()["sums"].mul_(3)  # as three processes with the same images would
-    assert statistics.compute() == pytest.approx(before, rel=1e-12)
 
 
 def test_accumulating_never_reads_the_device() -> None:
@@ -213,7 +202,7 @@ def test_summed_halves_equal_the_whole() -> None:
     first.update(logits[:100], target[:100])
     for batch, labels in zip(logits[100:].split(64), target[100:].split(64), strict=True):
         second.update(batch, labels)
-    first.load_state({"sums": first.state()["sums"] + second.state()["sums"]})
+    first.sums += second.sums
     assert torch.equal(first.reliability().samples, whole.reliability().samples)
     torch.testing.assert_close(first.sums, whole.sums, rtol=1e-12, atol=0)
     assert first.ece() == pytest.approx(whole.ece(), rel=1e-9)
@@ -250,11 +239,10 @@ def bilinear_by_loops(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return result
 
 
-def test_similarity_and_discrepancy_at_the_size_of_the_image() -> None:
+def test_similarity_at_the_size_of_the_image() -> None:
     similarity = cosines(2, 3, 4)
     expected = np.stack([bilinear_by_loops(image, (12, 10)) for image in similarity.double().numpy()])
-    np.testing.assert_allclose(similarity_map(similarity, (12, 10)).numpy(), expected, atol=1e-6)
-    np.testing.assert_allclose(discrepancy_map(similarity, (12, 10)).numpy(), 1 - expected, atol=1e-6)
+    np.testing.assert_allclose(upsample(similarity, (12, 10)).numpy(), expected, atol=1e-6)
 
 
 class Head(nn.Module):
@@ -360,7 +348,6 @@ def test_box_share_equals_loops() -> None:
 
 def test_box_share_of_a_uniform_map_is_the_boxs_area() -> None:
     expected = [14 * 19 / 960, 1.0, 1.5 * 0.75 / 960, 10 * 24 / 960, 60 / 960, 0.0]
-    np.testing.assert_allclose(box_area_share(BOXES, (24, 40)).numpy(), expected, rtol=1e-12)
     for size in ((4, 5), (7, 7), (1, 1), (24, 40)):  # also where cells and pixels share no edge
         share = box_share(torch.full((6, *size), 0.3), BOXES, (24, 40))
         np.testing.assert_allclose(share.numpy(), expected, rtol=1e-12)
@@ -377,7 +364,7 @@ def test_box_share_refuses_what_has_no_share() -> None:
     with pytest.raises(InputError, match="non-negative"):
         box_share(torch.tensor([[[1.0, -0.1]]]), torch.tensor([[0.0, 0.0, 1.0, 1.0]]), (2, 2))
     with pytest.raises(InputError, match="not x, y, width, height"):
-        box_area_share(torch.tensor([[5.0, 5.0, 3.0, 8.0]]), (16, 16))
+        box_share(torch.ones(1, 1, 1), torch.tensor([[5.0, 5.0, 3.0, 8.0]]), (16, 16))
 
 
 # ---------------------------------------------------------------- figures
@@ -422,7 +409,7 @@ def test_maps_are_drawn_over_the_images(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(panels) == 2 * (1 + len(maps))
     assert [axis.get_title() for axis in figures[0].axes[:7]] == ["image", *maps]
     shown = np.asarray(panels[1].images[1].get_array())
-    np.testing.assert_allclose(shown, similarity_map(similarity, (8, 8))[0].numpy(), atol=1e-6)
+    np.testing.assert_allclose(shown, upsample(similarity, (8, 8))[0].numpy(), atol=1e-6)
     scales = [axis.images[1].get_clim() for axis in (panels[3], panels[7 + 3])]  # consensus attention, both rows
     assert scales[0] == scales[1] and sum(scales[0]) == pytest.approx(2.0)
 

@@ -18,8 +18,8 @@ from torch import nn
 from core.errors import InputError, TrainingError
 from core.training.checkpoint import (
     latest_checkpoint,
-    link,
     numbered,
+    point,
     read_checkpoint,
     save_checkpoint,
     write_atomically,
@@ -108,7 +108,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
 def test_links_are_moved_and_relative(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        link(tmp_path, "last", tmp_path / name)
+        point("last", tmp_path / name)
         assert os.readlink(tmp_path / "last") == name
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "last"]
     assert (tmp_path / "a").is_dir()  # moving the link leaves its former goal alone
@@ -224,7 +224,7 @@ def test_none_where_there_is_none_and_leftovers_are_cleared(tmp_path: Path) -> N
 def test_a_link_lost_between_rename_and_link_does_not_matter(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, network(1), {"step": 1})
     save_checkpoint(tmp_path, 2, network(2), {"step": 2})
-    link(tmp_path, "last", tmp_path / "step-00000001")  # killed before the link moved
+    point("last", tmp_path / "step-00000001")  # killed before the link moved
     found = latest_checkpoint(tmp_path, print)
     assert found is not None and found[1]["step"] == 2 and os.readlink(tmp_path / "last") == "step-00000002"
 

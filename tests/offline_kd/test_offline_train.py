@@ -23,14 +23,14 @@ import classification.training
 from classification.config import parse_command
 from classification.distiller import ClassificationDistiller
 from classification.evaluation import evaluate
-from classification.experiment import Experiment, build, command_of, find_checkpoint, restore
+from classification.experiment import Experiment, build, command_of, restore
 from classification.networks import create_network
 from classification.tools import evaluate as online_evaluate
 from classification.tools import train as online_train
 from classification.tools import visualize as online_visualize
 from core.adm import ADMConfig
 from core.errors import InputError
-from core.training.checkpoint import read_checkpoint
+from core.training.checkpoint import find_checkpoint, read_checkpoint
 from core.training.distiller import Progress
 from offline_kd.config import OFFLINE
 from offline_kd.tools import evaluate as offline_evaluate

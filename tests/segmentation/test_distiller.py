@@ -31,7 +31,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 from core.adm import attend, consensus_attention, divergence_attention, spatial_similarity
-from core.baselines import distances
+from core.distillation import distances
 from core.errors import InputError
 from segmentation import distiller as distiller_module
 from segmentation import losses as losses_module

@@ -420,7 +420,7 @@ def test_the_export_loads_in_mmseg(street: Path, run: Path) -> None:
 
 def test_the_export_of_a_full_size_student_loads_with_the_stock_config(tmp_path: Path) -> None:
     from segmentation.config import STOCK_CONFIGS, build, load_config
-    from segmentation.export import export_network, network_model
+    from segmentation.experiment import export_network, network_model
 
     cfg = load_config(CONFIGS / "deeplabv3_cityscapes_40k_b16.py")
     student = build(network_model(cfg, "student"))

@@ -274,7 +274,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A panel a row: median, quartiles (thick), 95 % interval (thin), target (dashed, green on its good side)."""
     from matplotlib.figure import Figure
 
-    from core.analysis.figures import save_figure
+    from core.files import save_figure
 
     figure = Figure(figsize=(9, 0.9 * len(results) + 0.3), layout="constrained")
     for result, axis in zip(results, figure.subplots(len(results), squeeze=False)[:, 0], strict=True):
