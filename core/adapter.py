@@ -21,15 +21,15 @@ def pool_to(feature_map: Tensor, size: tuple[int, ...]) -> Tensor:
 class Adapter(nn.Module):
     """phi of Eq. 5: ``[B, Cs, H, W] -> [B, Ct, h, w]``, a 1x1 convolution without bias.
 
-    Where the channels agree it has no parameters at all. It belongs to no network: hand its parameters to the
-    optimiser with the student's, and drop it after training.
+    Where the channels agree it has no parameters at all, unless it is ``always`` to project. It belongs to no network:
+    hand its parameters to the optimiser with the student's, and drop it after training.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+    def __init__(self, student_channels: int, teacher_channels: int, *, always: bool = False) -> None:
         super().__init__()
         self.student_channels, self.teacher_channels = student_channels, teacher_channels
         self.conv: nn.Conv2d | None = None
-        if student_channels != teacher_channels:
+        if always or student_channels != teacher_channels:
             self.conv = nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False)
 
     def forward(self, map_student: Tensor, size: tuple[int, int] | None = None, *, frozen: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -183,6 +183,8 @@ class ADMConfig:
         delta: weight of that earlier prediction in divergence's kd form: it grows linearly over the epochs, from the
             first value in the second epoch to the second value in the last (0 in the first epoch).
         feature_filter: Table 18's noise filters of the feature loss.
+        phi: needed projects the student's map where the last maps differ in channels; always also where they agree, so
+            that channel k of one network need not mean what channel k of the other does.
         phi_loss: own trains the last adapter by its own relative residual; feature by the feature loss (the paper's
             letter).
         control: none is ADM; uniform (attention 1 everywhere) and shuffled (S at permuted places of each image) are
@@ -198,6 +200,7 @@ class ADMConfig:
     tau: float = 1.0
     delta: tuple[float, float] = (0.2, 0.6)
     feature_filter: NoiseFilter = "none"
+    phi: Literal["needed", "always"] = "needed"
     phi_loss: Literal["own", "feature"] = "own"
     control: Control = "none"
 
@@ -217,8 +220,9 @@ class ADMLoss(nn.Module):
     Args:
         alpha, beta, consensus, divergence, tau, control: as in ``ADMConfig``; a weight of 0 leaves that side's head
             alone. Online: 0.01 / 0.01 (CIFAR-100), 0.2 / 0.6 (ImageNet).
-        adapter: ``Adapter(Cs, Ct)``, needed where the channels differ. S then compares F_t with phi(F_s), and the
-            returned scalar holds phi's own loss: hand ``adm.parameters()`` to the optimiser.
+        adapter: ``Adapter(Cs, Ct)``, needed where the channels differ (``always=True`` where they agree). S then
+            compares F_t with phi(F_s), and the returned scalar holds phi's own loss: hand ``adm.parameters()`` to the
+            optimiser.
         train_adapter: phi by its own loss (default). False: by whatever feature loss you compute with it.
         criterion: ``criterion(head_output, target)`` of the "ce" forms; cross-entropy unless told.
     Raises: InputError, a ValueError, as ``ADMConfig``.
@@ -299,7 +303,7 @@ class ADMLoss(nn.Module):
         previous: Tensor | None = None,
         delta: float | Tensor = 0.0,
     ) -> Tensor:
-        """The scalar of Eq. 9, plus phi's own loss where there is one: the sum of ``terms``, whose arguments it takes."""
+        """The scalar of Eq. 9, plus phi's own loss where there is one: the sum of ``terms``, same arguments."""
         terms = self.terms(map_student, map_teacher, target, student_head, teacher_head, previous=previous, delta=delta)
         return sum(terms.values(), start=map_student.new_zeros(()))
 

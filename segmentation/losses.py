@@ -183,7 +183,7 @@ class DenseADM(nn.Module):
     def __init__(self, config: ADMConfig, student_channels: int, teacher_channels: int) -> None:
         super().__init__()
         self.config = config
-        self.adapter = Adapter(student_channels, teacher_channels)
+        self.adapter = Adapter(student_channels, teacher_channels, always=config.phi == "always")
         if config.phi_loss == "feature" and config.gamma == 0:
             self.adapter.requires_grad_(False)  # no loss reaches it
 

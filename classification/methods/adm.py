@@ -38,7 +38,7 @@ class ADM(nn.Module):
         for student, teacher in self.pairs:
             maps_s, maps_t = outputs[student].maps, outputs[teacher].maps
             check_pair(maps_s[-1], maps_t[-1], student, teacher)
-            last = Adapter(maps_s[-1].shape[1], maps_t[-1].shape[1])
+            last = Adapter(maps_s[-1].shape[1], maps_t[-1].shape[1], always=config.phi == "always")
             last.requires_grad_(config.phi_loss == "own" or config.gamma > 0)  # else no loss reaches it
             self.adm[_key(student, teacher)] = ADMLoss(
                 config.alpha,

@@ -700,6 +700,19 @@ def test_an_adapter_between_equal_channels_changes_nothing() -> None:
     torch.testing.assert_close(total, core.ADMLoss(0.2, 0.6)(s, t, y, head_s, head_t), **EXACT)
 
 
+def test_an_adapter_that_always_projects_learns_by_its_own_loss_and_leaves_the_networks_alone() -> None:
+    """Both maps have the same channels: S compares F_t with phi(F_s) all the same."""
+    s, t, y = random_maps()
+    head_s, head_t = LinearHead(), LinearHead()
+    adapter = core.Adapter(C, C, always=True).double()
+    terms = core.ADMLoss(1.0, 1.0, adapter).terms(s, t, y, head_s, head_t)
+    logits = loop_logits(loop_attention(loop_similarity(adapter(s), t), 1), s, head_s.fc.weight, head_s.fc.bias)
+    assert terms["consensus"].item() == pytest.approx(loop_soft_cross_entropy(logits, loop_one_hot(y)), rel=1e-10)
+    phi = next(adapter.parameters())
+    assert reached(terms["phi"], s=s, t=t, phi=phi) == {"phi"}
+    assert reached(terms["consensus"] + terms["divergence"], s=s, t=t, phi=phi) == {"s", "t"}
+
+
 @pytest.mark.parametrize("forms", [("ce", "ce"), ("kd", "kd")])
 def test_the_terms_sum_to_the_loss(forms: tuple[str, str]) -> None:
     s, t, y = random_maps((C, 6))
