@@ -5,7 +5,7 @@ two scales: ``paper``, and ``proxy``, a small stand-in for a CPU. Needs no torch
 
 A file:
 
-    table: 1                       # or figure: 1
+    table: 1                       # or figure: 1, or evidence: 1 for a comparison of our own
     title, notes                   # notes: what is open or wrong in the paper, and what is done here
     task: classification           # offline_kd, segmentation, diffusion; none: nothing to run, notes say why
     command: progressive           # diffusion's sub-command
@@ -59,7 +59,8 @@ _RUN = {"base", "method", "all_scales", "proxy", *_SETTING} - {"results"}
 _INHERITED = {"run", "read", "where", "at", "metric"}  # what cells take from their row or column
 _CELL = {"column", "paper", "label", "why", "show", *_INHERITED}
 _REQUIRED = ("title", "task", "metric", "columns", "rows")
-_TABLE = {"table", "figure", "notes", "command", "seeds", "needs", "bases", "runs", "baselines", *_REQUIRED}
+KINDS = ("table", "figure", "evidence")  # in this order; the last are comparisons of our own, at the small scale alone
+_TABLE = {*KINDS, "notes", "command", "seeds", "needs", "bases", "runs", "baselines", *_REQUIRED}
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _filled(text: str, texts: Mapping[str, str]) -> str:
 
 
 def load_tables(folder: Path = PAPER) -> dict[str, Table]:
-    """All tables and figures by name, tables first. Raises: InputError naming file and key."""
+    """All tables, figures and comparisons of our own by name, in this order. Raises: InputError naming file and key."""
     raw = _read_all(folder)
     return {name: _table(name, raw) for name in raw}
 
@@ -242,7 +243,8 @@ def load_table(name: str, folder: Path = PAPER) -> Table:
 
 
 def _read_all(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(folder.glob("*.yaml"), key=lambda file: (file.stem[0] != "t", file.stem))
+    kinds = [sorted(folder.glob(f"{kind}*.yaml")) for kind in KINDS]
+    files = [file for files in kinds for file in files]
     return {file.stem: _read(file) for file in files}
 
 
@@ -268,7 +270,7 @@ def _table(name: str, raw: Mapping[str, dict[str, Any]]) -> Table:
     values = _known(name, raw[name], _TABLE)
     if missing := [key for key in _REQUIRED if key not in values]:
         raise InputError(f"{name}: {missing[0]} is missing")
-    kind = "table" if "table" in values else "figure"
+    kind = next((kind for kind in KINDS if kind in values), KINDS[0])
     if name != f"{kind}{values.get(kind, 0):02d}":
         raise InputError(f"{name}: the file says it is {kind} {values.get(kind)}")
     if values["task"] not in TASKS:

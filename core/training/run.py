@@ -6,6 +6,7 @@ precision), ``log.txt``, ``curves.png``, ``summary.json``, ``checkpoints/``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -190,6 +191,16 @@ def environment(device: str) -> dict[str, Any]:
         "versions": versions,
         "device": device,
         "device_name": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
+        "cpu": f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
+
+
+def _cpu_model() -> str:
+    """What Linux calls the processor, elsewhere its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
