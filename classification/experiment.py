@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from classification.config import ONLINE, Command, Task, TrainConfig, parse_command, task_of
-from classification.data import DataSets, Split, Streamed, load_datasets, make_loader
+from classification.data import DataSets, InMemoryLoader, Split, Streamed, StreamLoader, load_datasets, make_loader
 from classification.data.datasets import IN_MEMORY_NAMES
 from classification.data.noise import LabelNoise, draw_noise, with_noise
-from classification.data.sources import folder_sources, timm_sources
+from classification.data.sources import sources
 from classification.distiller import ClassificationDistiller, NetworkConfig, build_networks, has_batchnorm
 from classification.networks.pretrained import timm_keeps_head, timm_normalisation
 from classification.networks.published import load_weights
@@ -37,30 +37,23 @@ class Experiment:
     distiller: ClassificationDistiller
     noise: LabelNoise | None = None
 
-    def train_loader(self, accelerator: Any) -> Any:
+    def train_loader(self, accelerator: Any = None) -> InMemoryLoader | StreamLoader:
         """Augmented batches of the training split for this process."""
-        config = self.command.config
         views = len(self.distiller.networks) if self.distiller.method.views == "separate" else 1
-        return self._loader(self.datasets.train, config.batch_size, accelerator, train=True, views=views)
+        batch_size = self.command.config.batch_size
+        return make_loader(self.datasets.train, batch_size, train=True, views=views, **self._reading(accelerator))
 
-    def evaluation_loader(self, split: Split, accelerator: Any = None) -> Any:
+    def evaluation_loader(self, split: Split, accelerator: Any = None) -> InMemoryLoader | StreamLoader:
         """This process's part of a split, as stored."""
-        world = accelerator.num_processes if accelerator is not None else 1
-        return self._loader(split, EVALUATION_BATCH * world, accelerator, train=False, views=1)
+        reading = self._reading(accelerator)
+        return make_loader(split, EVALUATION_BATCH * reading.get("world", 1), train=False, **reading)
 
-    def _loader(self, split: Split, batch_size: int, accelerator: Any, *, train: bool, views: int) -> Any:
-        config = self.command.config
-        return make_loader(
-            split,
-            batch_size,
-            train=train,
-            seed=config.seed,
-            rank=accelerator.process_index if accelerator is not None else 0,
-            world=accelerator.num_processes if accelerator is not None else 1,
-            workers=config.data.workers,
-            device=accelerator.device if accelerator is not None else "cpu",
-            views=views,
-        )
+    def _reading(self, accelerator: Any) -> dict[str, Any]:
+        reading = {"seed": self.command.config.seed, "workers": self.command.config.data.workers}
+        if accelerator is None:
+            return reading
+        rank, world = accelerator.process_index, accelerator.num_processes
+        return {**reading, "rank": rank, "world": world, "device": accelerator.device}
 
     def split(self, name: str) -> Split:
         """The split "test" or "validation". Raises: InputError where none is held out."""
@@ -80,9 +73,7 @@ class Experiment:
         elif config.name in IN_MEMORY_NAMES:
             raise InputError(f"the images of {config.name} have no files of their own")
         else:  # a split in memory has left its source behind: list the files again
-            timm = "/" in config.name
-            sources = timm_sources(config.name, config.root, False) if timm else folder_sources(config.root)
-            source = sources[name == "test"]
+            source = sources(config.name, config.root)[name == "test"]
         files = [Path(source.describe(int(index))) for index in split.indices]
         if files[0].suffix.lower() not in EXTENSIONS:
             raise InputError(f"the images of {config.name} have no files of their own (the first is {files[0]})")

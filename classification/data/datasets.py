@@ -7,17 +7,17 @@ megvii-research/mdistiller, CIFAR-10 as in KellerJordan/cifar10-airbench, ImageN
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from classification.data.config import Augmentation, DataConfig
-from classification.data.sources import Source, folder_sources, timm_sources
+from classification.data.loaders import StreamLoader
+from classification.data.sources import Arrays, Source, Split, Streamed, check_in_memory, sources
 from core.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -45,45 +45,6 @@ DIGITS_TEST_SHARE = 0.2
 
 
 @dataclass(frozen=True)
-class Arrays:
-    """A split in memory.
-
-    `images` uint8 [N, C, H, W], `targets` int64 [N], `indices` int64 [N]: the images' positions in the stored split,
-    before any subset. `augmentation` (crop_flip, crop or none) and `padding` (pixels) are what training applies.
-    """
-
-    images: Tensor
-    targets: Tensor
-    indices: Tensor
-    augmentation: Augmentation = "none"
-    padding: int = 0
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """A split read image by image from `source`.
-
-    `targets`, `indices` as in `Arrays`. `augment` (training) and `transform` (evaluation) take an RGB image to uint8
-    [C, H, W]; `augment` may draw from the random generators of Python, NumPy and torch.
-    """
-
-    source: Source
-    targets: Tensor
-    indices: Tensor
-    augment: Callable[[Any], Tensor]
-    transform: Callable[[Any], Tensor]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
-Split = Arrays | Streamed
-
-
-@dataclass(frozen=True)
 class DataSets:
     """What `load_datasets` returns. `mean` and `std` are those of pixels in [0, 1], one value a channel."""
 
@@ -106,11 +67,40 @@ def load_datasets(config: DataConfig) -> DataSets:
             says which, and how to mend it.
     """
     _check(config)
+    train: Any  # Arrays or a Source
+    test: Any
     if config.name in IN_MEMORY_NAMES:
-        return _load_arrays(config)
-    if "/" in config.name:
-        return _load_sources(config, *timm_sources(config.name, config.root, config.download))
-    return _load_sources(config, *folder_sources(config.root))
+        train, test, names = _digits() if config.name == "digits" else _cifar(config)
+    else:
+        train, test = sources(config.name, config.root, config.download)
+        names = train.class_names
+    chosen = choose(train.targets, test.targets, names, config)
+    size = config.image_size or OWN_SIZE.get(config.name) or _own_size(config, train, int(chosen[0][0]))
+    in_memory = config.in_memory
+    if in_memory is None:
+        fits = size <= SMALL and sum(map(len, chosen)) * 3 * size**2 <= MEMORY_BUDGET
+        in_memory = isinstance(train, Arrays) or (fits and config.augmentation != "random_resized_crop")
+    usual: Augmentation = "crop_flip" if in_memory or size <= SMALL else "random_resized_crop"
+    augmentation = config.augmentation or ("crop" if config.name == "digits" else usual)
+    if in_memory:
+        check_in_memory(augmentation)
+
+    def take(stored: Any, indices: Tensor) -> Split:
+        targets = stored.targets[indices]
+        if isinstance(stored, Arrays):
+            return Arrays(resize(stored.images[indices], size), targets, stored.indices[indices])
+        if in_memory:
+            resizing = config.image_size is not None or config.name in OWN_SIZE
+            return _decode_all(_Sized(stored, size, resizing), indices, size, config.workers)
+        return Streamed(stored, targets, indices, *transforms(augmentation, size, config.padding))
+
+    training = take(train, chosen[0])
+    if isinstance(training, Arrays):
+        training = replace(training, augmentation=augmentation, padding=config.padding)
+    validation = take(train, chosen[1]) if len(chosen[1]) else None
+    names = names[: config.classes]
+    mean, std = STATISTICS.get(config.name.rsplit("/", 1)[-1].lower(), IMAGENET_STATISTICS)
+    return DataSets(training, validation, take(test, chosen[2]), len(names), names, mean, std, size)
 
 
 def _check(config: DataConfig) -> None:
@@ -129,69 +119,6 @@ def _check(config: DataConfig) -> None:
     if config.name in IN_MEMORY_NAMES and config.in_memory is False:
         hint = f"; torch/{config.name} streams it" if config.name != "digits" else ""
         raise InputError(f"data set {config.name} is always held in memory: leave data.in_memory out{hint}")
-
-
-def _load_arrays(config: DataConfig) -> DataSets:
-    train, test, names = _digits() if config.name == "digits" else _cifar(config)
-    size = config.image_size or OWN_SIZE[config.name]
-    augmentation = config.augmentation or ("crop" if config.name == "digits" else "crop_flip")
-    check_in_memory(augmentation)
-
-    def take(split: Arrays, indices: Tensor) -> Arrays:
-        return Arrays(resize(split.images[indices], size), split.targets[indices], split.indices[indices])
-
-    chosen = choose(train.targets, test.targets, names, config)
-    validation = take(train, chosen[1]) if len(chosen[1]) else None
-    return _describe(config, take(train, chosen[0]), validation, take(test, chosen[2]), names, size, augmentation)
-
-
-def _load_sources(config: DataConfig, train: Source, test: Source) -> DataSets:
-    names = train.class_names
-    chosen = choose(train.targets, test.targets, names, config)
-    size = config.image_size or OWN_SIZE.get(config.name) or _own_size(config, train, int(chosen[0][0]))
-    in_memory = config.in_memory
-    if in_memory is None:
-        fits = size <= SMALL and sum(map(len, chosen)) * 3 * size**2 <= MEMORY_BUDGET
-        in_memory = fits and config.augmentation != "random_resized_crop"
-    augmentation = config.augmentation or ("crop_flip" if in_memory or size <= SMALL else "random_resized_crop")
-    if in_memory:
-        check_in_memory(augmentation)
-        resizing = config.image_size is not None or config.name in OWN_SIZE
-    else:
-        augment, transform = transforms(augmentation, size, config.padding)
-
-    def take(source: Source, indices: Tensor) -> Split:
-        if in_memory:
-            return _decode_all(source, indices, size, resizing, config.workers)
-        return Streamed(source, source.targets[indices], indices, augment, transform)
-
-    validation = take(train, chosen[1]) if len(chosen[1]) else None
-    return _describe(config, take(train, chosen[0]), validation, take(test, chosen[2]), names, size, augmentation)
-
-
-def _describe(
-    config: DataConfig,
-    train: Split,
-    validation: Split | None,
-    test: Split,
-    names: tuple[str, ...],
-    size: int,
-    augmentation: Augmentation,
-) -> DataSets:
-    if isinstance(train, Arrays):
-        train = replace(train, augmentation=augmentation, padding=config.padding)
-    names = names[: config.classes]
-    mean, std = STATISTICS.get(config.name.rsplit("/", 1)[-1].lower(), IMAGENET_STATISTICS)
-    return DataSets(train, validation, test, len(names), names, mean, std, size)
-
-
-def check_in_memory(augmentation: Augmentation) -> None:
-    """Raises InputError for an augmentation that decoded images of one size do not allow."""
-    if augmentation == "random_resized_crop":
-        raise InputError(
-            "augmentation random_resized_crop needs images that are not held in memory: set data.in_memory to false "
-            "(folder, imagenet, torch/<name>), or choose crop_flip, crop or none"
-        )
 
 
 def _own_size(config: DataConfig, source: Source, position: int) -> int:
@@ -297,57 +224,45 @@ def _cifar(config: DataConfig) -> tuple[Arrays, Arrays, tuple[str, ...]]:
     return arrays(train), arrays(test), tuple(train.classes)
 
 
-def _decode_all(source: Source, indices: Tensor, size: int, resizing: bool, workers: int) -> Arrays:
-    """Decode the images at `indices` once. Without `resizing`, all must already be `size` x `size`."""
-    from tqdm import tqdm
+class _Sized:
+    """A source whose images all have `size` x `size` pixels: resized, or else refused where they have not."""
 
-    images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8)
-    loader = torch.utils.data.DataLoader(
-        _Chunks(source, indices.split(CHUNK), size, resizing),
-        batch_size=None,
-        num_workers=min(workers, os.cpu_count() or 1) if len(indices) > WORTH_WORKERS else 0,
-        generator=torch.Generator(),
-    )
-    with tqdm(total=len(indices), desc="decoding", unit="image", disable=None, leave=False) as bar:
-        for rows, chunk in zip(images.split(CHUNK), loader, strict=True):
-            if isinstance(chunk, InputError):
-                raise chunk
-            rows.copy_(chunk)
-            bar.update(len(chunk))
-    return Arrays(images, source.targets[indices], indices)
-
-
-class _Chunks(torch.utils.data.Dataset):
-    """Number of a chunk -> its images uint8 [n, 3, size, size]; or the InputError, which a worker must not raise."""
-
-    def __init__(self, source: Source, chunks: Sequence[Tensor], size: int, resizing: bool) -> None:
-        self.source, self.chunks, self.size, self.resizing = source, chunks, size, resizing
+    def __init__(self, source: Source, size: int, resizing: bool) -> None:
+        self.source, self.size, self.resizing = source, size, resizing
+        self.targets, self.class_names, self.describe = source.targets, source.class_names, source.describe
         self.to_size = to_size(size)
 
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, number: int) -> Tensor | InputError:
-        positions = self.chunks[number].tolist()
-        pixels = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
-        try:
-            for row, position in enumerate(positions):
-                # By way of bytes: a fraction of the time of the array interface, which counts for images this small.
-                pixels[row] = np.frombuffer(self._image(position).tobytes(), np.uint8).reshape(pixels.shape[1:])
-        except InputError as error:
-            return error
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-    def _image(self, position: int) -> Image:
+    def image(self, position: int) -> Image:
         image = self.source.image(position)
         if image.size == (self.size, self.size):
             return image
         if not self.resizing:
             raise InputError(
-                f"{self.source.describe(position)} has {image.width}x{image.height} pixels, others "
+                f"{self.describe(position)} has {image.width}x{image.height} pixels, others "
                 f"{self.size}x{self.size}: set data.image_size to resize all images"
             )
         return self.to_size(image)
+
+
+def _pixels(image: Image) -> Tensor:
+    """RGB -> uint8 [3, H, W] by way of bytes: a fraction of torchvision's time, which counts for small images."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def _decode_all(source: _Sized, indices: Tensor, size: int, workers: int) -> Arrays:
+    """Decodes the images at `indices` once."""
+    from tqdm import tqdm
+
+    split = Streamed(source, source.targets[indices], indices, _pixels, _pixels)
+    images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8)
+    workers = min(workers, os.cpu_count() or 1) if len(indices) > WORTH_WORKERS else 0
+    with tqdm(total=len(indices), desc="decoding", unit="image", disable=None, leave=False) as bar:
+        loader = StreamLoader(split, CHUNK, train=False, workers=workers)
+        for rows, batch in zip(images.split(CHUNK), loader, strict=True):
+            rows.copy_(batch["image"])
+            bar.update(len(rows))
+    return Arrays(images, split.targets, indices)
 
 
 def to_size(size: int) -> Callable[[Any], Any]:

@@ -1,6 +1,6 @@
-"""Where images come from: folders and tar files of images, and the random-access sets of timm's factory.
+"""Where images come from: folders and tar files of images, the random-access sets of timm's factory, or memory.
 
-A source only knows its images, targets and class names; subsets, transforms and loading are for `datasets.py`.
+A source only knows its images, targets and class names; which of them make a split is for `datasets.py`.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from classification.data.config import Augmentation
 from core.errors import InputError
 from core.images import EXTENSIONS, broken_image, image_files, open_image
 
@@ -39,6 +41,57 @@ class Source(Protocol):
     def describe(self, position: int) -> str:
         """What to call the image in a message: its path where there is one."""
         ...
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A split in memory.
+
+    `images` uint8 [N, C, H, W], `targets` int64 [N], `indices` int64 [N]: the images' positions in the stored split,
+    before any subset. `augmentation` (crop_flip, crop or none) and `padding` (pixels) are what training applies.
+    """
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+    augmentation: Augmentation = "none"
+    padding: int = 0
+
+    def __post_init__(self) -> None:
+        check_in_memory(self.augmentation)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A split read image by image from `source`.
+
+    `targets`, `indices` as in `Arrays`. `augment` (training) and `transform` (evaluation) take an RGB image to uint8
+    [C, H, W]; `augment` may draw from the random generators of Python, NumPy and torch.
+    """
+
+    source: Source
+    targets: Tensor
+    indices: Tensor
+    augment: Callable[[Any], Tensor]
+    transform: Callable[[Any], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+Split = Arrays | Streamed
+
+
+def check_in_memory(augmentation: Augmentation) -> None:
+    """Raises InputError for an augmentation that decoded images of one size do not allow."""
+    if augmentation == "random_resized_crop":
+        raise InputError(
+            "augmentation random_resized_crop needs images that are not held in memory: set data.in_memory to false "
+            "(folder, imagenet, torch/<name>), or choose crop_flip, crop or none"
+        )
 
 
 class FileSource:
@@ -162,6 +215,11 @@ def file_source(files: dict[str, list[tuple[str, int, int | None]]], class_names
     chosen = [(file, target) for target, name in enumerate(class_names) for file in files.get(name, [])]
     targets = torch.tensor([target for _, target in chosen], dtype=torch.int64)
     return FileSource([file for file, _ in chosen], targets, tuple(class_names))
+
+
+def sources(name: str, root: str, download: bool = False) -> tuple[Source, Source]:
+    """(train, test) of what is no set of our own in memory. Raises InputError where they cannot be had."""
+    return timm_sources(name, root, download) if "/" in name else folder_sources(root)
 
 
 def folder_sources(root: str) -> tuple[FileSource, FileSource]:
