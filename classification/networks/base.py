@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +31,48 @@ class Stage(nn.Sequential):
             # In place is safe between blocks alone: the maps at both ends of a stage belong to others too.
             x = block(F.relu(x, inplace=True) if index else x)
         return x
+
+
+class NumberedConvs(nn.Module):
+    """A block of convolutions ``conv1``, ``conv2``, ... without bias, each with its BatchNorm ``bn1``, ``bn2``, ...
+
+    Args: (input channels, channels, kernel, stride, groups) of each, the last two 1 unless given.
+    """
+
+    def __init__(self, *convs: tuple[int, ...]) -> None:
+        super().__init__()
+        for number, (in_channels, channels, kernel, *more) in enumerate(convs, start=1):
+            stride, groups = (*more, 1, 1)[:2]
+            conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+            self.add_module(f"conv{number}", conv)
+            self.add_module(f"bn{number}", nn.BatchNorm2d(channels))
+
+    def layer(self, number: int, x: Tensor) -> Tensor:
+        """Convolution ``number`` (from 1) and its BatchNorm."""
+        return self.get_submodule(f"bn{number}")(self.get_submodule(f"conv{number}")(x))
+
+    def active(self, number: int, x: Tensor) -> Tensor:
+        """``layer`` and a ReLU."""
+        return F.relu(self.layer(number, x), inplace=True)
+
+
+def make_stages(
+    block: Callable[[int, int, int], nn.Module],
+    channels: Sequence[int],
+    counts: Sequence[int],
+    *,
+    first_stride: int,
+    kind: type[nn.Sequential] = Stage,
+) -> list[nn.Module]:
+    """A stage of ``counts[i]`` blocks from each of ``channels`` to the next; its first changes channels and size.
+
+    ``block``: (input channels, channels, stride) -> the block; the stride is 2 for all stages but perhaps the first.
+    """
+    strides = [first_stride, *[2] * (len(counts) - 1)]
+    return [
+        kind(block(before, width, stride), *(block(width, width, 1) for _ in range(count - 1)))
+        for (before, width), count, stride in zip(pairwise(channels), counts, strides, strict=True)
+    ]
 
 
 class CifarNetwork(nn.Module):

@@ -7,12 +7,13 @@ HobbitLong/RepDistiller (models/resnet.py, models/resnetv2.py); option A as in a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classification.networks.base import CifarNetwork, ConvBN, Stage, init_conv
+from classification.networks.base import CifarNetwork, ConvBN, NumberedConvs, init_conv, make_stages
 from core.errors import unknown
 
 
@@ -38,46 +39,33 @@ def make_shortcut(kind: str, in_channels: int, channels: int, stride: int) -> nn
     return ConvBN(in_channels, channels, 1, stride)
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(NumberedConvs):
     """Two 3x3 convolutions and a shortcut; ends before its ReLU."""
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int, shortcut: str) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = make_shortcut(shortcut, in_channels, width, stride)
+    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str) -> None:
+        super().__init__((in_channels, channels, 3, stride), (channels, channels, 3))
+        self.shortcut = make_shortcut(shortcut, in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
+        y = self.layer(2, self.active(1, x))
         y += self.shortcut(x)
         return y
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride) and 1x1 convolution to four times the width, and a shortcut; ends before its ReLU."""
+class Bottleneck(NumberedConvs):
+    """1x1, 3x3 (with the stride) and 1x1 convolution from a quarter of the channels to all, and a shortcut."""
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, shortcut: str) -> None:
-        super().__init__()
-        channels = self.expansion * width
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(channels)
+    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str) -> None:
+        width = channels // self.expansion
+        super().__init__((in_channels, width, 1), (width, width, 3, stride), (width, channels, 1))
         self.shortcut = make_shortcut(shortcut, in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
+        y = self.layer(3, self.active(2, self.active(1, x)))
         y += self.shortcut(x)
         return y
 
@@ -107,14 +95,9 @@ class ResNet(CifarNetwork):
         if shortcut not in ("A", "B"):
             raise unknown("shortcut", shortcut, ("A", "B"))
         channels = [stem_width, *(width * block.expansion for width in widths)]
-        stages = []
-        for stage, (count, width) in enumerate(zip(blocks, widths, strict=True)):
-            first = block(channels[stage], width, 1 if stage == 0 else 2, shortcut)
-            others = (block(channels[stage + 1], width, 1, shortcut) for _ in range(count - 1))
-            stages.append(Stage(first, *others))
         super().__init__(
             ConvBN(in_chans, stem_width, 3),
-            stages,
+            make_stages(partial(block, shortcut=shortcut), channels, blocks, first_stride=1),
             channels=channels,
             reductions=[1, *(2**stage for stage in range(len(widths)))],
             num_classes=num_classes,

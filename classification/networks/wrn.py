@@ -8,14 +8,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classification.networks.base import CifarNetwork, init_conv, init_linear
+from classification.networks.base import CifarNetwork, init_conv, init_linear, make_stages
 from core.errors import InputError
 
 
 class WideBlock(nn.Module):
     """BatchNorm, ReLU and convolution, twice. Takes and puts out raw sums.
 
-    Where the width changes, the shortcut is a bare 1x1 convolution of the *activated* input.
+    Where the width changes, the shortcut is a bare 1x1 convolution of the *activated* input (in the first group of
+    width 1 it does not).
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -52,14 +53,9 @@ class WideResNet(CifarNetwork):
         if rest or count < 1:
             raise InputError(f"a wide ResNet has 6n+4 layers (10, 16, 22, 28, 40, ...), not {depth}")
         channels = [16, 16 * width, 32 * width, 64 * width]
-        stages = []
-        for group, out in enumerate(channels[1:]):
-            # Width 1: the first group keeps its 16 channels and so has no convolution in its shortcut.
-            first = WideBlock(channels[group], out, 1 if group == 0 else 2)
-            stages.append(nn.Sequential(first, *(WideBlock(out, out, 1) for _ in range(count - 1))))
         super().__init__(
             nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False),
-            stages,
+            make_stages(WideBlock, channels, [count] * 3, first_stride=1, kind=nn.Sequential),
             nn.BatchNorm2d(channels[-1]),
             channels=channels,
             reductions=[1, 1, 2, 4],
