@@ -93,6 +93,9 @@ class CifarNetwork(nn.Module):
             height over map height) and its ``module`` name.
     """
 
+    inits: tuple[Callable[[nn.Module], None], ...] = ()
+    """Each initialises a convolution or a linear layer in place; a family without any keeps PyTorch's defaults."""
+
     def __init__(
         self,
         stem: nn.Module,
@@ -118,11 +121,8 @@ class CifarNetwork(nn.Module):
             {"num_chs": width, "reduction": reduction, "module": module}
             for width, reduction, module in zip(channels, reductions, modules, strict=True)
         ]
-        self.apply(self.init_module)
+        self.apply(self._init)
         self.reset_classifier(num_classes)
-
-    def init_module(self, module: nn.Module) -> None:
-        """Initialises one convolution or linear layer in place; a family without its own keeps PyTorch's defaults."""
 
     def get_classifier(self) -> nn.Module:
         """The linear layer of the head (``nn.Identity`` when there are no classes)."""
@@ -134,7 +134,11 @@ class CifarNetwork(nn.Module):
         self.num_classes = num_classes
         self.fc: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.fc.to(like.device, like.dtype)
-        self.init_module(self.fc)
+        self._init(self.fc)
+
+    def _init(self, module: nn.Module) -> None:
+        for init in self.inits:
+            init(module)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits [B, num_classes]."""
@@ -142,9 +146,7 @@ class CifarNetwork(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> feature map [B, num_features, h, w]."""
-        for index in range(len(self.feature_info)):
-            x = self._next_map(index, x)
-        return self._last_map(x)
+        return self.forward_stages(self.forward_stem(x))[0]
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> the stem's map, for a method that changes it before ``forward_stages``."""

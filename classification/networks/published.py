@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from classification.networks.base import CifarNetwork
 from classification.networks.mobilenet import MobileNetV2
 from classification.networks.resnet import ResNet
 from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
@@ -25,7 +24,7 @@ _LAYERS: Rules = tuple((rf"^layer{stage}\.", f"stages.{stage - 1}.") for stage i
 # What turns a published key into ours: all regular expressions of a family, in this order. Our own keys match none.
 # Keys as in HobbitLong/RepDistiller and megvii-research/mdistiller; option-A ResNets as in
 # akamaster/pytorch_resnet_cifar10. SwitOKD's MobileNetV1 was not published as a file.
-_PUBLISHED: dict[type[CifarNetwork], Rules] = {
+_PUBLISHED: dict[type[nn.Module], Rules] = {
     ResNet: (
         *_STEM,
         *_LAYERS,
@@ -77,8 +76,8 @@ _PUBLISHED: dict[type[CifarNetwork], Rules] = {
 }
 
 
-def load_published(network: CifarNetwork, file: str | Path) -> None:
-    """Loads a published checkpoint of the same architecture, or a file with our own keys, into ``network``.
+def load_weights(network: nn.Module, file: str | Path) -> None:
+    """Loads a weight file that fits exactly: in the network's own keys, or published ones for a CIFAR network.
 
     Raises:
         InputError: no such file, not a readable one, another architecture, or another number of classes; ``network``
@@ -86,18 +85,6 @@ def load_published(network: CifarNetwork, file: str | Path) -> None:
     """
     rules = _PUBLISHED.get(type(network), ())
     _load(network, {_own_key(key, rules): tensor for key, tensor in read_state_dict(file).items()}, file)
-
-
-def load_weights(network: nn.Module, file: str | Path) -> None:
-    """Loads a weight file that fits exactly: in the network's own keys, or published ones for a CIFAR network.
-
-    Raises:
-        InputError: as ``load_published``.
-    """
-    if isinstance(network, CifarNetwork):
-        load_published(network, file)
-    else:
-        _load(network, read_state_dict(file), file)
 
 
 def _own_key(key: str, rules: Rules) -> str:

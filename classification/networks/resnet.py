@@ -80,6 +80,8 @@ class ResNet(CifarNetwork):
         shortcut: "A" or "B", see ``make_shortcut``.
     """
 
+    inits = (init_conv,)
+
     def __init__(
         self,
         num_classes: int = 100,
@@ -103,6 +105,3 @@ class ResNet(CifarNetwork):
             num_classes=num_classes,
             preact=preact,
         )
-
-    def init_module(self, module: nn.Module) -> None:
-        init_conv(module)

@@ -46,6 +46,8 @@ class WideResNet(CifarNetwork):
         width: multiple of the group widths 16, 32, 64.
     """
 
+    inits = (init_conv, init_linear)
+
     def __init__(
         self, num_classes: int = 100, in_chans: int = 3, preact: bool = True, *, depth: int, width: int
     ) -> None:
@@ -62,7 +64,3 @@ class WideResNet(CifarNetwork):
             num_classes=num_classes,
             preact=preact,
         )
-
-    def init_module(self, module: nn.Module) -> None:
-        init_conv(module)
-        init_linear(module)
