@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,77 +14,13 @@ from classification.methods import ADM, Method, Outputs
 from classification.networks import create_network
 from classification.networks.pretrained import check_weights
 from classification.networks.published import load_weights
+from classification.options import NetworkConfig, OptimizerConfig
 from classification.predictions import PreviousPredictions
 from core.adm import ADMConfig
 from core.errors import InputError
 from core.network import as_network, check_network
 from core.training.distiller import Batch, Distiller, Losses, Progress
 from core.training.seed import seed_everything
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """One network.
-
-    Args:
-        name: a CIFAR network of this package (cifar_resnet20, ...) or any timm model.
-        weights: file to start from (.safetensors, published .pth); or a run folder, for the last weights of the same
-            role; or a checkpoint folder.
-        pretrained: timm's own pre-trained weights.
-        lr: this network's learning rate; the recipe's unless given.
-        mean: per channel, of images in [0, 1], subtracted before this network; unless given, what the weights were
-            trained with where their file (or timm) says so, else the data set's.
-        std: per channel, divided by.
-        sha256: of the weight file; filled in when a run is written down, checked when it is read back.
-    """
-
-    name: str
-    weights: str | None = None
-    pretrained: bool = False
-    lr: float | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    sha256: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.lr is not None and self.lr < 0:
-            raise InputError(f"the learning rate of {self.name} must not be negative: {self.lr}")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """SGD over all networks, a parameter group for each.
-
-    Args:
-        lr: learning rate.
-        learning_rates: other rates by network name, wildcards allowed, as {cifar_mobilenetv2*: 0.01}.
-        momentum: momentum.
-        weight_decay: weight decay of all parameters.
-        nesterov: Nesterov's momentum.
-    """
-
-    lr: float = 0.1
-    learning_rates: Mapping[str, float] = field(default_factory=dict)
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    nesterov: bool = False
-
-    def __post_init__(self) -> None:
-        if min(self.lr, self.momentum, self.weight_decay, *self.learning_rates.values()) < 0:
-            raise InputError("optimizer: learning rates, momentum and weight decay must not be negative")
-        if self.nesterov and not self.momentum:
-            raise InputError("optimizer.nesterov needs optimizer.momentum above 0")
-
-    def rate(self, network: NetworkConfig) -> float:
-        """The base learning rate of a network: its own, else the first pattern that fits, else ``lr``."""
-        if network.lr is not None:
-            return network.lr
-        fitting = (rate for pattern, rate in self.learning_rates.items() if fnmatch.fnmatch(network.name, pattern))
-        return next(fitting, self.lr)
-
-    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimiser of ``parameter_groups()``."""
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
 
 class ClassificationDistiller(Distiller):

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,12 @@ from torch import Tensor, nn
 
 from classification.methods.base import Method, Output, Outputs, pairs_of
 from classification.networks.base import CifarNetwork, ConvBN, init_conv
+from classification.options import TrainConfig
 from core.adapter import Adapter, smaller_size
 from core.adm import Head
 from core.distillation import full_precision, kd_loss
 from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
-
-if TYPE_CHECKING:
-    from classification.config import TrainConfig
 
 FUSION = "fusion"
 FUSION_WEIGHT_DECAY = 1e-5
@@ -261,9 +259,9 @@ class AFID(Method):
         (last_1, maps_1), (last_2, maps_2) = stages_1(m_2 * x_1), stages_2(m_1 * x_2)
         m_2, m_1 = self.after_stages(last_1, last_2)
         return {
-            role_1: _output([*maps_1[:-1], last_1], _interacting(network_1.forward_head, m_2)),  # type: ignore[arg-type]
-            role_2: _output([*maps_2[:-1], last_2], _interacting(network_2.forward_head, m_1)),  # type: ignore[arg-type]
-            FUSION: _output([self.fusion.forward_features(last_1, last_2)], self.fusion.forward_head),
+            role_1: Output.of([*maps_1[:-1], last_1], _interacting(self.head_of(network_1), m_2)),
+            role_2: Output.of([*maps_2[:-1], last_2], _interacting(self.head_of(network_2), m_1)),
+            FUSION: Output.of([self.fusion.forward_features(last_1, last_2)], self.fusion.forward_head),
         }
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
@@ -291,7 +289,3 @@ class AFID(Method):
 def _interacting(head: Head, m: Tensor) -> Head:
     """The head of a network whose map is multiplied by its peer's ``m`` ``[B, 1, H, W]`` first."""
     return lambda x: head(m * x)
-
-
-def _output(maps: list[Tensor], head: Head) -> Output:
-    return Output(head(maps[-1]), maps, head)

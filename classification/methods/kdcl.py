@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.methods.base import Method, Outputs, sum_over_processes
+from classification.options import TrainConfig
 from core.baselines import min_logit_target, relative_logits
 from core.distillation import full_precision, kd_loss
 from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
-
-if TYPE_CHECKING:
-    from classification.config import TrainConfig
 
 RIDGE = 1e-6
 """Added to C's diagonal: networks that make the same errors have a singular C."""
