@@ -61,11 +61,16 @@ class Command:
 
         Raises: InputError where a weight file is missing, or is not the one that the run in ``out`` began with.
         """
+        import yaml
+
         values = asdict(self.config)
         if self.task is not ONLINE:
             values = {"task": self.task.name, **values}
-        for role, hashed in self._weight_hashes().items():
-            values["networks"][role]["sha256"] = hashed
+        file = self.config.out / "config.yaml"
+        recorded = flatten(yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+        for role, weights in self.weight_files.items():
+            expected = self.config.networks[role].sha256 or recorded.get(f"networks.{role}.sha256")
+            values["networks"][role]["sha256"] = file_hash(weights, expected)
         del values["out"]
         name, with_adm = self.method
         if not with_adm:
@@ -84,16 +89,6 @@ class Command:
         """The weight file of each network that starts from one. Raises: InputError where there is none."""
         given = {role: network for role, network in self.config.networks.items() if network.weights is not None}
         return {role: find_weights(str(network.weights), role, network.name) for role, network in given.items()}
-
-    def _weight_hashes(self) -> dict[str, str]:
-        import yaml
-
-        file = self.config.out / "config.yaml"
-        recorded = flatten(yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
-        return {
-            role: file_hash(weights, self.config.networks[role].sha256 or recorded.get(f"networks.{role}.sha256"))
-            for role, weights in self.weight_files.items()
-        }
 
 
 def make_parser(prog: str | None = None, task: Task = ONLINE) -> Any:

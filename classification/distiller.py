@@ -224,7 +224,3 @@ def build_networks(
             check_weights(file, role, config.name, num_classes, config.sha256)
             load_weights(networks[role], file)
     return networks
-
-
-def has_batchnorm(network: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +37,11 @@ class Scores(RunningSums):
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "nll": nll / count}
 
 
-class Evaluation:
+class Evaluation(NamedTuple):
     """What one pass gathers: ``values`` to log, and the calibration of each role for a reliability diagram."""
 
-    def __init__(self, values: dict[str, float], calibrations: dict[str, Calibration]) -> None:
-        self.values, self.calibrations = values, calibrations
+    values: dict[str, float]
+    calibrations: dict[str, Calibration]
 
 
 def similarities(distiller: ClassificationDistiller, outputs: Outputs) -> dict[tuple[str, str], Tensor]:

@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from classification.config import ONLINE, Command, Task, TrainConfig, parse_command, task_of
+from classification.config import ONLINE, Command, Task, parse_command, task_of
 from classification.data import DataSets, InMemoryLoader, Split, Streamed, StreamLoader, load_datasets, make_loader
 from classification.data.datasets import IN_MEMORY_NAMES
 from classification.data.noise import LabelNoise, draw_noise, with_noise
 from classification.data.sources import sources
-from classification.distiller import ClassificationDistiller, NetworkConfig, build_networks, has_batchnorm
+from classification.distiller import ClassificationDistiller, build_networks
 from classification.networks.pretrained import timm_keeps_head, timm_normalisation
 from classification.networks.published import load_weights
+from classification.options import NetworkConfig, TrainConfig
 from core.errors import InputError, first_line
 from core.images import EXTENSIONS
 from core.training.checkpoint import BEST, LAST, numbered
 from core.weights import read_metadata, read_torch
 
 EVALUATION_BATCH = 256
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and std, per channel, of images in [0, 1]."""
 
 
 @dataclass
 class Experiment:
-    """The data sets and the distiller of one run, on the CPU."""
+    """The data sets and the distiller of one run, on the CPU.
+
+    ``pretrained``: the roles that start from weights, their classifiers included. ``said``: of each role, mean and std
+    that its weights were trained with, where their file or timm says so.
+    """
 
     command: Command
     datasets: DataSets
     distiller: ClassificationDistiller
-    noise: LabelNoise | None = None
+    noise: LabelNoise | None
+    pretrained: Sequence[str]
+    said: Mapping[str, Mapping[str, Any]]
 
     def train_loader(self, accelerator: Any = None) -> InMemoryLoader | StreamLoader:
         """Augmented batches of the training split for this process."""
@@ -79,16 +85,6 @@ class Experiment:
             raise InputError(f"the images of {config.name} have no files of their own (the first is {files[0]})")
         return files
 
-    def starts_trained(self, role: str) -> bool:
-        """Whether a network starts from weights, its classifier included."""
-        return _starts_trained(self.command.config.networks[role], self.datasets.num_classes)
-
-    def trained_normalisation(self, role: str) -> Normalisation:
-        """Mean and std that a network's weights were trained with; where nothing says them, those it is given."""
-        mean, std = self.distiller.normalisation[role]
-        said = _said_by_weights(self.command.config.networks[role], self.command.weight_files.get(role))
-        return said.get("mean", mean), said.get("std", std)
-
     @property
     def selection(self) -> tuple[str, Split]:
         """The split on which ``best`` is chosen: validation where it is held out, else the test set (and so named)."""
@@ -106,40 +102,33 @@ def build(command: Command, roles: Sequence[str] | None = None, *, check: bool =
     networks = {role: c for role, c in config.networks.items() if roles is None or role in roles}
     name, with_adm = command.method
     method = command.task.methods[name](command.options, with_adm=with_adm)
+    classes = datasets.num_classes
+    pretrained = [r for r, c in networks.items() if c.weights or (c.pretrained and timm_keeps_head(c.name, classes))]
     if check:
-        pretrained = [role for role, c in networks.items() if _starts_trained(c, datasets.num_classes)]
         method.check(config, list(networks), pretrained)
     files = {role: file for role, file in command.weight_files.items() if role in networks}
+    said = {role: _said_by_weights(c, files.get(role)) for role, c in networks.items()}
     distiller = ClassificationDistiller(
-        build_networks(networks, datasets.num_classes, config.seed, files=files, in_chans=datasets.channels),
+        build_networks(networks, classes, config.seed, files=files, in_chans=datasets.channels),
         networks,
-        {role: _normalisation(c, files.get(role), datasets) for role, c in networks.items()},
+        {
+            role: (c.mean or said[role].get("mean", datasets.mean), c.std or said[role].get("std", datasets.std))
+            for role, c in networks.items()
+        },
         method,
         config.adm if with_adm else None,
         config.optimizer,
         first_images(datasets.train, 2),
-        num_classes=datasets.num_classes,
+        num_classes=classes,
         channels_last=config.channels_last,
     )
-    return Experiment(command, datasets, distiller, noise)
-
-
-def _normalisation(config: NetworkConfig, file: Path | None, datasets: DataSets) -> Normalisation:
-    """Mean and std of a network: the config's, else what its weights were trained with, else the data set's."""
-    said = _said_by_weights(config, file)
-    return config.mean or said.get("mean", datasets.mean), config.std or said.get("std", datasets.std)
+    return Experiment(command, datasets, distiller, noise, pretrained, said)
 
 
 def _said_by_weights(config: NetworkConfig, file: Path | None) -> dict[str, Any]:
-    """``mean`` and ``std`` that a network's weights were trained with, where their file or timm says so."""
     if file is not None:
         return read_metadata(file)
     return timm_normalisation(config.name) if config.pretrained else {}
-
-
-def _starts_trained(config: NetworkConfig, num_classes: int) -> bool:
-    """Whether a network starts from weights, its classifier included."""
-    return config.weights is not None or (config.pretrained and timm_keeps_head(config.name, num_classes))
 
 
 def _with_noise(datasets: DataSets, config: TrainConfig) -> tuple[DataSets, LabelNoise | None]:
@@ -171,7 +160,7 @@ def check_batch(experiment: Experiment, processes: int) -> None:
         raise InputError(f"batch_size {batch_size} cannot be shared by {processes} process(es) x {parts} part(s)")
     share, last = batch_size // processes, len(experiment.datasets.train) % batch_size // processes
     smallest = min(share, last) if last >= 2 else share  # the loader drops a last batch of fewer than 2
-    if smallest < 2 * parts and any(has_batchnorm(network) for network in experiment.distiller.networks.values()):
+    if smallest < 2 * parts and any(isinstance(m, _BatchNorm) for m in experiment.distiller.networks.modules()):
         where = "" if smallest == share else f" in the last batch of an epoch ({last} images a process)"
         raise InputError(
             f"batch_size {batch_size} over {processes} process(es) and {parts} part(s) leaves BatchNorm one image at a "
