@@ -202,12 +202,7 @@ class ClassificationDistiller(Distiller):
 
 
 def build_networks(
-    configs: Mapping[str, NetworkConfig],
-    num_classes: int,
-    seed: int,
-    *,
-    files: Mapping[str, Path] | None = None,
-    in_chans: int = 3,
+    configs: Mapping[str, NetworkConfig], num_classes: int, seed: int, files: Mapping[str, Path] | None = None
 ) -> dict[str, nn.Module]:
     """The networks by role, each initialised from (seed, role) alone: a student starts alike whatever trains beside it.
 
@@ -219,7 +214,7 @@ def build_networks(
         if role.partition("_")[0] not in ("teacher", "student"):
             raise InputError(f"unknown role {role!r}: networks are teacher, teacher_2, ..., student, student_2, ...")
         seed_everything(seed, "network", role)
-        networks[role] = create_network(config.name, num_classes, in_chans=in_chans, pretrained=config.pretrained)
+        networks[role] = create_network(config.name, num_classes, pretrained=config.pretrained)
         if (file := (files or {}).get(role)) is not None:
             check_weights(file, role, config.name, num_classes, config.sha256)
             load_weights(networks[role], file)

@@ -109,7 +109,7 @@ def build(command: Command, roles: Sequence[str] | None = None, *, check: bool =
     files = {role: file for role, file in command.weight_files.items() if role in networks}
     said = {role: _said_by_weights(c, files.get(role)) for role, c in networks.items()}
     distiller = ClassificationDistiller(
-        build_networks(networks, classes, config.seed, files=files, in_chans=datasets.channels),
+        build_networks(networks, classes, config.seed, files),
         networks,
         {
             role: (c.mean or said[role].get("mean", datasets.mean), c.std or said[role].get("std", datasets.std))

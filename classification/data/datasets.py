@@ -56,7 +56,6 @@ class DataSets:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
-    channels: int = 3
 
 
 def load_datasets(config: DataConfig) -> DataSets:
@@ -108,10 +107,9 @@ def _check(config: DataConfig) -> None:
         raise unknown("data set", config.name, NAMES)
     if config.augmentation is not None and config.augmentation not in get_args(Augmentation):
         raise unknown("augmentation", config.augmentation, get_args(Augmentation))
-    if not 0 <= config.validation < 1:
-        raise InputError(f"data.validation is a share in [0, 1), not {config.validation}")
-    if not 0 <= config.noise < 1:
-        raise InputError(f"data.noise is a share in [0, 1), not {config.noise}")
+    for field in ("validation", "noise"):
+        if not 0 <= getattr(config, field) < 1:
+            raise InputError(f"data.{field} is a share in [0, 1), not {getattr(config, field)}")
     for field, least in (("image_size", 1), ("classes", 1), ("per_class", 1), ("padding", 0), ("workers", 0)):
         value = getattr(config, field)
         if value is not None and value < least:

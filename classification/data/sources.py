@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 TRAIN_NAMES = ("train",)
 TEST_NAMES = ("val", "validation", "test")
 ITERABLE_PREFIXES = ("hfids", "tfds", "wds")
+File = tuple[str, int, int | None]
+"""Path, offset and size in bytes of an image; size None means the whole file."""
 
 
 class Source(Protocol):
@@ -100,13 +102,14 @@ class FileSource:
     Safe in threads and in worker processes: every read opens its file anew.
 
     Args:
-        files: (path, offset, size in bytes) of each image; size None means the whole file.
-        targets: int64 [N].
-        class_names: In the order of the targets.
+        files: The images of each class.
+        class_names: In the order of the targets; a class that `files` lacks stays without images.
     """
 
-    def __init__(self, files: list[tuple[str, int, int | None]], targets: Tensor, class_names: tuple[str, ...]) -> None:
-        self.files, self.targets, self.class_names = files, targets, class_names
+    def __init__(self, files: dict[str, list[File]], class_names: tuple[str, ...]) -> None:
+        self.files = [file for name in class_names for file in files.get(name, [])]
+        counts = torch.tensor([len(files.get(name, [])) for name in class_names])
+        self.targets, self.class_names = torch.arange(len(class_names)).repeat_interleave(counts), class_names
 
     def image(self, position: int) -> Image:
         path, offset, size = self.files[position]
@@ -173,7 +176,7 @@ def find_split(root: str, names: Sequence[str], content: str) -> Path:
     )
 
 
-def list_classes(split: Path) -> dict[str, list[tuple[str, int, int | None]]]:
+def list_classes(split: Path) -> dict[str, list[File]]:
     """The files of each class of a split, classes and files in sorted order (torchvision's `ImageFolder` order).
 
     Raises:
@@ -182,39 +185,31 @@ def list_classes(split: Path) -> dict[str, list[tuple[str, int, int | None]]]:
     files = _list_folder(split) if split.is_dir() else _list_tar(split)
     if not files:
         raise InputError(f"no class folders in {split}: expected {split}/<class>/<image>{EXTENSIONS[0]}")
-    return files
-
-
-def _list_folder(split: Path) -> dict[str, list[tuple[str, int, int | None]]]:
-    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
-    files: dict[str, list[tuple[str, int, int | None]]] = {}
-    for name in classes:
-        paths = [os.path.join(split, name, file) for file in image_files(split / name)]
-        if not paths:
+    for name, images in files.items():
+        if not images:
             raise InputError(f"class folder {split / name} holds no image ({', '.join(EXTENSIONS)}): fill or delete it")
-        files[name] = [(path, 0, None) for path in paths]
     return files
 
 
-def _list_tar(split: Path) -> dict[str, list[tuple[str, int, int | None]]]:
+def _list_folder(split: Path) -> dict[str, list[File]]:
+    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
+    return {
+        name: [(os.path.join(split, name, file), 0, None) for file in image_files(split / name)] for name in classes
+    }
+
+
+def _list_tar(split: Path) -> dict[str, list[File]]:
     """The class is the folder directly above the image; images of one class keep the order of their names."""
     try:
         with tarfile.open(split, "r:") as tar:
             members = [m for m in tar if m.isfile() and m.name.lower().endswith(EXTENSIONS)]
     except (OSError, tarfile.TarError) as error:
         raise InputError(f"cannot read {split} as an uncompressed tar file: {error}") from error
-    files: dict[str, list[tuple[str, int, int | None]]] = {}
+    files: dict[str, list[File]] = {}
     for member in sorted(members, key=lambda m: (PurePosixPath(m.name).parent.name, m.name)):
         name = PurePosixPath(member.name).parent.name
         files.setdefault(name, []).append((str(split), member.offset_data, member.size))
     return files
-
-
-def file_source(files: dict[str, list[tuple[str, int, int | None]]], class_names: Sequence[str]) -> FileSource:
-    """The images of `class_names`, numbered in that order; classes that `files` lacks stay without images."""
-    chosen = [(file, target) for target, name in enumerate(class_names) for file in files.get(name, [])]
-    targets = torch.tensor([target for _, target in chosen], dtype=torch.int64)
-    return FileSource([file for file, _ in chosen], targets, tuple(class_names))
 
 
 def sources(name: str, root: str, download: bool = False) -> tuple[Source, Source]:
@@ -231,8 +226,7 @@ def folder_sources(root: str) -> tuple[FileSource, FileSource]:
     train_path, test_path = find_split(root, TRAIN_NAMES, "training"), find_split(root, TEST_NAMES, "test")
     train, test = list_classes(train_path), list_classes(test_path)
     _check_known(test, train, f"{test_path} has class", str(train_path))
-    names = list(train)
-    return file_source(train, names), file_source(test, names)
+    return FileSource(train, tuple(train)), FileSource(test, tuple(train))
 
 
 def timm_sources(name: str, root: str, download: bool) -> tuple[TimmSource, TimmSource]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.methods.base import Method, Output, Outputs, pairs_of
+from classification.methods.base import Method, Output, Outputs
 from classification.networks.base import CifarNetwork, ConvBN, init_conv
 from classification.options import TrainConfig
 from core.adapter import Adapter, smaller_size
@@ -242,12 +242,6 @@ class AFID(Method):
 
     def output_roles(self, roles: Sequence[str]) -> list[str]:
         return [*roles, FUSION]
-
-    def pairs(self, roles: Sequence[str]) -> list[tuple[str, str]]:
-        return pairs_of([role for role in roles if role != FUSION])
-
-    def phases(self, roles: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-        return ((*roles, FUSION),)
 
     def forward(
         self, networks: Mapping[str, nn.Module], views: Mapping[str, Tensor], learning: Collection[str] | None = None

@@ -48,7 +48,7 @@ def is_teacher(role: str) -> bool:
 
 def pairs_of(roles: Sequence[str]) -> list[tuple[str, str]]:
     """(student, teacher) for each student with each teacher (Table 11); no ADM between two students."""
-    return [(s, t) for s in roles if not is_teacher(s) for t in roles if is_teacher(t)]
+    return [(s, t) for s in roles if s.startswith("student") for t in roles if is_teacher(t)]
 
 
 def standardised(head: Head, scale: float) -> Head:
@@ -132,8 +132,8 @@ class Method(nn.Module):
         return pairs_of(roles)
 
     def phases(self, roles: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-        """Who learns together: one forward, backward and optimiser step for each group of roles."""
-        return (tuple(roles),)
+        """Who learns together: one forward, backward and optimiser step for each group of ``output_roles``."""
+        return (tuple(self.output_roles(roles)),)
 
     def forward(
         self, networks: Mapping[str, nn.Module], views: Mapping[str, Tensor], learning: Collection[str] | None = None

@@ -12,10 +12,9 @@ from torch import nn
 
 from classification.networks.base import CifarNetwork
 from classification.networks.mobilenet import MobileNetV1, MobileNetV2
-from classification.networks.resnet import Bottleneck, ResNet
+from classification.networks.resnet import Bottleneck, ResNet, WideResNet
 from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
 from classification.networks.vgg import VGG
-from classification.networks.wrn import WideResNet
 from core.errors import InputError, unknown
 
 __all__ = ["CIFAR_NETWORKS", "CifarNetwork", "create_network"]

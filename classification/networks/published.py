@@ -9,16 +9,20 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from classification.networks.mobilenet import MobileNetV2
-from classification.networks.resnet import ResNet
+from classification.networks.resnet import ResNet, WideResNet
 from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
 from classification.networks.vgg import VGG
-from classification.networks.wrn import WideResNet
 from core.errors import InputError
 from core.weights import read_state_dict
 
 Rules = tuple[tuple[str, str], ...]
 
-_STEM: Rules = ((r"^conv1\.", "stem.conv."), (r"^bn1\.", "stem.bn."))
+
+def _conv_bn(conv: str, bn: str, ours: str) -> Rules:
+    return (conv, f"{ours}.conv."), (bn, f"{ours}.bn.")
+
+
+_STEM = _conv_bn(r"^conv1\.", r"^bn1\.", "stem")
 _LAYERS: Rules = tuple((rf"^layer{stage}\.", f"stages.{stage - 1}.") for stage in range(1, 5))
 
 # What turns a published key into ours: all regular expressions of a family, in this order. Our own keys match none.
@@ -28,8 +32,7 @@ _PUBLISHED: dict[type[nn.Module], Rules] = {
     ResNet: (
         *_STEM,
         *_LAYERS,
-        (r"\.(?:downsample|shortcut)\.0\.", ".shortcut.conv."),
-        (r"\.(?:downsample|shortcut)\.1\.", ".shortcut.bn."),
+        *_conv_bn(r"\.(?:downsample|shortcut)\.0\.", r"\.(?:downsample|shortcut)\.1\.", ".shortcut"),
         (r"^linear\.", "fc."),
     ),
     WideResNet: (
@@ -41,36 +44,27 @@ _PUBLISHED: dict[type[nn.Module], Rules] = {
     VGG: (
         (r"^block0\.", "stem."),
         *((rf"^block{group}\.", f"stages.{group - 1}.") for group in range(1, 5)),
-        (r"\.0\.(?=\w+$)", ".0.conv."),
-        (r"\.1\.(?=\w+$)", ".0.bn."),
-        (r"\.3\.(?=\w+$)", ".1.conv."),
-        (r"\.4\.(?=\w+$)", ".1.bn."),
+        *_conv_bn(r"\.0\.(?=\w+$)", r"\.1\.(?=\w+$)", ".0"),
+        *_conv_bn(r"\.3\.(?=\w+$)", r"\.4\.(?=\w+$)", ".1"),
         (r"^classifier\.", "fc."),
     ),
     MobileNetV2: (
-        (r"^conv1\.0\.", "stem.0.conv."),
-        (r"^conv1\.1\.", "stem.0.bn."),
+        *_conv_bn(r"^conv1\.0\.", r"^conv1\.1\.", "stem.0"),
         *(
             (rf"^blocks\.{row}\.", f"stages.{place}.")
             for row, place in enumerate(("0.0", "0.1", "1.0", "2.0", "2.1", "3.0", "3.1"))
         ),
-        (r"\.conv\.0\.", ".expand.conv."),
-        (r"\.conv\.1\.", ".expand.bn."),
-        (r"\.conv\.3\.", ".depthwise.conv."),
-        (r"\.conv\.4\.", ".depthwise.bn."),
-        (r"\.conv\.6\.", ".project.conv."),
-        (r"\.conv\.7\.", ".project.bn."),
-        (r"^conv2\.0\.", "neck.conv."),
-        (r"^conv2\.1\.", "neck.bn."),
+        *_conv_bn(r"\.conv\.0\.", r"\.conv\.1\.", ".expand"),
+        *_conv_bn(r"\.conv\.3\.", r"\.conv\.4\.", ".depthwise"),
+        *_conv_bn(r"\.conv\.6\.", r"\.conv\.7\.", ".project"),
+        *_conv_bn(r"^conv2\.0\.", r"^conv2\.1\.", "neck"),
         (r"^classifier\.0\.", "fc."),
     ),
     ShuffleNetV1: (*_STEM, *_LAYERS, (r"^linear\.", "fc.")),
     ShuffleNetV2: (
-        (r"^conv1\.", "stem.0.conv."),
-        (r"^bn1\.", "stem.0.bn."),
+        *_conv_bn(r"^conv1\.", r"^bn1\.", "stem.0"),
         *_LAYERS,
-        (r"^conv2\.", "neck.conv."),
-        (r"^bn2\.", "neck.bn."),
+        *_conv_bn(r"^conv2\.", r"^bn2\.", "neck"),
         (r"^linear\.", "fc."),
     ),
 }

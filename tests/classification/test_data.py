@@ -340,7 +340,7 @@ def test_digits_are_split_the_same_for_everyone() -> None:
     assert data.train.targets.bincount().tolist() == [142, 146, 142, 146, 145, 146, 145, 143, 139, 144]
     assert data.test.targets.bincount().tolist() == [36, 36, 35, 37, 36, 36, 36, 36, 35, 36]
     assert torch.equal(torch.cat([data.train.indices, data.test.indices]).sort().values, torch.arange(1797))
-    assert (data.num_classes, data.class_names[:2], data.image_size, data.channels) == (10, ("0", "1"), 16, 3)
+    assert (data.num_classes, data.class_names[:2], data.image_size) == (10, ("0", "1"), 16)
     assert data.train.augmentation == "crop" and data.test.augmentation == "none"
     seeded = load_datasets(DataConfig(name="digits", split_seed=9))
     assert torch.equal(seeded.test.indices, data.test.indices)
