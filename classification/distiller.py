@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from classification.methods import ADM, Method, Outputs
 from classification.networks import create_network
-from classification.networks.pretrained import check_weights
-from classification.networks.published import load_weights
+from classification.networks.pretrained import check_weights, load_weights
 from classification.options import NetworkConfig, OptimizerConfig
 from classification.predictions import PreviousPredictions
 from core.adm import ADMConfig

@@ -17,8 +17,7 @@ from classification.data.datasets import IN_MEMORY_NAMES
 from classification.data.noise import LabelNoise, draw_noise, with_noise
 from classification.data.sources import sources
 from classification.distiller import ClassificationDistiller, build_networks
-from classification.networks.pretrained import timm_keeps_head, timm_normalisation
-from classification.networks.published import load_weights
+from classification.networks.pretrained import load_weights, timm_keeps_head, timm_normalisation
 from classification.options import NetworkConfig, TrainConfig
 from core.errors import InputError, first_line
 from core.images import EXTENSIONS

@@ -107,10 +107,7 @@ class PredictionStore:
         _write_rows(self.probabilities, epoch % 2 * self.samples + rows, probabilities)
 
     def read(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(float16 ``[B, K]``, bool ``[B]``): what that epoch wrote of these images, and whether it did; else 0.
-
-        Epoch -1, the one before the first, wrote nothing.
-        """
+        """(float16 ``[B, K]``, bool ``[B]``): what that epoch (-1: none) wrote of these images, or 0; if it did."""
         written = self._written(epoch, rows)
         probabilities = np.array(self._map(self.probabilities, np.float16, self.classes)[epoch % 2, rows])
         probabilities[~written] = 0

@@ -1,9 +1,8 @@
 """Data sets and loaders: `load_datasets(DataConfig(...))`, then `make_loader` for each split."""
 
-from classification.data.config import Augmentation, DataConfig
-from classification.data.datasets import DataSets, load_datasets
+from classification.data.datasets import DataConfig, DataSets, load_datasets
 from classification.data.loaders import InMemoryLoader, StreamLoader, make_loader
-from classification.data.sources import Arrays, Split, Streamed
+from classification.data.sources import Arrays, Augmentation, Split, Streamed
 
 __all__ = [
     "Arrays",

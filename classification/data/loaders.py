@@ -3,10 +3,9 @@
 Both yield the same batch: a dict of `image` uint8 [B, C, H, W] (raw 0..255; [B, V, C, H, W] for V > 1 views), `target`
 int64 [B], `index` int64 [B] (position in the split, from 0) and `weight` (float, below).
 
-Both draw an epoch's order, crops and flips from (seed, epoch) alone, so that a batch does not depend on the number of
-processes or workers, and stopping at any batch loses nothing. With `world` processes, rank r takes every world-th image
-of each global batch, from r on. Where these shares differ in size (short last batch), the mean of the processes' mean
-losses is the mean over the global batch only after multiplying each by `weight` = own share * world / global batch.
+Crops and flips, too, come from (seed, epoch) alone (see `EpochOrder`). Where the processes' shares of a batch differ in
+size (short last batch), the mean of their mean losses is the mean over the global batch only after multiplying each by
+`weight` = own share * world / global batch.
 """
 
 from __future__ import annotations
@@ -40,12 +39,8 @@ class EpochLoader(EpochOrder):
     norm needs 2). Evaluation: always from the start, in stored order; rank r sees samples r, r + world, ... once each.
 
     Args:
-        split: What to load.
-        batch_size: Images of one step over all processes.
+        batch_size, seed, rank, world: As in `EpochOrder`.
         train: Shuffle and augment.
-        seed: Of order and augmentation.
-        rank: Number of this process.
-        world: Number of processes.
         workers: Processes that decode images which are not held in memory; 0 decodes in this one.
         device: Where the batches end up.
         views: Independently augmented versions of each image.
@@ -76,7 +71,6 @@ class EpochLoader(EpochOrder):
         self._read(split, workers)
 
     def __len__(self) -> int:
-        """Batches of one epoch on this process."""
         if not self.train:
             return -(-len(range(self.rank, self.size, self.world)) // (self.batch_size // self.world))
         full, rest = divmod(self.size, self.batch_size)

@@ -11,18 +11,18 @@ import tarfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from classification.data.config import Augmentation
 from core.errors import InputError
 from core.images import EXTENSIONS, broken_image, image_files, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Augmentation = Literal["crop_flip", "crop", "random_resized_crop", "none"]
 TRAIN_NAMES = ("train",)
 TEST_NAMES = ("val", "validation", "test")
 ITERABLE_PREFIXES = ("hfids", "tfds", "wds")

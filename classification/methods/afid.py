@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -162,10 +162,15 @@ def split_at_stem(network: nn.Module) -> tuple[Stem, Stages]:
     from timm.models.efficientnet import EfficientNet
     from timm.models.resnet import ResNet
 
-    if isinstance(network, ResNet):
-        return partial(_resnet_stem, network), partial(_resnet_stages, network)
-    if isinstance(network, EfficientNet):
-        return partial(_efficientnet_stem, network), partial(_efficientnet_stages, network)
+    model: Any = network
+    if isinstance(model, ResNet):
+        layers: list[Any] = [model.layer1, model.layer2, model.layer3, model.layer4]
+        stem = partial(_through, [model.conv1, model.bn1, model.act1, model.maxpool])
+        return stem, partial(_maps, layers, range(1, 5), [])
+    if isinstance(model, EfficientNet):  # its activations are inside bn1 and bn2
+        ends = [info["stage"] for info in model.feature_info if info["reduction"] > 2]
+        stem = partial(_through, [model.conv_stem, model.bn1])
+        return stem, partial(_maps, model.blocks, ends, [model.conv_head, model.bn2])
     name = type(getattr(network, "model", None) or network).__name__
     raise InputError(
         f"AFID does not know where the stem of {name} ends: it knows the CIFAR networks, and timm's ResNet and "
@@ -173,30 +178,22 @@ def split_at_stem(network: nn.Module) -> tuple[Stem, Stages]:
     )
 
 
-def _resnet_stem(network: Any, x: Tensor) -> Tensor:
-    return network.maxpool(network.act1(network.bn1(network.conv1(x))))
+def _through(parts: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for part in parts:
+        x = part(x)
+    return x
 
 
-def _resnet_stages(network: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _maps(
+    blocks: Iterable[nn.Module], ends: Collection[int], tail: Iterable[nn.Module], x: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The last map behind ``tail``, and the map behind each block whose number (from 1) is in ``ends``."""
     maps = []
-    for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
-        x = layer(x)
-        maps.append(x)
-    return x, maps
-
-
-def _efficientnet_stem(network: Any, x: Tensor) -> Tensor:
-    return network.bn1(network.conv_stem(x))  # its activation is inside bn1
-
-
-def _efficientnet_stages(network: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    ends = [info["stage"] for info in network.feature_info if info["reduction"] > 2]
-    maps = []
-    for index, block in enumerate(network.blocks, start=1):
+    for number, block in enumerate(blocks, start=1):
         x = block(x)
-        if index in ends:
+        if number in ends:
             maps.append(x)
-    return network.bn2(network.conv_head(x)), maps
+    return _through(tail, x), maps
 
 
 class AFID(Method):

@@ -99,9 +99,7 @@ def combine(weights: Tensor, logits: Tensor) -> Tensor:
 class KDCL(Method):
     """Any number of networks, from two on; the best one imitates the target too.
 
-    Alone, each network sees an augmented view of its own. With ADM all networks see one shared view, and its maps are
-    what ADM compares: under separate crops and flips, location (i, j) of two maps shows different content. To compare
-    KDCL with KDCL+ADM, run KDCL with ``--kdcl.views shared``: the views differ otherwise too.
+    To compare KDCL with KDCL+ADM, run KDCL with ``--kdcl.views shared``: the views differ otherwise too.
 
     Raises: InputError for separate views together with ADM.
     """

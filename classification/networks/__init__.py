@@ -63,7 +63,7 @@ def create_network(
         name: e.g. "cifar_wrn_16_2", "resnet18", "resnet18.a1_in1k", "local-dir:folder".
         num_classes: width of the head.
         in_chans: image channels.
-        pretrained: timm's own pretrained weights (for a CIFAR network, see ``published.load_weights``).
+        pretrained: timm's own pretrained weights (for a CIFAR network, see ``pretrained.load_weights``).
         options: further options: ``preact`` and the family's for a CIFAR network, a timm model's own otherwise.
             timm's ResNets get ``zero_init_last=False`` unless told otherwise: their residual BatchNorms then start at 1
             as torchvision's, which is the paper's ImageNet recipe, and not at 0.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from classification.networks import create_network
-from classification.networks.published import load_weights
+from classification.networks.pretrained import load_weights
 from core.errors import InputError
 from core.weights import read_state_dict
 

@@ -144,7 +144,7 @@ def test_resnet56_has_the_published_network(shared_data: Path) -> None:
     network = proxies.load_resnet(56, file).eval()
     assert sum(p.numel() for p in network.parameters()) == 853_018
     from classification.networks import create_network
-    from classification.networks.published import load_weights
+    from classification.networks.pretrained import load_weights
 
     other = create_network("cifar_resnet56_a", num_classes=10)
     load_weights(other, file)
