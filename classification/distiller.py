@@ -188,16 +188,10 @@ class ClassificationDistiller(Distiller):
         return getattr(network, "model", network)  # the timm model inside a layout adapter
 
     def metadata(self, role: str) -> dict[str, str]:
-        mean, std = self.normalisation[role]
-        export_note = {"export_note": self.method.export_note} if self.method.export_note else {}
-        return {
-            "role": role,
-            "architecture": self.configs[role].name,
-            "num_classes": str(self.num_classes),
-            "mean": json.dumps(list(mean)),
-            "std": json.dumps(list(std)),
-            **export_note,
-        }
+        mean, std = (json.dumps(list(values)) for values in self.normalisation[role])
+        said = {"role": role, "architecture": self.configs[role].name, "num_classes": str(self.num_classes)}
+        note = {"export_note": self.method.export_note} if self.method.export_note else {}
+        return {**said, "mean": mean, "std": std, **note}
 
 
 def build_networks(

@@ -18,7 +18,7 @@ from classification.data.noise import LabelNoise, draw_noise, with_noise
 from classification.data.sources import sources
 from classification.distiller import ClassificationDistiller, build_networks
 from classification.networks.pretrained import load_weights, timm_keeps_head, timm_normalisation
-from classification.options import NetworkConfig, TrainConfig
+from classification.options import NetworkConfig
 from core.errors import InputError, first_line
 from core.images import EXTENSIONS
 from core.training.checkpoint import BEST, LAST, numbered
@@ -96,8 +96,13 @@ def build(command: Command, roles: Sequence[str] | None = None, *, check: bool =
 
     ``check``: ask the method too whether it can train them; of a trained run that has been answered.
     """
-    config = command.config
-    datasets, noise = _with_noise(load_datasets(config.data), config)
+    config, data = command.config, command.config.data
+    datasets, noise = load_datasets(data), None
+    if data.noise:
+        seed = config.seed if data.noise_seed is None else data.noise_seed
+        targets = datasets.train.targets
+        noise = draw_noise(targets, datasets.num_classes, data.noise, seed, exclude_true=data.noise_exclude_true)
+        datasets = replace(datasets, train=with_noise(datasets.train, noise))
     networks = {role: c for role, c in config.networks.items() if roles is None or role in roles}
     name, with_adm = command.method
     method = command.task.methods[name](command.options, with_adm=with_adm)
@@ -128,16 +133,6 @@ def _said_by_weights(config: NetworkConfig, file: Path | None) -> dict[str, Any]
     if file is not None:
         return read_metadata(file)
     return timm_normalisation(config.name) if config.pretrained else {}
-
-
-def _with_noise(datasets: DataSets, config: TrainConfig) -> tuple[DataSets, LabelNoise | None]:
-    data = config.data
-    if not data.noise:
-        return datasets, None
-    seed = config.seed if data.noise_seed is None else data.noise_seed
-    targets = datasets.train.targets
-    noise = draw_noise(targets, datasets.num_classes, data.noise, seed, exclude_true=data.noise_exclude_true)
-    return replace(datasets, train=with_noise(datasets.train, noise)), noise
 
 
 def first_images(split: Split, count: int) -> Tensor:
@@ -178,10 +173,8 @@ def command_of(run: Path, task: Task = ONLINE) -> Command:
     Raises: InputError where there is no such run, or one of another task.
     """
     file = run / "config.yaml"
-    if not run.is_dir():
-        raise InputError(f"no run folder {run}")
     if not file.is_file():
-        raise InputError(f"{run} is no run folder: it has no config.yaml")
+        raise InputError(f"{run} is no run folder: it has no config.yaml" if run.is_dir() else f"no run folder {run}")
     if (said := task_of(file) or ONLINE.name) != task.name:
         raise InputError(f"{run} is a run of {said}: use the tools in {said}/tools")
     try:
@@ -196,9 +189,7 @@ def find_checkpoint(run: Path, name: str) -> Path:
     if not folder.is_dir():
         steps = numbered(run / "checkpoints")
         known = ", ".join(n for n in (LAST, BEST, *(p.name for p in steps)) if (run / "checkpoints" / n).is_dir())
-        raise InputError(
-            f"{run} has no checkpoint {name!r}: " + (f"it has {known}" if known else "nothing was saved yet")
-        )
+        raise InputError(f"{run} has no checkpoint {name!r}: {f'it has {known}' if known else 'nothing was saved yet'}")
     return folder.resolve()
 
 

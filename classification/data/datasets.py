@@ -104,11 +104,9 @@ class DataSets:
 
 
 def load_datasets(config: DataConfig) -> DataSets:
-    """Read the data set: whole into memory, or only its list of files.
+    """Reads the data set: whole into memory, or only its list of files.
 
-    Raises:
-        InputError: unknown name, missing or broken files, an impossible subset, image size or augmentation. The message
-            says which, and how to mend it.
+    Raises: InputError for an unknown name, missing or broken files, an impossible subset, image size or augmentation.
     """
     _check(config)
     train: Any  # Arrays or a Source
@@ -181,8 +179,7 @@ def choose(
 
     The held-out images are drawn before `per_class`, so that they stay the same for every training subset.
 
-    Raises:
-        InputError: more classes or images asked for than there are, or a split that stays empty.
+    Raises: InputError for more classes or images asked for than there are, or a split that stays empty.
     """
     classes = config.classes or len(names)
     if classes > len(names):

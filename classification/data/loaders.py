@@ -44,9 +44,7 @@ class EpochLoader(EpochOrder):
         workers: Processes that decode images which are not held in memory; 0 decodes in this one.
         device: Where the batches end up.
         views: Independently augmented versions of each image.
-
-    Raises:
-        InputError: fewer images a step than processes, or too few training images for one step.
+    Raises: InputError for fewer images a step than processes, or too few training images for one step.
     """
 
     def __init__(
@@ -191,8 +189,7 @@ class StreamLoader(EpochLoader):
     which get their states back afterwards: neither the number of workers nor a resume changes an image. The position
     counts batches handed out, not prefetched ones. The workers live as long as the loader.
 
-    Raises:
-        InputError: while iterating, for a broken image (names the file).
+    Raises: InputError while iterating, for a broken image (names the file).
     """
 
     def _read(self, split: Streamed, workers: int) -> None:

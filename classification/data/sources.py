@@ -160,8 +160,7 @@ class TimmSource:
 def find_split(root: str, names: Sequence[str], content: str) -> Path:
     """`root/<name>` or `root/<name>.tar` for the first of `names` that exists.
 
-    Raises:
-        InputError: `root` or all of the names are missing.
+    Raises: InputError where `root` or all of the names are missing.
     """
     folder = Path(root)
     if not folder.is_dir():
@@ -179,8 +178,7 @@ def find_split(root: str, names: Sequence[str], content: str) -> Path:
 def list_classes(split: Path) -> dict[str, list[File]]:
     """The files of each class of a split, classes and files in sorted order (torchvision's `ImageFolder` order).
 
-    Raises:
-        InputError: no class, a class without images, or a file that is no uncompressed tar.
+    Raises: InputError for no class, a class without images, or a file that is no uncompressed tar.
     """
     files = _list_folder(split) if split.is_dir() else _list_tar(split)
     if not files:
@@ -220,8 +218,7 @@ def sources(name: str, root: str, download: bool = False) -> tuple[Source, Sourc
 def folder_sources(root: str) -> tuple[FileSource, FileSource]:
     """(train, test) of `root/train` and the first of `root/val`, `root/validation`, `root/test`.
 
-    Raises:
-        InputError: a missing folder, an empty class, or a test class that the training images lack.
+    Raises: InputError for a missing folder, an empty class, or a test class that the training images lack.
     """
     train_path, test_path = find_split(root, TRAIN_NAMES, "training"), find_split(root, TEST_NAMES, "test")
     train, test = list_classes(train_path), list_classes(test_path)
@@ -232,8 +229,7 @@ def folder_sources(root: str) -> tuple[FileSource, FileSource]:
 def timm_sources(name: str, root: str, download: bool) -> tuple[TimmSource, TimmSource]:
     """(train, test) of a timm data set name with a prefix; test is `validation` where that exists, else `test`.
 
-    Raises:
-        InputError: an iterable set (see below), or one that timm, torchvision or Hugging Face cannot load.
+    Raises: InputError for an iterable set (see below), or one that timm, torchvision or Hugging Face cannot load.
     """
     prefix = name.partition("/")[0].lower()
     if prefix in ITERABLE_PREFIXES:

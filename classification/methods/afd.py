@@ -28,19 +28,12 @@ from core.training.distiller import Batch, Losses, Progress, backward
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """L_G: ``mean (1 - D(T(G x)))^2``, least-squares GAN; 0.25 where D is undecided.
-
-    Args: D's probability ``[B, 1, H, W]`` that the network's own map is its peer's. Returns: a scalar.
-    """
+    """L_G: ``mean (1 - D(T(G x)))^2``, a scalar, of D's probability ``[B, 1, H, W]`` that the own map is the peer's."""
     return (1 - fake).square().mean()
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """L_D: ``mean (1 - D(real))^2 + mean D(fake)^2``; 0.5 where D is undecided.
-
-    Args: D's probabilities ``[B, 1, H, W]`` of the peer's map (real) and of the network's own (fake).
-    Returns: a scalar.
-    """
+    """L_D: ``mean (1 - D(real))^2 + mean D(fake)^2``, of D's ``[B, 1, H, W]`` of the peer's map and of the own."""
     return (1 - real).square().mean() + fake.square().mean()
 
 

@@ -202,10 +202,8 @@ class AFID(Method):
     The networks interact behind their stems and at their last maps; the fusion head reads the last maps before that.
     At test time each network needs the other: both run, and z_1 and z_2 are what counts.
 
-    The second interaction is the first thing that a head does here, so ADM, too, takes the last maps in front of it.
-    Consensus and divergence are the same as behind it: m is one positive factor a location, which leaves S as it is and
-    commutes with ADM's attention (where sizes agree). The feature loss is not: behind it, the quickest way down is the
-    one number that scales all channels of a location: m itself would be driven to nothing.
+    The second interaction is the first thing that a head does here, so ADM, too, takes the last maps in front of it:
+    ``docs/design.md`` says why.
     """
 
     Options = AFIDOptions

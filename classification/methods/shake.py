@@ -1,8 +1,8 @@
 """SHAKE (Li and Jin, NeurIPS 2022): a shadow head on a pre-trained teacher's features learns together with the student.
 
 The student imitates the shadow, a proxy of the teacher that adapts to the student, and not the teacher itself. Sources:
-the paper, and lilujunai/SHAKE (shake/helper/loops.py, shake/models/util.py). The official code takes the feature maps
-1 to 3; here it is the last three, whatever the number of stages.
+the paper, and lilujunai/SHAKE (shake/helper/loops.py, shake/models/util.py), which takes the feature maps 1 to 3; here
+it is the last three, whatever the number of stages.
 """
 
 from __future__ import annotations

@@ -67,9 +67,7 @@ def create_network(
         options: further options: ``preact`` and the family's for a CIFAR network, a timm model's own otherwise.
             timm's ResNets get ``zero_init_last=False`` unless told otherwise: their residual BatchNorms then start at 1
             as torchvision's, which is the paper's ImageNet recipe, and not at 0.
-
-    Raises:
-        InputError: unknown name, unknown option, or pretrained weights that do not exist or cannot be fetched.
+    Raises: InputError for an unknown name or option, or pretrained weights that do not exist or cannot be fetched.
     """
     if name in CIFAR_NETWORKS:
         return _create_cifar(name, num_classes, in_chans, pretrained, options)

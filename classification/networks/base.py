@@ -189,21 +189,18 @@ class CifarNetwork(nn.Module):
         Returns:
             ``(feature map, maps)``, the first being what ``forward_features`` returns, or the list of maps.
 
-        Raises:
-            InputError: another ``output_fmt``, or an index out of range.
+        Raises: InputError for another ``output_fmt``, or an index out of range.
         """
         if output_fmt != "NCHW":
             raise InputError(f"output_fmt {output_fmt!r}: CIFAR networks hand out 'NCHW' maps only")
         taken = taken_indices(len(self.feature_info), indices)
-        count = max(taken) + 1 if stop_early else len(self.feature_info)
-        maps = []
-        for index in range(count):
+        last, maps = len(self.feature_info) - 1, []
+        for index in range(max(taken) + 1 if stop_early else last + 1):
             x = self._next_map(index, x)
             if index in taken:
                 maps.append(x)
-        ends = count == len(self.feature_info)
-        normalised = norm and count - 1 in taken and isinstance(self.neck, nn.BatchNorm2d)
-        if ends and (normalised or not intermediates_only):
+        normalised = norm and last in taken and isinstance(self.neck, nn.BatchNorm2d)
+        if index == last and (normalised or not intermediates_only):
             x = self._last_map(x)
             if normalised:
                 maps[-1] = x
@@ -226,8 +223,7 @@ class CifarNetwork(nn.Module):
 def taken_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
     """Absolute positions among ``count`` maps for timm's three ways to ask: None = all, n = the last n, a sequence.
 
-    Raises:
-        InputError: nothing asked for, or a position out of range.
+    Raises: InputError for nothing asked for, or a position out of range.
     """
     if indices is None:
         return list(range(count))

@@ -164,9 +164,8 @@ _PUBLISHED: dict[type[nn.Module], Rules] = {
 def load_weights(network: nn.Module, file: str | Path) -> None:
     """Loads a weight file that fits exactly: in the network's own keys, or published ones for a CIFAR network.
 
-    Raises:
-        InputError: no such file, not a readable one, another architecture, or another number of classes; ``network``
-            is then unchanged.
+    Raises: InputError for no such file, not a readable one, another architecture, or another number of classes;
+        ``network`` is then unchanged.
     """
     rules = _PUBLISHED.get(type(network), ())
     _load(network, {_own_key(key, rules): tensor for key, tensor in read_state_dict(file).items()}, file)
