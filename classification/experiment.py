@@ -18,7 +18,6 @@ from classification.data.noise import LabelNoise, draw_noise, with_noise
 from classification.data.sources import sources
 from classification.distiller import ClassificationDistiller, build_networks
 from classification.networks.pretrained import load_weights, timm_keeps_head, timm_normalisation
-from classification.options import NetworkConfig
 from core.errors import InputError, first_line
 from core.images import EXTENSIONS
 from core.training.checkpoint import BEST, LAST, numbered
@@ -84,12 +83,6 @@ class Experiment:
             raise InputError(f"the images of {config.name} have no files of their own (the first is {files[0]})")
         return files
 
-    @property
-    def selection(self) -> tuple[str, Split]:
-        """The split on which ``best`` is chosen: validation where it is held out, else the test set (and so named)."""
-        held_out = self.datasets.validation
-        return ("validation", held_out) if held_out is not None else ("test", self.datasets.test)
-
 
 def build(command: Command, roles: Sequence[str] | None = None, *, check: bool = True) -> Experiment:
     """Loads the data and builds the networks, all or only ``roles``. Raises: InputError for what cannot be.
@@ -111,7 +104,8 @@ def build(command: Command, roles: Sequence[str] | None = None, *, check: bool =
     if check:
         method.check(config, list(networks), pretrained)
     files = {role: file for role, file in command.weight_files.items() if role in networks}
-    said = {role: _said_by_weights(c, files.get(role)) for role, c in networks.items()}
+    said = {r: timm_normalisation(c.name) if c.pretrained else {} for r, c in networks.items()}
+    said |= {role: read_metadata(file) for role, file in files.items()}
     distiller = ClassificationDistiller(
         build_networks(networks, classes, config.seed, files),
         networks,
@@ -127,12 +121,6 @@ def build(command: Command, roles: Sequence[str] | None = None, *, check: bool =
         channels_last=config.channels_last,
     )
     return Experiment(command, datasets, distiller, noise, pretrained, said)
-
-
-def _said_by_weights(config: NetworkConfig, file: Path | None) -> dict[str, Any]:
-    if file is not None:
-        return read_metadata(file)
-    return timm_normalisation(config.name) if config.pretrained else {}
 
 
 def first_images(split: Split, count: int) -> Tensor:

@@ -39,8 +39,8 @@ def train(command: Command) -> int:
     check_batch(experiment, accelerator.num_processes)
 
     loader = experiment.train_loader(accelerator)
-    selected_on, split = experiment.selection
-    splits = {selected_on: split, "test": experiment.datasets.test}
+    selected_on = "test" if experiment.datasets.validation is None else "validation"  # on which ``best`` is chosen
+    splits = {name: experiment.split(name) for name in (selected_on, "test")}
     evaluated = {name: experiment.evaluation_loader(split, accelerator) for name, split in splits.items()}
     if distiller.method.needs_held_out:
         distiller.held_out = experiment.evaluation_loader(experiment.split("validation"), accelerator)

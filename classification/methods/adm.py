@@ -96,13 +96,10 @@ class ADM(nn.Module):
 
     def adapters_of(self, student: str) -> list[nn.Parameter]:
         """What is optimised together with this student."""
-        modules = [m for table in (self.adm, self.stage_adapters) for key, m in table.items() if _owner(key) == student]
+        tables = (self.adm, self.stage_adapters)
+        modules = [m for table in tables for key, m in table.items() if key.startswith(f"{student}:")]
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
 def _key(student: str, teacher: str) -> str:
     return f"{student}:{teacher}"
-
-
-def _owner(key: str) -> str:
-    return key.partition(":")[0]

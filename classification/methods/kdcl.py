@@ -114,9 +114,8 @@ class KDCL(Method):
         super().__init__(options, with_adm=with_adm)
         self.views = self.options.views or ("shared" if with_adm else "separate")
         self.needs_held_out = self.options.variant == "general"
-        self.linear_weights = linear_weights
-        if self.options.variant == "linear":  # compiled, its loops would be unrolled: minutes of compilation
-            self.linear_weights = torch.compiler.disable(linear_weights)
+        # Compiled, its loops would be unrolled: minutes of compilation.
+        self.linear_weights = torch.compiler.disable(linear_weights)
         if with_adm and self.views == "separate":
             raise InputError(
                 "kdcl.views separate does not go with ADM: under separate crops and flips, location (i, j) of the two "

@@ -6,11 +6,10 @@ Files are our own, timm's, and the checkpoints that other repositories published
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from classification.networks.mobilenet import MobileNetV2
 from classification.networks.resnet import ResNet, WideResNet
@@ -167,18 +166,11 @@ def load_weights(network: nn.Module, file: str | Path) -> None:
     Raises: InputError for no such file, not a readable one, another architecture, or another number of classes;
         ``network`` is then unchanged.
     """
-    rules = _PUBLISHED.get(type(network), ())
-    _load(network, {_own_key(key, rules): tensor for key, tensor in read_state_dict(file).items()}, file)
-
-
-def _own_key(key: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def _load(network: nn.Module, state: dict[str, Tensor], file: str | Path) -> None:
-    """Strict loading, all checked before the first tensor is copied."""
+    state = {}
+    for key, tensor in read_state_dict(file).items():
+        for pattern, replacement in _PUBLISHED.get(type(network), ()):
+            key = re.sub(pattern, replacement, key)
+        state[key] = tensor
     own = network.state_dict()
     # Files older than PyTorch 0.4.1 have no num_batches_tracked; load_state_dict then leaves it as it is.
     missing = [key for key in own if key not in state and not key.endswith(".num_batches_tracked")]
@@ -191,7 +183,8 @@ def _load(network: nn.Module, state: dict[str, Tensor], file: str | Path) -> Non
             raise InputError(f"{file} holds weights for {in_file} classes, but the network has {in_network}")
     shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in reshaped]
     parts = {"missing": missing, "unexpected": unexpected, "other shape": shapes}
-    if problems := [f"{kind} {_first_few(keys)}" for kind, keys in parts.items() if keys]:
+    more = {kind: f" and {len(keys) - 3} more" if len(keys) > 3 else "" for kind, keys in parts.items()}
+    if problems := [f"{kind} {', '.join(keys[:3])}{more[kind]}" for kind, keys in parts.items() if keys]:
         raise InputError(f"{file} is of another architecture than {type(network).__name__}: {'; '.join(problems)}")
     network.load_state_dict({**own, **state})
 
@@ -203,9 +196,3 @@ def _classifier_keys(network: nn.Module) -> set[str]:
         return set()
     parameters = {id(parameter) for parameter in get_classifier().parameters()}
     return {name for name, parameter in network.named_parameters() if id(parameter) in parameters}
-
-
-def _first_few(keys: Iterable[str], count: int = 3) -> str:
-    keys = list(keys)
-    more = f" and {len(keys) - count} more" if len(keys) > count else ""
-    return ", ".join(keys[:count]) + more
