@@ -78,8 +78,6 @@ def evaluate(
     scores = {role: Scores(device) for role in roles}
     calibrations = {role: Calibration(device=device) for role in roles}
     attention = AttentionStatistics(device)
-    training = distiller.training
-    distiller.eval()
     for batch in loader:
         images, target = batch["image"].to(device, non_blocking=True), batch["target"].to(device, non_blocking=True)
         with accelerator.autocast() if accelerator is not None else torch.no_grad():
@@ -89,7 +87,6 @@ def evaluate(
                 calibrations[role].update(outputs[role].logits, target)
             for similarity in list(similarities(distiller, outputs).values())[:1]:
                 attention.update(similarity)
-    distiller.train(training)
     gathered: list[RunningSums] = [*scores.values(), *calibrations.values(), attention]
     if accelerator is not None and accelerator.num_processes > 1:
         for sums in gathered:

@@ -53,11 +53,11 @@ class Experiment:
         return make_loader(split, EVALUATION_BATCH * reading.get("world", 1), train=False, **reading)
 
     def _reading(self, accelerator: Any) -> dict[str, Any]:
-        reading = {"seed": self.command.config.seed, "workers": self.command.config.data.workers}
-        if accelerator is None:
-            return reading
-        rank, world = accelerator.process_index, accelerator.num_processes
-        return {**reading, "rank": rank, "world": world, "device": accelerator.device}
+        reading: dict[str, Any] = {"seed": self.command.config.seed, "workers": self.command.config.data.workers}
+        if accelerator is not None:
+            reading |= {"rank": accelerator.process_index, "world": accelerator.num_processes}
+            reading["device"] = accelerator.device
+        return reading
 
     def split(self, name: str) -> Split:
         """The split "test" or "validation". Raises: InputError where none is held out."""

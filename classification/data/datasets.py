@@ -194,9 +194,7 @@ def choose(
             f"data.validation {config.validation} of {len(train)} training images leaves "
             f"{'no validation' if not len(validation) else 'no training'} image"
         )
-    rest = torch.ones(len(train), dtype=torch.bool)
-    rest[held_out] = False
-    train = train[rest]
+    train = train[~torch.isin(train, validation)]
     if config.per_class is not None:
         counts = torch.bincount(train_targets[train], minlength=classes)
         if config.per_class > counts.min():
@@ -233,12 +231,11 @@ def _digits() -> tuple[Arrays, Arrays, tuple[str, ...]]:
     images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
     images = images[:, None].expand(-1, 3, -1, -1)
     targets = torch.from_numpy(digits.target).long()
-    test = stratified(targets, lambda count: round(DIGITS_TEST_SHARE * count), seed=0)
-    train = torch.ones(len(targets), dtype=torch.bool)
-    train[test] = False
     indices = torch.arange(len(targets))
+    test = stratified(targets, lambda count: round(DIGITS_TEST_SHARE * count), seed=0)
+    train = indices[~torch.isin(indices, test)]
     names = tuple(str(digit) for digit in digits.target_names)
-    return Arrays(images[train], targets[train], indices[train]), Arrays(images[test], targets[test], test), names
+    return Arrays(images[train], targets[train], train), Arrays(images[test], targets[test], test), names
 
 
 def _cifar(config: DataConfig) -> tuple[Arrays, Arrays, tuple[str, ...]]:

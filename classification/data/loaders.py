@@ -39,7 +39,7 @@ class EpochLoader(EpochOrder):
     norm needs 2). Evaluation: always from the start, in stored order; rank r sees samples r, r + world, ... once each.
 
     Args:
-        batch_size, seed, rank, world: As in `EpochOrder`.
+        batch_size, order: As in `EpochOrder`: images a step over all processes; `seed`, `rank`, `world`.
         train: Shuffle and augment.
         workers: Processes that decode images which are not held in memory; 0 decodes in this one.
         device: Where the batches end up.
@@ -53,19 +53,18 @@ class EpochLoader(EpochOrder):
         batch_size: int,
         *,
         train: bool,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
         workers: int = 0,
         device: torch.device | str = "cpu",
         views: int = 1,
+        **order: int,
     ) -> None:
-        super().__init__(len(split), batch_size, seed=seed, rank=rank, world=world)
+        super().__init__(len(split), batch_size, **order)
         self.train, self.device, self.views = train, torch.device(device), views
-        if batch_size < world:
-            raise InputError(f"a batch of {batch_size} images cannot be shared by {world} processes")
+        if batch_size < self.world:
+            raise InputError(f"a batch of {batch_size} images cannot be shared by {self.world} processes")
         if train and not len(self):
-            raise InputError(f"{self.size} training images are too few for {world} process(es): each needs at least 2")
+            few = f"{self.size} training images are too few for {self.world} process(es)"
+            raise InputError(f"{few}: each needs at least 2")
         self._read(split, workers)
 
     def __len__(self) -> int:

@@ -107,10 +107,9 @@ class Method(nn.Module):
         self.with_adm = with_adm
 
     def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
-        """Refuses what it cannot train, before any network is built.
+        """Refuses what it cannot train, before any network is built, by an InputError.
 
         Args: the run's config; the networks' roles; those of them that start from trained weights.
-        Raises: InputError.
         """
         if len(roles) < self.min_networks:
             name, there = type(self).__name__, ", ".join(roles) or "none"
