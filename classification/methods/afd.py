@@ -175,7 +175,7 @@ class AFD(Method):
             return
         gradients = {p: p.grad for p in parameters if p.grad is not None}
         tensors = [*gradients.values(), *self._gradients]
-        flat = sum_over_processes(torch.cat([t.reshape(-1) for t in tensors])) / dist.get_world_size()  # all at once
+        flat = sum_over_processes(torch.cat([t.reshape(-1) for t in tensors])).div_(dist.get_world_size())
         parts = flat.split([t.numel() for t in tensors])
         means = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
         for parameter, mean in zip(gradients, means[: len(gradients)], strict=True):

@@ -70,24 +70,15 @@ def create_network(
     Raises: InputError for an unknown name or option, or pretrained weights that do not exist or cannot be fetched.
     """
     if name in CIFAR_NETWORKS:
-        return _create_cifar(name, num_classes, in_chans, pretrained, options)
-    return _create_timm(name, num_classes, in_chans, pretrained, options)
+        build = CIFAR_NETWORKS[name]
+        if pretrained:
+            raise InputError(f"{name} has no downloadable weights: leave pretrained out and give a weight file")
+        fixed = {"num_classes", "in_chans", *getattr(build, "keywords", ())}  # the rest is free for the caller
+        free = [option for option in signature(build).parameters if option not in fixed]
+        if strange := [option for option in options if option not in free]:
+            raise InputError(f"{name} has no option {', '.join(strange)}: its options are {', '.join(free)}")
+        return build(num_classes, in_chans, **options)
 
-
-def _create_cifar(
-    name: str, num_classes: int, in_chans: int, pretrained: bool, options: dict[str, Any]
-) -> CifarNetwork:
-    if pretrained:
-        raise InputError(f"{name} has no downloadable weights: leave pretrained out and give a weight file")
-    build = CIFAR_NETWORKS[name]
-    fixed = {"num_classes", "in_chans", *getattr(build, "keywords", ())}  # the rest is free for the caller
-    free = [option for option in signature(build).parameters if option not in fixed]
-    if strange := [option for option in options if option not in free]:
-        raise InputError(f"{name} has no option {', '.join(strange)}: its options are {', '.join(free)}")
-    return build(num_classes, in_chans, **options)
-
-
-def _create_timm(name: str, num_classes: int, in_chans: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     import timm
 
     if ":" not in name and not timm.is_model(name):  # "hf-hub:..." and "local-dir:..." name a place, not a model
