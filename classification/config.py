@@ -1,62 +1,24 @@
-"""One run as a typed config, and the command-line parser made from it: of online distillation, or of another task."""
+"""The command line of a task of image classification, made from its options: of online distillation, or another."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from classification.data import DataConfig
-from classification.distiller import NetworkConfig, OptimizerConfig
-from classification.methods import METHODS, Method, parse_method
+from classification.methods import METHODS, Method
 from classification.methods.base import NoOptions
 from classification.networks.pretrained import file_hash, find_weights
-from core.adm import ADMConfig
-from core.errors import InputError
+from classification.options import NetworkConfig, TrainConfig
+from core.errors import InputError, parse_label
 from core.training.command import dry_run_wanted, parse, train_parser
-from core.training.fit import FitConfig
 from core.training.run import flatten
-from core.training.schedule import ScheduleConfig
 
 # What a resumed run may change: where and on what it runs, not what it computes.
 MAY_CHANGE = ("data.root", "data.download", "data.workers", "fit.device", "fit.keep", "fit.trackers", "progress_bar")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Trains teacher and student together.
-
-    Args:
-        data: the data set.
-        networks: one network per role, as {teacher: {name: cifar_resnet32x4}, student: {name: cifar_resnet8x4}};
-            roles are teacher, teacher_2, ..., student, student_2, ...
-        method: one of the methods listed below by its label, alone or with +adm (dml, dml+adm).
-        adm: ADM's weights and forms; they count only with +adm.
-        optimizer: SGD over all networks.
-        schedule: how the learning rate falls.
-        fit: duration, precision, logging.
-        batch_size: images per optimiser step, over all processes and accumulated parts together.
-        seed: of the networks' starts, the order of the data and the augmentation.
-        channels_last: memory layout that suits tensor cores.
-        out: the run folder; the same command again resumes it.
-        progress_bar: show one (only on a terminal).
-    """
-
-    data: DataConfig = field(default_factory=DataConfig)
-    networks: Mapping[str, NetworkConfig] = field(default_factory=dict)
-    method: str = "dml+adm"
-    adm: ADMConfig = field(default_factory=ADMConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    fit: FitConfig = field(default_factory=FitConfig)
-    batch_size: int = 128
-    seed: int = 0
-    channels_last: bool = False
-    out: Path = Path("runs/classification")
-    progress_bar: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,18 +54,23 @@ class Command:
     @property
     def method(self) -> tuple[str, bool]:
         """The method's name, and whether ADM is composed with it."""
-        return parse_method(self.config.method, self.task.methods)
+        return parse_label(self.config.method, self.task.methods)
 
     def resolved(self) -> dict[str, Any]:
         """Everything that decides the run's results, as ``config.yaml`` keeps it; ``--config`` reads it back.
 
         Raises: InputError where a weight file is missing, or is not the one that the run in ``out`` began with.
         """
+        import yaml
+
         values = asdict(self.config)
         if self.task is not ONLINE:
             values = {"task": self.task.name, **values}
-        for role, hashed in self._weight_hashes().items():
-            values["networks"][role]["sha256"] = hashed
+        file = self.config.out / "config.yaml"
+        recorded = flatten(yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+        for role, weights in self.weight_files.items():
+            expected = self.config.networks[role].sha256 or recorded.get(f"networks.{role}.sha256")
+            values["networks"][role]["sha256"] = file_hash(weights, expected)
         del values["out"]
         name, with_adm = self.method
         if not with_adm:
@@ -122,16 +89,6 @@ class Command:
         """The weight file of each network that starts from one. Raises: InputError where there is none."""
         given = {role: network for role, network in self.config.networks.items() if network.weights is not None}
         return {role: find_weights(str(network.weights), role, network.name) for role, network in given.items()}
-
-    def _weight_hashes(self) -> dict[str, str]:
-        import yaml
-
-        file = self.config.out / "config.yaml"
-        recorded = flatten(yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
-        return {
-            role: file_hash(weights, self.config.networks[role].sha256 or recorded.get(f"networks.{role}.sha256"))
-            for role, weights in self.weight_files.items()
-        }
 
 
 def make_parser(prog: str | None = None, task: Task = ONLINE) -> Any:
@@ -158,7 +115,7 @@ def parse_command(argv: Sequence[str] | None = None, prog: str | None = None, ta
     for key in ("config", "task"):
         cfg.pop(key, None)
     config = task.config(**cfg)
-    name, with_adm = parse_method(config.method, task.methods)
+    name, with_adm = parse_label(config.method, task.methods)
     _check_flags(task, name, with_adm, argv)
     if not config.networks:
         raise InputError("no networks: choose a recipe (--config), or give --networks.student.name cifar_resnet8x4")

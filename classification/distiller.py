@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,79 +12,14 @@ from torch import Tensor, nn
 
 from classification.methods import ADM, Method, Outputs
 from classification.networks import create_network
-from classification.networks.pretrained import check_weights
-from classification.networks.published import load_weights
+from classification.networks.pretrained import check_weights, load_weights
+from classification.options import NetworkConfig, OptimizerConfig
 from classification.predictions import PreviousPredictions
 from core.adm import ADMConfig
 from core.errors import InputError
 from core.network import as_network, check_network
 from core.training.distiller import Batch, Distiller, Losses, Progress
 from core.training.seed import seed_everything
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """One network.
-
-    Args:
-        name: a CIFAR network of this package (cifar_resnet20, ...) or any timm model.
-        weights: file to start from (.safetensors, published .pth); or a run folder, for the last weights of the same
-            role; or a checkpoint folder.
-        pretrained: timm's own pre-trained weights.
-        lr: this network's learning rate; the recipe's unless given.
-        mean: per channel, of images in [0, 1], subtracted before this network; unless given, what the weights were
-            trained with where their file (or timm) says so, else the data set's.
-        std: per channel, divided by.
-        sha256: of the weight file; filled in when a run is written down, checked when it is read back.
-    """
-
-    name: str
-    weights: str | None = None
-    pretrained: bool = False
-    lr: float | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    sha256: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.lr is not None and self.lr < 0:
-            raise InputError(f"the learning rate of {self.name} must not be negative: {self.lr}")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """SGD over all networks, a parameter group for each.
-
-    Args:
-        lr: learning rate.
-        learning_rates: other rates by network name, wildcards allowed, as {cifar_mobilenetv2*: 0.01}.
-        momentum: momentum.
-        weight_decay: weight decay of all parameters.
-        nesterov: Nesterov's momentum.
-    """
-
-    lr: float = 0.1
-    learning_rates: Mapping[str, float] = field(default_factory=dict)
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    nesterov: bool = False
-
-    def __post_init__(self) -> None:
-        if min(self.lr, self.momentum, self.weight_decay, *self.learning_rates.values()) < 0:
-            raise InputError("optimizer: learning rates, momentum and weight decay must not be negative")
-        if self.nesterov and not self.momentum:
-            raise InputError("optimizer.nesterov needs optimizer.momentum above 0")
-
-    def rate(self, network: NetworkConfig) -> float:
-        """The base learning rate of a network: its own, else the first pattern that fits, else ``lr``."""
-        if network.lr is not None:
-            return network.lr
-        fitting = (rate for pattern, rate in self.learning_rates.items() if fnmatch.fnmatch(network.name, pattern))
-        return next(fitting, self.lr)
-
-    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimiser of ``parameter_groups()``."""
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
 
 class ClassificationDistiller(Distiller):
@@ -255,25 +188,14 @@ class ClassificationDistiller(Distiller):
         return getattr(network, "model", network)  # the timm model inside a layout adapter
 
     def metadata(self, role: str) -> dict[str, str]:
-        mean, std = self.normalisation[role]
-        export_note = {"export_note": self.method.export_note} if self.method.export_note else {}
-        return {
-            "role": role,
-            "architecture": self.configs[role].name,
-            "num_classes": str(self.num_classes),
-            "mean": json.dumps(list(mean)),
-            "std": json.dumps(list(std)),
-            **export_note,
-        }
+        mean, std = (json.dumps(list(values)) for values in self.normalisation[role])
+        said = {"role": role, "architecture": self.configs[role].name, "num_classes": str(self.num_classes)}
+        note = {"export_note": self.method.export_note} if self.method.export_note else {}
+        return {**said, "mean": mean, "std": std, **note}
 
 
 def build_networks(
-    configs: Mapping[str, NetworkConfig],
-    num_classes: int,
-    seed: int,
-    *,
-    files: Mapping[str, Path] | None = None,
-    in_chans: int = 3,
+    configs: Mapping[str, NetworkConfig], num_classes: int, seed: int, files: Mapping[str, Path] | None = None
 ) -> dict[str, nn.Module]:
     """The networks by role, each initialised from (seed, role) alone: a student starts alike whatever trains beside it.
 
@@ -285,12 +207,8 @@ def build_networks(
         if role.partition("_")[0] not in ("teacher", "student"):
             raise InputError(f"unknown role {role!r}: networks are teacher, teacher_2, ..., student, student_2, ...")
         seed_everything(seed, "network", role)
-        networks[role] = create_network(config.name, num_classes, in_chans=in_chans, pretrained=config.pretrained)
+        networks[role] = create_network(config.name, num_classes, pretrained=config.pretrained)
         if (file := (files or {}).get(role)) is not None:
             check_weights(file, role, config.name, num_classes, config.sha256)
             load_weights(networks[role], file)
     return networks
-
-
-def has_batchnorm(network: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())

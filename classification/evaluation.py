@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +37,11 @@ class Scores(RunningSums):
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "nll": nll / count}
 
 
-class Evaluation:
+class Evaluation(NamedTuple):
     """What one pass gathers: ``values`` to log, and the calibration of each role for a reliability diagram."""
 
-    def __init__(self, values: dict[str, float], calibrations: dict[str, Calibration]) -> None:
-        self.values, self.calibrations = values, calibrations
+    values: dict[str, float]
+    calibrations: dict[str, Calibration]
 
 
 def similarities(distiller: ClassificationDistiller, outputs: Outputs) -> dict[tuple[str, str], Tensor]:
@@ -78,8 +78,6 @@ def evaluate(
     scores = {role: Scores(device) for role in roles}
     calibrations = {role: Calibration(device=device) for role in roles}
     attention = AttentionStatistics(device)
-    training = distiller.training
-    distiller.eval()
     for batch in loader:
         images, target = batch["image"].to(device, non_blocking=True), batch["target"].to(device, non_blocking=True)
         with accelerator.autocast() if accelerator is not None else torch.no_grad():
@@ -89,7 +87,6 @@ def evaluate(
                 calibrations[role].update(outputs[role].logits, target)
             for similarity in list(similarities(distiller, outputs).values())[:1]:
                 attention.update(similarity)
-    distiller.train(training)
     gathered: list[RunningSums] = [*scores.values(), *calibrations.values(), attention]
     if accelerator is not None and accelerator.num_processes > 1:
         for sums in gathered:

@@ -2,64 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from classification.config import ONLINE, Command, Task, TrainConfig, parse_command, task_of
-from classification.data import DataSets, Split, Streamed, load_datasets, make_loader
+from classification.config import ONLINE, Command, Task, parse_command, task_of
+from classification.data import DataSets, InMemoryLoader, Split, Streamed, StreamLoader, load_datasets, make_loader
 from classification.data.datasets import IN_MEMORY_NAMES
 from classification.data.noise import LabelNoise, draw_noise, with_noise
-from classification.data.sources import folder_sources, timm_sources
-from classification.distiller import ClassificationDistiller, NetworkConfig, build_networks, has_batchnorm
-from classification.networks.pretrained import timm_keeps_head, timm_normalisation
-from classification.networks.published import load_weights
+from classification.data.sources import sources
+from classification.distiller import ClassificationDistiller, build_networks
+from classification.networks.pretrained import load_weights, timm_keeps_head, timm_normalisation
 from core.errors import InputError, first_line
 from core.images import EXTENSIONS
 from core.weights import read_metadata, read_torch
 
 EVALUATION_BATCH = 256
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and std, per channel, of images in [0, 1]."""
 
 
 @dataclass
 class Experiment:
-    """The data sets and the distiller of one run, on the CPU."""
+    """The data sets and the distiller of one run, on the CPU.
+
+    ``pretrained``: the roles that start from weights, their classifiers included. ``said``: of each role, mean and std
+    that its weights were trained with, where their file or timm says so.
+    """
 
     command: Command
     datasets: DataSets
     distiller: ClassificationDistiller
-    noise: LabelNoise | None = None
+    noise: LabelNoise | None
+    pretrained: Sequence[str]
+    said: Mapping[str, Mapping[str, Any]]
 
-    def train_loader(self, accelerator: Any) -> Any:
+    def train_loader(self, accelerator: Any = None) -> InMemoryLoader | StreamLoader:
         """Augmented batches of the training split for this process."""
-        config = self.command.config
         views = len(self.distiller.networks) if self.distiller.method.views == "separate" else 1
-        return self._loader(self.datasets.train, config.batch_size, accelerator, train=True, views=views)
+        batch_size = self.command.config.batch_size
+        return make_loader(self.datasets.train, batch_size, train=True, views=views, **self._reading(accelerator))
 
-    def evaluation_loader(self, split: Split, accelerator: Any = None) -> Any:
+    def evaluation_loader(self, split: Split, accelerator: Any = None) -> InMemoryLoader | StreamLoader:
         """This process's part of a split, as stored."""
-        world = accelerator.num_processes if accelerator is not None else 1
-        return self._loader(split, EVALUATION_BATCH * world, accelerator, train=False, views=1)
+        reading = self._reading(accelerator)
+        return make_loader(split, EVALUATION_BATCH * reading.get("world", 1), train=False, **reading)
 
-    def _loader(self, split: Split, batch_size: int, accelerator: Any, *, train: bool, views: int) -> Any:
-        config = self.command.config
-        return make_loader(
-            split,
-            batch_size,
-            train=train,
-            seed=config.seed,
-            rank=accelerator.process_index if accelerator is not None else 0,
-            world=accelerator.num_processes if accelerator is not None else 1,
-            workers=config.data.workers,
-            device=accelerator.device if accelerator is not None else "cpu",
-            views=views,
-        )
+    def _reading(self, accelerator: Any) -> dict[str, Any]:
+        reading: dict[str, Any] = {"seed": self.command.config.seed, "workers": self.command.config.data.workers}
+        if accelerator is not None:
+            reading |= {"rank": accelerator.process_index, "world": accelerator.num_processes}
+            reading["device"] = accelerator.device
+        return reading
 
     def split(self, name: str) -> Split:
         """The split "test" or "validation". Raises: InputError where none is held out."""
@@ -79,29 +76,11 @@ class Experiment:
         elif config.name in IN_MEMORY_NAMES:
             raise InputError(f"the images of {config.name} have no files of their own")
         else:  # a split in memory has left its source behind: list the files again
-            timm = "/" in config.name
-            sources = timm_sources(config.name, config.root, False) if timm else folder_sources(config.root)
-            source = sources[name == "test"]
+            source = sources(config.name, config.root)[name == "test"]
         files = [Path(source.describe(int(index))) for index in split.indices]
         if files[0].suffix.lower() not in EXTENSIONS:
             raise InputError(f"the images of {config.name} have no files of their own (the first is {files[0]})")
         return files
-
-    def starts_trained(self, role: str) -> bool:
-        """Whether a network starts from weights, its classifier included."""
-        return _starts_trained(self.command.config.networks[role], self.datasets.num_classes)
-
-    def trained_normalisation(self, role: str) -> Normalisation:
-        """Mean and std that a network's weights were trained with; where nothing says them, those it is given."""
-        mean, std = self.distiller.normalisation[role]
-        said = _said_by_weights(self.command.config.networks[role], self.command.weight_files.get(role))
-        return said.get("mean", mean), said.get("std", std)
-
-    @property
-    def selection(self) -> tuple[str, Split]:
-        """The split on which ``best`` is chosen: validation where it is held out, else the test set (and so named)."""
-        held_out = self.datasets.validation
-        return ("validation", held_out) if held_out is not None else ("test", self.datasets.test)
 
 
 def build(command: Command, roles: Sequence[str] | None = None, *, check: bool = True) -> Experiment:
@@ -109,55 +88,38 @@ def build(command: Command, roles: Sequence[str] | None = None, *, check: bool =
 
     ``check``: ask the method too whether it can train them; of a trained run that has been answered.
     """
-    config = command.config
-    datasets, noise = _with_noise(load_datasets(config.data), config)
+    config, data = command.config, command.config.data
+    datasets, noise = load_datasets(data), None
+    if data.noise:
+        seed = config.seed if data.noise_seed is None else data.noise_seed
+        targets = datasets.train.targets
+        noise = draw_noise(targets, datasets.num_classes, data.noise, seed, exclude_true=data.noise_exclude_true)
+        datasets = replace(datasets, train=with_noise(datasets.train, noise))
     networks = {role: c for role, c in config.networks.items() if roles is None or role in roles}
     name, with_adm = command.method
     method = command.task.methods[name](command.options, with_adm=with_adm)
+    classes = datasets.num_classes
+    pretrained = [r for r, c in networks.items() if c.weights or (c.pretrained and timm_keeps_head(c.name, classes))]
     if check:
-        pretrained = [role for role, c in networks.items() if _starts_trained(c, datasets.num_classes)]
         method.check(config, list(networks), pretrained)
     files = {role: file for role, file in command.weight_files.items() if role in networks}
+    said = {r: timm_normalisation(c.name) if c.pretrained else {} for r, c in networks.items()}
+    said |= {role: read_metadata(file) for role, file in files.items()}
     distiller = ClassificationDistiller(
-        build_networks(networks, datasets.num_classes, config.seed, files=files, in_chans=datasets.channels),
+        build_networks(networks, classes, config.seed, files),
         networks,
-        {role: _normalisation(c, files.get(role), datasets) for role, c in networks.items()},
+        {
+            role: (c.mean or said[role].get("mean", datasets.mean), c.std or said[role].get("std", datasets.std))
+            for role, c in networks.items()
+        },
         method,
         config.adm if with_adm else None,
         config.optimizer,
         first_images(datasets.train, 2),
-        num_classes=datasets.num_classes,
+        num_classes=classes,
         channels_last=config.channels_last,
     )
-    return Experiment(command, datasets, distiller, noise)
-
-
-def _normalisation(config: NetworkConfig, file: Path | None, datasets: DataSets) -> Normalisation:
-    """Mean and std of a network: the config's, else what its weights were trained with, else the data set's."""
-    said = _said_by_weights(config, file)
-    return config.mean or said.get("mean", datasets.mean), config.std or said.get("std", datasets.std)
-
-
-def _said_by_weights(config: NetworkConfig, file: Path | None) -> dict[str, Any]:
-    """``mean`` and ``std`` that a network's weights were trained with, where their file or timm says so."""
-    if file is not None:
-        return read_metadata(file)
-    return timm_normalisation(config.name) if config.pretrained else {}
-
-
-def _starts_trained(config: NetworkConfig, num_classes: int) -> bool:
-    """Whether a network starts from weights, its classifier included."""
-    return config.weights is not None or (config.pretrained and timm_keeps_head(config.name, num_classes))
-
-
-def _with_noise(datasets: DataSets, config: TrainConfig) -> tuple[DataSets, LabelNoise | None]:
-    data = config.data
-    if not data.noise:
-        return datasets, None
-    seed = config.seed if data.noise_seed is None else data.noise_seed
-    targets = datasets.train.targets
-    noise = draw_noise(targets, datasets.num_classes, data.noise, seed, exclude_true=data.noise_exclude_true)
-    return replace(datasets, train=with_noise(datasets.train, noise)), noise
+    return Experiment(command, datasets, distiller, noise, pretrained, said)
 
 
 def first_images(split: Split, count: int) -> Tensor:
@@ -179,7 +141,7 @@ def check_batch(experiment: Experiment, processes: int) -> None:
         raise InputError(f"batch_size {batch_size} cannot be shared by {processes} process(es) x {parts} part(s)")
     share, last = batch_size // processes, len(experiment.datasets.train) % batch_size // processes
     smallest = min(share, last) if last >= 2 else share  # the loader drops a last batch of fewer than 2
-    if smallest < 2 * parts and any(has_batchnorm(network) for network in experiment.distiller.networks.values()):
+    if smallest < 2 * parts and any(isinstance(m, _BatchNorm) for m in experiment.distiller.networks.modules()):
         where = "" if smallest == share else f" in the last batch of an epoch ({last} images a process)"
         raise InputError(
             f"batch_size {batch_size} over {processes} process(es) and {parts} part(s) leaves BatchNorm one image at a "
@@ -198,10 +160,8 @@ def command_of(run: Path, task: Task = ONLINE) -> Command:
     Raises: InputError where there is no such run, or one of another task.
     """
     file = run / "config.yaml"
-    if not run.is_dir():
-        raise InputError(f"no run folder {run}")
     if not file.is_file():
-        raise InputError(f"{run} is no run folder: it has no config.yaml")
+        raise InputError(f"{run} is no run folder: it has no config.yaml" if run.is_dir() else f"no run folder {run}")
     if (said := task_of(file) or ONLINE.name) != task.name:
         raise InputError(f"{run} is a run of {said}: use the tools in {said}/tools")
     try:

@@ -52,14 +52,10 @@ def count(call: Callable[[], Any]) -> Flops:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    def of_output(cost: int) -> Callable[..., int]:
-        return lambda *args, out_shape, **kwargs: cost * out_shape.numel()
+    def elements(cost: int, of_input: bool) -> Callable[..., int]:
+        return lambda *args, out_shape, **_: cost * (args[0] if of_input else out_shape).numel()
 
-    def of_input(cost: int) -> Callable[..., int]:
-        return lambda shape, *args, out_shape, **kwargs: cost * shape.numel()
-
-    table = {op: of_output(cost) for op, cost in OF_OUTPUT.items()}
-    table |= {op: of_input(cost) for op, cost in OF_INPUT.items()}
+    table = {op: elements(cost, of is OF_INPUT) for of in (OF_OUTPUT, OF_INPUT) for op, cost in of.items()}
     # The counter knows no fused attention of the CPU: as plain matrix products it counts everywhere alike.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=table) as counter:
         call()

@@ -107,15 +107,15 @@ class PredictionStore:
         _write_rows(self.probabilities, epoch % 2 * self.samples + rows, probabilities)
 
     def read(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(float16 ``[B, K]``, bool ``[B]``): what that epoch wrote of these images, and whether it did; else 0."""
-        written = self._map(self.epochs, np.int32)[epoch % 2, rows] == epoch + 1
+        """(float16 ``[B, K]``, bool ``[B]``): what that epoch (-1: none) wrote of these images, or 0; if it did."""
+        written = self._written(epoch, rows)
         probabilities = np.array(self._map(self.probabilities, np.float16, self.classes)[epoch % 2, rows])
         probabilities[~written] = 0
         return probabilities, written
 
     def count(self, epoch: int) -> int:
         """How many images have a row of that epoch."""
-        return int((self._map(self.epochs, np.int32)[epoch % 2] == epoch + 1).sum())
+        return int(self._written(epoch, slice(None)).sum())
 
     def sync(self) -> None:
         """Returns once all that was written is on the disk itself."""
@@ -125,6 +125,9 @@ class PredictionStore:
 
     def _identity(self) -> dict[str, Any]:
         return {"samples": self.samples, "classes": self.classes, "targets_hash": self.data}
+
+    def _written(self, epoch: int, rows: Any) -> np.ndarray:
+        return (self._map(self.epochs, np.int32)[epoch % 2, rows] == epoch + 1) & (epoch >= 0)
 
     def _map(self, file: Path, dtype: Any, *row: int) -> np.ndarray:
         return np.memmap(file, dtype, "r", shape=(2, self.samples, *row))
@@ -199,11 +202,7 @@ class PreviousPredictions(nn.Module):
         delta = delta_of(epoch, progress.epochs, self.delta)
         added: dict[str, Tensor] = {}
         for role, store in self.stores.items():
-            if epoch > 0:
-                previous, known = store.read(epoch - 1, self._rows)
-            else:  # the same tensors from the first step on: torch.compile would compile anew for others
-                previous = np.zeros((len(self._rows), store.classes), np.float16)
-                known = np.zeros(len(self._rows), np.bool_)
+            previous, known = store.read(epoch - 1, self._rows)
             added[f"previous/{role}"] = _to(previous, batch["index"].device).float()
             added[f"delta/{role}"] = _to(delta * known.astype(np.float32), batch["index"].device)
         return {**batch, **added}
@@ -258,18 +257,18 @@ class PreviousPredictions(nn.Module):
             return {}
         self._write()
         epoch, steps = self._next
-        return {role: self._state(role, store, epoch, steps) for role, store in self.stores.items()}
-
-    def _state(self, role: str, store: PredictionStore, epoch: int, steps: int) -> dict[str, Any]:
-        store.sync()
-        return {
-            "path": f"{FOLDER}/{role}",
-            "shape": [2, store.samples, store.classes],
-            "data": store.data,
-            "epoch": epoch,  # the next step's; and how many rows it finds of the epoch before and of its own
-            "previous": store.count(epoch - 1) if epoch > 0 else 0,
-            "current": steps * self.loader.batch_size,
-        }
+        state = {}
+        for role, store in self.stores.items():
+            store.sync()
+            state[role] = {
+                "path": f"{FOLDER}/{role}",
+                "shape": [2, store.samples, store.classes],
+                "data": store.data,
+                "epoch": epoch,  # the next step's; and how many rows it finds of the epoch before and of its own
+                "previous": store.count(epoch - 1),
+                "current": steps * self.loader.batch_size,
+            }
+        return state
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Raises: InputError where the attached stores do not hold what a resume from this checkpoint needs."""
@@ -291,7 +290,7 @@ def _problems(store: PredictionStore, said: Mapping[str, Any]) -> Iterator[str]:
         yield f"it was made for {said['shape'][1]} samples of {said['shape'][2]} classes, data {said['data']}"
     else:
         epoch = said["epoch"]
-        if epoch > 0 and (rows := store.count(epoch - 1)) != said["previous"]:
+        if (rows := store.count(epoch - 1)) != said["previous"]:
             yield f"{rows} predictions of epoch {epoch - 1} instead of {said['previous']}, later epochs overwrite them"
         if (rows := store.count(epoch)) < said["current"]:
             yield f"{rows} predictions of epoch {epoch} instead of {said['current']}"

@@ -39,10 +39,9 @@ def train(command: Command) -> int:
     check_batch(experiment, accelerator.num_processes)
 
     loader = experiment.train_loader(accelerator)
-    selected_on, split = experiment.selection
-    evaluated = {selected_on: experiment.evaluation_loader(split, accelerator)}
-    if selected_on != "test":
-        evaluated["test"] = experiment.evaluation_loader(experiment.datasets.test, accelerator)
+    selected_on = "test" if experiment.datasets.validation is None else "validation"  # on which ``best`` is chosen
+    splits = {name: experiment.split(name) for name in (selected_on, "test")}
+    evaluated = {name: experiment.evaluation_loader(split, accelerator) for name, split in splits.items()}
     if distiller.method.needs_held_out:
         distiller.held_out = experiment.evaluation_loader(experiment.split("validation"), accelerator)
     if distiller.previous is not None:
@@ -50,11 +49,11 @@ def train(command: Command) -> int:
     student = next((r for r in distiller.networks if r.startswith("student")), next(iter(distiller.networks)))
 
     def scores(roles: Sequence[str]) -> dict[str, Any]:
-        values = evaluate(distiller, evaluated[selected_on], accelerator, roles).values
-        result: dict[str, Any] = {"split": selected_on, **values}
-        if selected_on != "test":
-            test = evaluate(distiller, evaluated["test"], accelerator, roles).values
-            result |= {f"test/{name}": value for name, value in test.items()}
+        result: dict[str, Any] = {"split": selected_on}
+        for name, loader in evaluated.items():
+            prefix = "" if name == selected_on else f"{name}/"
+            values = evaluate(distiller, loader, accelerator, roles).values
+            result |= {f"{prefix}{key}": value for key, value in values.items()}
         return result
 
     epochs = durations(config.fit, len(loader))[0] / len(loader)
@@ -63,7 +62,7 @@ def train(command: Command) -> int:
     known: dict[str, Any] = {}  # what the fixed networks score: they are not evaluated again
     if fixed:
         distiller.to(accelerator.device)
-        start = scores([*fixed, *(r for r in distiller.trained() if experiment.starts_trained(r))])
+        start = scores([*fixed, *(r for r in distiller.trained() if r in experiment.pretrained)])
         known = {name: value for name, value in start.items() if role_of(name) in fixed}
         run.open()
         for line in remarks(experiment, fixed, start):
@@ -122,7 +121,8 @@ def remarks(experiment: Experiment, fixed: Sequence[str], start: Mapping[str, An
     for role in fixed:
         top1, name = start[f"{role}/top1"], experiment.distiller.configs[role].name
         lines.append(f"{role} ({name}, fixed): top-1 {top1:.2f} % on {split}")
-        given, trained = experiment.distiller.normalisation[role], experiment.trained_normalisation(role)
+        given, said = experiment.distiller.normalisation[role], experiment.said[role]
+        trained = said.get("mean", given[0]), said.get("std", given[1])
         if any(abs(a - b) > 0.005 for x, y in zip(given, trained, strict=True) for a, b in zip(x, y, strict=True)):
             lines.append(
                 f"warning: {role} was trained with mean and std {_short(trained)}, and config says {_short(given)}: "
@@ -159,16 +159,10 @@ def look(command: Command) -> int:
     if distiller.previous is not None:
         check_saves(config.fit, len(loader))
 
-    def timed() -> Iterator[str]:
-        seconds = seconds_a_step(
-            distiller,
-            loader,
-            config.optimizer.make,
-            accelerator,
-            accumulate=config.fit.accumulate,
-            clip=config.fit.clip,
-        )
-        yield from estimate(steps, seconds, accelerator.device)
+    def timed() -> list[str]:
+        parts, clip = config.fit.accumulate, config.fit.clip
+        seconds = seconds_a_step(distiller, loader, config.optimizer.make, accelerator, accumulate=parts, clip=clip)
+        return estimate(steps, seconds, accelerator.device)
 
     lines = chain(describe(experiment, accelerator), [f"{len(loader):,} steps an epoch, {steps:,} in all"])
     return dry_run(command.resolved(), lines, timed if command.dry_run == "time" else None)

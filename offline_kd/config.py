@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from classification.config import Task, TrainConfig
-from classification.distiller import OptimizerConfig
+from classification.config import Task
+from classification.options import OptimizerConfig, TrainConfig
 from core.adm import ADMConfig
 from core.training.fit import FitConfig
 from core.training.schedule import ScheduleConfig

@@ -1,13 +1,12 @@
 """Data sets and loaders: `load_datasets(DataConfig(...))`, then `make_loader` for each split."""
 
-from classification.data.config import Augmentation, DataConfig
-from classification.data.datasets import Arrays, DataSets, Split, Streamed, load_datasets
-from classification.data.loaders import Batch, InMemoryLoader, StreamLoader, make_loader
+from classification.data.datasets import DataConfig, DataSets, load_datasets
+from classification.data.loaders import InMemoryLoader, StreamLoader, make_loader
+from classification.data.sources import Arrays, Augmentation, Split, Streamed
 
 __all__ = [
     "Arrays",
     "Augmentation",
-    "Batch",
     "DataConfig",
     "DataSets",
     "InMemoryLoader",

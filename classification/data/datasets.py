@@ -1,4 +1,4 @@
-"""Data sets as train, validation and test splits, either decoded in memory or read image by image.
+"""What to train on: data sets as train, validation and test splits, decoded in memory or read image by image.
 
 Means and standard deviations (of pixels in [0, 1]): CIFAR-100 as in HobbitLong/RepDistiller and
 megvii-research/mdistiller, CIFAR-10 as in KellerJordan/cifar10-airbench, ImageNet's for everything else.
@@ -7,17 +7,16 @@ megvii-research/mdistiller, CIFAR-10 as in KellerJordan/cifar10-airbench, ImageN
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classification.data.config import Augmentation, DataConfig
-from classification.data.sources import Source, folder_sources, timm_sources
+from classification.data.loaders import StreamLoader
+from classification.data.sources import Arrays, Augmentation, Source, Split, Streamed, check_in_memory, sources
 from core.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -45,42 +44,49 @@ DIGITS_TEST_SHARE = 0.2
 
 
 @dataclass(frozen=True)
-class Arrays:
-    """A split in memory.
+class DataConfig:
+    """Data set, image size, augmentation and subsets.
 
-    `images` uint8 [N, C, H, W], `targets` int64 [N], `indices` int64 [N]: the images' positions in the stored split,
-    before any subset. `augmentation` (crop_flip, crop or none) and `padding` (pixels) are what training applies.
+    Args:
+        name: cifar10, cifar100, digits (scikit-learn's handwritten digits: no file, no download), imagenet or folder
+            (`root/{train,val}/<class>/*.jpg`, or `root/{train,val}.tar`), or a name of timm's data set factory with
+            random access: `torch/<name>` (torchvision) or `hfds/<name>` (Hugging Face).
+        root: Folder that holds the data set.
+        download: Fetch the data set into `root` if it is missing (cifar10, cifar100, torch/...).
+        image_size: Height and width in pixels. Empty: the set's own, that is 32 for CIFAR, 16 for digits, 224 for
+            imagenet; for other sets the size of the first image if that is square and at most 64, else 224.
+        in_memory: Hold the decoded images in memory, on the device that trains. Empty: yes for CIFAR and digits, and
+            for other sets up to 64 pixels and 2 GiB of uint8.
+        augmentation: crop_flip (random crop of the zero-padded image, flip with probability 0.5), crop,
+            random_resized_crop (with flip) or none. Empty: crop for digits (a flipped digit is another shape),
+            crop_flip up to 64 pixels, random_resized_crop above.
+        padding: Zero pixels added on each side before a crop.
+        validation: Share of the training images held out for validation, in [0, 1); stratified, drawn by `split_seed`.
+        classes: Only the first so many classes, in the data set's order. Empty: all.
+        per_class: Only so many training images of each class, drawn by `split_seed`. Empty: all.
+        workers: Processes that decode images, for data not held in memory; 0 decodes in the main process.
+        split_seed: Seed of the validation split and of the `per_class` subset.
+        noise: Share of the training images, in [0, 1), whose labels are drawn anew, uniformly over all classes (Table
+            21); the run folder's `label_noise.safetensors` tells which. Validation and test labels stay true.
+        noise_exclude_true: Draw each of them from the other classes alone.
+        noise_seed: Seed of the draw. Empty: the run's.
     """
 
-    images: Tensor
-    targets: Tensor
-    indices: Tensor
-    augmentation: Augmentation = "none"
-    padding: int = 0
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """A split read image by image from `source`.
-
-    `targets`, `indices` as in `Arrays`. `augment` (training) and `transform` (evaluation) take an RGB image to uint8
-    [C, H, W]; `augment` may draw from the random generators of Python, NumPy and torch.
-    """
-
-    source: Source
-    targets: Tensor
-    indices: Tensor
-    augment: Callable[[Any], Tensor]
-    transform: Callable[[Any], Tensor]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
-Split = Arrays | Streamed
+    name: str = "cifar100"
+    root: str = "data"
+    download: bool = False
+    image_size: int | None = None
+    in_memory: bool | None = None
+    augmentation: Augmentation | None = None
+    padding: int = 4
+    validation: float = 0.0
+    classes: int | None = None
+    per_class: int | None = None
+    workers: int = 4
+    split_seed: int = 0
+    noise: float = 0.0
+    noise_exclude_true: bool = False
+    noise_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,22 +101,48 @@ class DataSets:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
-    channels: int = 3
 
 
 def load_datasets(config: DataConfig) -> DataSets:
-    """Read the data set: whole into memory, or only its list of files.
+    """Reads the data set: whole into memory, or only its list of files.
 
-    Raises:
-        InputError: unknown name, missing or broken files, an impossible subset, image size or augmentation. The message
-            says which, and how to mend it.
+    Raises: InputError for an unknown name, missing or broken files, an impossible subset, image size or augmentation.
     """
     _check(config)
+    train: Any  # Arrays or a Source
+    test: Any
     if config.name in IN_MEMORY_NAMES:
-        return _load_arrays(config)
-    if "/" in config.name:
-        return _load_sources(config, *timm_sources(config.name, config.root, config.download))
-    return _load_sources(config, *folder_sources(config.root))
+        train, test, names = _digits() if config.name == "digits" else _cifar(config)
+    else:
+        train, test = sources(config.name, config.root, config.download)
+        names = train.class_names
+    chosen = choose(train.targets, test.targets, names, config)
+    size = config.image_size or OWN_SIZE.get(config.name) or _own_size(config, train, int(chosen[0][0]))
+    in_memory = config.in_memory
+    if in_memory is None:
+        fits = size <= SMALL and sum(map(len, chosen)) * 3 * size**2 <= MEMORY_BUDGET
+        in_memory = isinstance(train, Arrays) or (fits and config.augmentation != "random_resized_crop")
+    usual: Augmentation = "crop_flip" if in_memory or size <= SMALL else "random_resized_crop"
+    augmentation = config.augmentation or ("crop" if config.name == "digits" else usual)
+    if in_memory:
+        check_in_memory(augmentation)
+
+    def take(stored: Any, indices: Tensor) -> Split:
+        targets = stored.targets[indices]
+        if isinstance(stored, Arrays):
+            return Arrays(resize(stored.images[indices], size), targets, stored.indices[indices])
+        if in_memory:
+            resizing = config.image_size is not None or config.name in OWN_SIZE
+            return _decode_all(_Sized(stored, size, resizing), indices, size, config.workers)
+        return Streamed(stored, targets, indices, *transforms(augmentation, size, config.padding))
+
+    training = take(train, chosen[0])
+    if isinstance(training, Arrays):
+        training = replace(training, augmentation=augmentation, padding=config.padding)
+    validation = take(train, chosen[1]) if len(chosen[1]) else None
+    names = names[: config.classes]
+    mean, std = STATISTICS.get(config.name.rsplit("/", 1)[-1].lower(), IMAGENET_STATISTICS)
+    return DataSets(training, validation, take(test, chosen[2]), len(names), names, mean, std, size)
 
 
 def _check(config: DataConfig) -> None:
@@ -118,10 +150,9 @@ def _check(config: DataConfig) -> None:
         raise unknown("data set", config.name, NAMES)
     if config.augmentation is not None and config.augmentation not in get_args(Augmentation):
         raise unknown("augmentation", config.augmentation, get_args(Augmentation))
-    if not 0 <= config.validation < 1:
-        raise InputError(f"data.validation is a share in [0, 1), not {config.validation}")
-    if not 0 <= config.noise < 1:
-        raise InputError(f"data.noise is a share in [0, 1), not {config.noise}")
+    for field in ("validation", "noise"):
+        if not 0 <= getattr(config, field) < 1:
+            raise InputError(f"data.{field} is a share in [0, 1), not {getattr(config, field)}")
     for field, least in (("image_size", 1), ("classes", 1), ("per_class", 1), ("padding", 0), ("workers", 0)):
         value = getattr(config, field)
         if value is not None and value < least:
@@ -129,69 +160,6 @@ def _check(config: DataConfig) -> None:
     if config.name in IN_MEMORY_NAMES and config.in_memory is False:
         hint = f"; torch/{config.name} streams it" if config.name != "digits" else ""
         raise InputError(f"data set {config.name} is always held in memory: leave data.in_memory out{hint}")
-
-
-def _load_arrays(config: DataConfig) -> DataSets:
-    train, test, names = _digits() if config.name == "digits" else _cifar(config)
-    size = config.image_size or OWN_SIZE[config.name]
-    augmentation = config.augmentation or ("crop" if config.name == "digits" else "crop_flip")
-    check_in_memory(augmentation)
-
-    def take(split: Arrays, indices: Tensor) -> Arrays:
-        return Arrays(resize(split.images[indices], size), split.targets[indices], split.indices[indices])
-
-    chosen = choose(train.targets, test.targets, names, config)
-    validation = take(train, chosen[1]) if len(chosen[1]) else None
-    return _describe(config, take(train, chosen[0]), validation, take(test, chosen[2]), names, size, augmentation)
-
-
-def _load_sources(config: DataConfig, train: Source, test: Source) -> DataSets:
-    names = train.class_names
-    chosen = choose(train.targets, test.targets, names, config)
-    size = config.image_size or OWN_SIZE.get(config.name) or _own_size(config, train, int(chosen[0][0]))
-    in_memory = config.in_memory
-    if in_memory is None:
-        fits = size <= SMALL and sum(map(len, chosen)) * 3 * size**2 <= MEMORY_BUDGET
-        in_memory = fits and config.augmentation != "random_resized_crop"
-    augmentation = config.augmentation or ("crop_flip" if in_memory or size <= SMALL else "random_resized_crop")
-    if in_memory:
-        check_in_memory(augmentation)
-        resizing = config.image_size is not None or config.name in OWN_SIZE
-    else:
-        augment, transform = transforms(augmentation, size, config.padding)
-
-    def take(source: Source, indices: Tensor) -> Split:
-        if in_memory:
-            return _decode_all(source, indices, size, resizing, config.workers)
-        return Streamed(source, source.targets[indices], indices, augment, transform)
-
-    validation = take(train, chosen[1]) if len(chosen[1]) else None
-    return _describe(config, take(train, chosen[0]), validation, take(test, chosen[2]), names, size, augmentation)
-
-
-def _describe(
-    config: DataConfig,
-    train: Split,
-    validation: Split | None,
-    test: Split,
-    names: tuple[str, ...],
-    size: int,
-    augmentation: Augmentation,
-) -> DataSets:
-    if isinstance(train, Arrays):
-        train = replace(train, augmentation=augmentation, padding=config.padding)
-    names = names[: config.classes]
-    mean, std = STATISTICS.get(config.name.rsplit("/", 1)[-1].lower(), IMAGENET_STATISTICS)
-    return DataSets(train, validation, test, len(names), names, mean, std, size)
-
-
-def check_in_memory(augmentation: Augmentation) -> None:
-    """Raises InputError for an augmentation that decoded images of one size do not allow."""
-    if augmentation == "random_resized_crop":
-        raise InputError(
-            "augmentation random_resized_crop needs images that are not held in memory: set data.in_memory to false "
-            "(folder, imagenet, torch/<name>), or choose crop_flip, crop or none"
-        )
 
 
 def _own_size(config: DataConfig, source: Source, position: int) -> int:
@@ -211,8 +179,7 @@ def choose(
 
     The held-out images are drawn before `per_class`, so that they stay the same for every training subset.
 
-    Raises:
-        InputError: more classes or images asked for than there are, or a split that stays empty.
+    Raises: InputError for more classes or images asked for than there are, or a split that stays empty.
     """
     classes = config.classes or len(names)
     if classes > len(names):
@@ -227,9 +194,7 @@ def choose(
             f"data.validation {config.validation} of {len(train)} training images leaves "
             f"{'no validation' if not len(validation) else 'no training'} image"
         )
-    rest = torch.ones(len(train), dtype=torch.bool)
-    rest[held_out] = False
-    train = train[rest]
+    train = train[~torch.isin(train, validation)]
     if config.per_class is not None:
         counts = torch.bincount(train_targets[train], minlength=classes)
         if config.per_class > counts.min():
@@ -266,12 +231,11 @@ def _digits() -> tuple[Arrays, Arrays, tuple[str, ...]]:
     images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
     images = images[:, None].expand(-1, 3, -1, -1)
     targets = torch.from_numpy(digits.target).long()
-    test = stratified(targets, lambda count: round(DIGITS_TEST_SHARE * count), seed=0)
-    train = torch.ones(len(targets), dtype=torch.bool)
-    train[test] = False
     indices = torch.arange(len(targets))
+    test = stratified(targets, lambda count: round(DIGITS_TEST_SHARE * count), seed=0)
+    train = indices[~torch.isin(indices, test)]
     names = tuple(str(digit) for digit in digits.target_names)
-    return Arrays(images[train], targets[train], indices[train]), Arrays(images[test], targets[test], test), names
+    return Arrays(images[train], targets[train], train), Arrays(images[test], targets[test], test), names
 
 
 def _cifar(config: DataConfig) -> tuple[Arrays, Arrays, tuple[str, ...]]:
@@ -297,57 +261,45 @@ def _cifar(config: DataConfig) -> tuple[Arrays, Arrays, tuple[str, ...]]:
     return arrays(train), arrays(test), tuple(train.classes)
 
 
-def _decode_all(source: Source, indices: Tensor, size: int, resizing: bool, workers: int) -> Arrays:
-    """Decode the images at `indices` once. Without `resizing`, all must already be `size` x `size`."""
-    from tqdm import tqdm
+class _Sized:
+    """A source whose images all have `size` x `size` pixels: resized, or else refused where they have not."""
 
-    images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8)
-    loader = torch.utils.data.DataLoader(
-        _Chunks(source, indices.split(CHUNK), size, resizing),
-        batch_size=None,
-        num_workers=min(workers, os.cpu_count() or 1) if len(indices) > WORTH_WORKERS else 0,
-        generator=torch.Generator(),
-    )
-    with tqdm(total=len(indices), desc="decoding", unit="image", disable=None, leave=False) as bar:
-        for rows, chunk in zip(images.split(CHUNK), loader, strict=True):
-            if isinstance(chunk, InputError):
-                raise chunk
-            rows.copy_(chunk)
-            bar.update(len(chunk))
-    return Arrays(images, source.targets[indices], indices)
-
-
-class _Chunks(torch.utils.data.Dataset):
-    """Number of a chunk -> its images uint8 [n, 3, size, size]; or the InputError, which a worker must not raise."""
-
-    def __init__(self, source: Source, chunks: Sequence[Tensor], size: int, resizing: bool) -> None:
-        self.source, self.chunks, self.size, self.resizing = source, chunks, size, resizing
+    def __init__(self, source: Source, size: int, resizing: bool) -> None:
+        self.source, self.size, self.resizing = source, size, resizing
+        self.targets, self.class_names, self.describe = source.targets, source.class_names, source.describe
         self.to_size = to_size(size)
 
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, number: int) -> Tensor | InputError:
-        positions = self.chunks[number].tolist()
-        pixels = np.empty((len(positions), self.size, self.size, 3), dtype=np.uint8)
-        try:
-            for row, position in enumerate(positions):
-                # By way of bytes: a fraction of the time of the array interface, which counts for images this small.
-                pixels[row] = np.frombuffer(self._image(position).tobytes(), np.uint8).reshape(pixels.shape[1:])
-        except InputError as error:
-            return error
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-    def _image(self, position: int) -> Image:
+    def image(self, position: int) -> Image:
         image = self.source.image(position)
         if image.size == (self.size, self.size):
             return image
         if not self.resizing:
             raise InputError(
-                f"{self.source.describe(position)} has {image.width}x{image.height} pixels, others "
+                f"{self.describe(position)} has {image.width}x{image.height} pixels, others "
                 f"{self.size}x{self.size}: set data.image_size to resize all images"
             )
         return self.to_size(image)
+
+
+def _pixels(image: Image) -> Tensor:
+    """RGB -> uint8 [3, H, W] by way of bytes: a fraction of torchvision's time, which counts for small images."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def _decode_all(source: _Sized, indices: Tensor, size: int, workers: int) -> Arrays:
+    """Decodes the images at `indices` once."""
+    from tqdm import tqdm
+
+    split = Streamed(source, source.targets[indices], indices, _pixels, _pixels)
+    images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8)
+    workers = min(workers, os.cpu_count() or 1) if len(indices) > WORTH_WORKERS else 0
+    with tqdm(total=len(indices), desc="decoding", unit="image", disable=None, leave=False) as bar:
+        loader = StreamLoader(split, CHUNK, train=False, workers=workers)
+        for rows, batch in zip(images.split(CHUNK), loader, strict=True):
+            rows.copy_(batch["image"])
+            bar.update(len(rows))
+    return Arrays(images, split.targets, indices)
 
 
 def to_size(size: int) -> Callable[[Any], Any]:

@@ -3,10 +3,9 @@
 Both yield the same batch: a dict of `image` uint8 [B, C, H, W] (raw 0..255; [B, V, C, H, W] for V > 1 views), `target`
 int64 [B], `index` int64 [B] (position in the split, from 0) and `weight` (float, below).
 
-Both draw an epoch's order, crops and flips from (seed, epoch) alone, so that a batch does not depend on the number of
-processes or workers, and stopping at any batch loses nothing. With `world` processes, rank r takes every world-th image
-of each global batch, from r on. Where these shares differ in size (short last batch), the mean of the processes' mean
-losses is the mean over the global batch only after multiplying each by `weight` = own share * world / global batch.
+Crops and flips, too, come from (seed, epoch) alone (see `EpochOrder`). Where the processes' shares of a batch differ in
+size (short last batch), the mean of their mean losses is the mean over the global batch only after multiplying each by
+`weight` = own share * world / global batch.
 """
 
 from __future__ import annotations
@@ -21,12 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classification.data.config import Augmentation
-from classification.data.datasets import Arrays, Split, Streamed, check_in_memory
+from classification.data.sources import Arrays, Split, Streamed
 from core.errors import InputError
+from core.training.distiller import Batch
 from core.training.order import EpochOrder
-
-Batch = dict[str, Any]
 
 
 def mix(*numbers: int) -> int:
@@ -42,17 +39,12 @@ class EpochLoader(EpochOrder):
     norm needs 2). Evaluation: always from the start, in stored order; rank r sees samples r, r + world, ... once each.
 
     Args:
-        split: What to load.
-        batch_size: Images of one step over all processes.
+        batch_size, order: As in `EpochOrder`: images a step over all processes; `seed`, `rank`, `world`.
         train: Shuffle and augment.
-        seed: Of order and augmentation.
-        rank: Number of this process.
-        world: Number of processes.
+        workers: Processes that decode images which are not held in memory; 0 decodes in this one.
         device: Where the batches end up.
         views: Independently augmented versions of each image.
-
-    Raises:
-        InputError: fewer images a step than processes, or too few training images for one step.
+    Raises: InputError for fewer images a step than processes, or too few training images for one step.
     """
 
     def __init__(
@@ -61,21 +53,21 @@ class EpochLoader(EpochOrder):
         batch_size: int,
         *,
         train: bool,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
+        workers: int = 0,
         device: torch.device | str = "cpu",
         views: int = 1,
+        **order: int,
     ) -> None:
-        super().__init__(len(split), batch_size, seed=seed, rank=rank, world=world)
+        super().__init__(len(split), batch_size, **order)
         self.train, self.device, self.views = train, torch.device(device), views
-        if batch_size < world:
-            raise InputError(f"a batch of {batch_size} images cannot be shared by {world} processes")
+        if batch_size < self.world:
+            raise InputError(f"a batch of {batch_size} images cannot be shared by {self.world} processes")
         if train and not len(self):
-            raise InputError(f"{self.size} training images are too few for {world} process(es): each needs at least 2")
+            few = f"{self.size} training images are too few for {self.world} process(es)"
+            raise InputError(f"{few}: each needs at least 2")
+        self._read(split, workers)
 
     def __len__(self) -> int:
-        """Batches of one epoch on this process."""
         if not self.train:
             return -(-len(range(self.rank, self.size, self.world)) // (self.batch_size // self.world))
         full, rest = divmod(self.size, self.batch_size)
@@ -115,12 +107,16 @@ class EpochLoader(EpochOrder):
             return 1.0
         return own * self.world / min(self.batch_size, self.size - step * self.batch_size)
 
+    def _read(self, split: Any, workers: int) -> None:
+        """Takes what is to be loaded, once."""
+        raise NotImplementedError
+
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         raise NotImplementedError
 
 
 class InMemoryLoader(EpochLoader):
-    """Batches of a set that lies on `device`, cropped and flipped there without a loop over images.
+    """Batches of `Arrays`, which lie on `device` and are cropped and flipped there without a loop over images.
 
     Training images equal torchvision's `RandomCrop(size, padding)` and `RandomHorizontalFlip()` of the raw image: zero
     padding, offsets uniform over (2 * padding + 1)^2 for each image and view, flip with probability 0.5.
@@ -128,37 +124,17 @@ class InMemoryLoader(EpochLoader):
     The set is kept as one flat row of bytes: every image, then (with flips) every mirrored image. A crop is then the
     slice that starts at some byte, so a batch is one gather of slices. Neighbouring rows share their padding: the zeros
     left of a row are also those right of the row before, and likewise for the rows of zeros between planes.
-
-    Args: as in `EpochLoader`, and
-        arrays: The split.
-        augmentation: crop_flip, crop or none; ignored in evaluation.
-        padding: Zero pixels on each side.
     """
 
-    def __init__(
-        self,
-        arrays: Arrays,
-        batch_size: int,
-        *,
-        train: bool,
-        augmentation: Augmentation = "crop_flip",
-        padding: int = 4,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
-        views: int = 1,
-    ) -> None:
-        super().__init__(arrays, batch_size, train=train, seed=seed, rank=rank, world=world, device=device, views=views)
-        check_in_memory(augmentation)
-        self.flip = train and augmentation == "crop_flip"
-        self.padding = padding if train and augmentation != "none" else 0
+    def _read(self, arrays: Arrays, workers: int) -> None:
+        self.flip = self.train and arrays.augmentation == "crop_flip"
+        self.padding = arrays.padding if self.train and arrays.augmentation != "none" else 0
         self.targets = arrays.targets.to(self.device)
         images = arrays.images.to(self.device)
         self.channels, self.height, self.width = images.shape[1:]
         self.row = self.width + self.padding
         self.plane = (self.height + self.padding) * self.row
-        self.images = self._flatten(images) if train else images
+        self.images = self._flatten(images) if self.train else images
 
     def _flatten(self, images: Tensor) -> Tensor:
         """uint8 [N, C, H, W] -> the flat set."""
@@ -206,39 +182,19 @@ class InMemoryLoader(EpochLoader):
 
 
 class StreamLoader(EpochLoader):
-    """Batches of images that worker processes decode and augment (torch's `DataLoader`).
+    """Batches of `Streamed` images, which worker processes decode and augment (torch's `DataLoader`).
 
     Each sample's augmentation is drawn from (seed, epoch, index, view) by the generators of Python, NumPy and torch,
     which get their states back afterwards: neither the number of workers nor a resume changes an image. The position
     counts batches handed out, not prefetched ones. The workers live as long as the loader.
 
-    Args: as in `EpochLoader`, and
-        dataset: The split.
-        workers: Worker processes; 0 decodes in this process.
-
-    Raises:
-        InputError: while iterating, for a broken image (names the file).
+    Raises: InputError while iterating, for a broken image (names the file).
     """
 
-    def __init__(
-        self,
-        dataset: Streamed,
-        batch_size: int,
-        *,
-        train: bool,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        workers: int = 0,
-        device: torch.device | str = "cpu",
-        views: int = 1,
-    ) -> None:
-        super().__init__(
-            dataset, batch_size, train=train, seed=seed, rank=rank, world=world, device=device, views=views
-        )
+    def _read(self, split: Streamed, workers: int) -> None:
         self.plan = _Plan()
         self.loader = torch.utils.data.DataLoader(
-            _Samples(dataset, train, seed),
+            _Samples(split, self.train, self.seed, self.views),
             batch_sampler=self.plan,
             num_workers=workers,
             collate_fn=_collate,
@@ -249,38 +205,38 @@ class StreamLoader(EpochLoader):
         )
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        self.plan.batches = self._keys(epoch, start, self.views)
+        self.plan.batches = self._keys(epoch, start)
         for step, batch in enumerate(self.loader, start):
             if isinstance(batch, InputError):
                 raise batch
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
             yield {**batch, "weight": self._weight(step, len(batch["index"]))}
 
-    def _keys(self, epoch: int, start: int, views: int) -> Iterator[list[tuple[int, int, int]]]:
-        """The batches from `start` on as lists of (epoch, views, index)."""
+    def _keys(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
+        """The batches from `start` on as lists of (epoch, index)."""
         order, _ = self._order(epoch)
         for step in range(start, len(self)):
-            yield [(epoch, views, index) for index in self._share(order, step).tolist()]
+            yield [(epoch, index) for index in self._share(order, step).tolist()]
 
 
 class _Plan:
     """A batch sampler whose batches are set anew for each epoch, so that worker processes can stay."""
 
-    batches: Iterable[list[tuple[int, int, int]]] = ()
+    batches: Iterable[list[tuple[int, int]]] = ()
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return iter(self.batches)
 
 
 class _Samples(torch.utils.data.Dataset):
-    """(epoch, views, index) -> the sample; or the InputError, for a worker that raises wraps it in its traceback."""
+    """(epoch, index) -> the sample; or the InputError, for a worker that raises wraps it in its traceback."""
 
-    def __init__(self, dataset: Streamed, train: bool, seed: int) -> None:
-        self.dataset, self.train, self.seed = dataset, train, seed
+    def __init__(self, split: Streamed, train: bool, seed: int, views: int) -> None:
+        self.split, self.train, self.seed, self.views = split, train, seed, views
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int, int] | InputError:
-        epoch, views, index = key
-        data = self.dataset
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | InputError:
+        epoch, index = key
+        data = self.split
         try:
             image = data.source.image(int(data.indices[index]))
         except InputError as error:
@@ -288,10 +244,10 @@ class _Samples(torch.utils.data.Dataset):
         if not self.train:
             return data.transform(image), int(data.targets[index]), index
         augmented = []
-        for view in range(views):
+        for view in range(self.views):
             with _seeded(mix(self.seed, epoch, index, view)):
                 augmented.append(data.augment(image))
-        return augmented[0] if views == 1 else torch.stack(augmented), int(data.targets[index]), index
+        return augmented[0] if self.views == 1 else torch.stack(augmented), int(data.targets[index]), index
 
 
 def _collate(samples: list[tuple[Tensor, int, int] | InputError]) -> dict[str, Tensor] | InputError:
@@ -317,32 +273,6 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def make_loader(
-    split: Split,
-    batch_size: int,
-    *,
-    train: bool,
-    seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-    views: int = 1,
-) -> InMemoryLoader | StreamLoader:
-    """The loader that fits `split`; arguments as in `EpochLoader`, `workers` (streaming only) as in `StreamLoader`."""
-    if isinstance(split, Arrays):
-        return InMemoryLoader(
-            split,
-            batch_size,
-            train=train,
-            augmentation=split.augmentation,
-            padding=split.padding,
-            seed=seed,
-            rank=rank,
-            world=world,
-            device=device,
-            views=views,
-        )
-    return StreamLoader(
-        split, batch_size, train=train, seed=seed, rank=rank, world=world, workers=workers, device=device, views=views
-    )
+def make_loader(split: Split, batch_size: int, **options: Any) -> InMemoryLoader | StreamLoader:
+    """The loader that fits `split`; `options` are those of `EpochLoader`."""
+    return (InMemoryLoader if isinstance(split, Arrays) else StreamLoader)(split, batch_size, **options)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from classification.data.datasets import Split
 from classification.data.loaders import mix
+from classification.data.sources import Split
 from core.errors import InputError
 from core.files import write_atomically
 
@@ -33,8 +33,7 @@ def draw_noise(targets: Tensor, num_classes: int, share: float, seed: int, *, ex
     It depends on the arguments alone. With one seed, a smaller share draws a subset of a larger share's images, with
     the same labels. `exclude_true`: uniform over the other classes instead.
 
-    Raises:
-        InputError: a share that comes to no image, or no other class to choose.
+    Raises: InputError for a share that comes to no image, or no other class to choose.
     """
     count = round(share * len(targets))
     if count == 0:
@@ -60,8 +59,7 @@ def with_noise(split: Split, noise: LabelNoise) -> Split:
 def save_noise(noise: LabelNoise, file: Path) -> None:
     """Writes `index`, `true` and `given` as safetensors, atomically.
 
-    Raises:
-        InputError: the file already tells of other labels.
+    Raises: InputError where the file already tells of other labels.
     """
     from safetensors.torch import load_file, save_file
 

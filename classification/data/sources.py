@@ -1,6 +1,6 @@
-"""Where images come from: folders and tar files of images, and the random-access sets of timm's factory.
+"""Where images come from: folders and tar files of images, the random-access sets of timm's factory, or memory.
 
-A source only knows its images, targets and class names; subsets, transforms and loading are for `datasets.py`.
+A source only knows its images, targets and class names; which of them make a split is for `datasets.py`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ from core.images import EXTENSIONS, broken_image, image_files, open_image
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Augmentation = Literal["crop_flip", "crop", "random_resized_crop", "none"]
 TRAIN_NAMES = ("train",)
 TEST_NAMES = ("val", "validation", "test")
 ITERABLE_PREFIXES = ("hfids", "tfds", "wds")
+File = tuple[str, int, int | None]
+"""Path, offset and size in bytes of an image; size None means the whole file."""
 
 
 class Source(Protocol):
@@ -41,19 +45,71 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Arrays:
+    """A split in memory.
+
+    `images` uint8 [N, C, H, W], `targets` int64 [N], `indices` int64 [N]: the images' positions in the stored split,
+    before any subset. `augmentation` (crop_flip, crop or none) and `padding` (pixels) are what training applies.
+    """
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+    augmentation: Augmentation = "none"
+    padding: int = 0
+
+    def __post_init__(self) -> None:
+        check_in_memory(self.augmentation)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A split read image by image from `source`.
+
+    `targets`, `indices` as in `Arrays`. `augment` (training) and `transform` (evaluation) take an RGB image to uint8
+    [C, H, W]; `augment` may draw from the random generators of Python, NumPy and torch.
+    """
+
+    source: Source
+    targets: Tensor
+    indices: Tensor
+    augment: Callable[[Any], Tensor]
+    transform: Callable[[Any], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+Split = Arrays | Streamed
+
+
+def check_in_memory(augmentation: Augmentation) -> None:
+    """Raises InputError for an augmentation that decoded images of one size do not allow."""
+    if augmentation == "random_resized_crop":
+        raise InputError(
+            "augmentation random_resized_crop needs images that are not held in memory: set data.in_memory to false "
+            "(folder, imagenet, torch/<name>), or choose crop_flip, crop or none"
+        )
+
+
 class FileSource:
     """Images in files, or in parts of uncompressed tar files.
 
     Safe in threads and in worker processes: every read opens its file anew.
 
     Args:
-        files: (path, offset, size in bytes) of each image; size None means the whole file.
-        targets: int64 [N].
-        class_names: In the order of the targets.
+        files: The images of each class.
+        class_names: In the order of the targets; a class that `files` lacks stays without images.
     """
 
-    def __init__(self, files: list[tuple[str, int, int | None]], targets: Tensor, class_names: tuple[str, ...]) -> None:
-        self.files, self.targets, self.class_names = files, targets, class_names
+    def __init__(self, files: dict[str, list[File]], class_names: tuple[str, ...]) -> None:
+        self.files = [file for name in class_names for file in files.get(name, [])]
+        counts = torch.tensor([len(files.get(name, [])) for name in class_names])
+        self.targets, self.class_names = torch.arange(len(class_names)).repeat_interleave(counts), class_names
 
     def image(self, position: int) -> Image:
         path, offset, size = self.files[position]
@@ -104,8 +160,7 @@ class TimmSource:
 def find_split(root: str, names: Sequence[str], content: str) -> Path:
     """`root/<name>` or `root/<name>.tar` for the first of `names` that exists.
 
-    Raises:
-        InputError: `root` or all of the names are missing.
+    Raises: InputError where `root` or all of the names are missing.
     """
     folder = Path(root)
     if not folder.is_dir():
@@ -120,68 +175,61 @@ def find_split(root: str, names: Sequence[str], content: str) -> Path:
     )
 
 
-def list_classes(split: Path) -> dict[str, list[tuple[str, int, int | None]]]:
+def list_classes(split: Path) -> dict[str, list[File]]:
     """The files of each class of a split, classes and files in sorted order (torchvision's `ImageFolder` order).
 
-    Raises:
-        InputError: no class, a class without images, or a file that is no uncompressed tar.
+    Raises: InputError for no class, a class without images, or a file that is no uncompressed tar.
     """
     files = _list_folder(split) if split.is_dir() else _list_tar(split)
     if not files:
         raise InputError(f"no class folders in {split}: expected {split}/<class>/<image>{EXTENSIONS[0]}")
-    return files
-
-
-def _list_folder(split: Path) -> dict[str, list[tuple[str, int, int | None]]]:
-    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
-    files: dict[str, list[tuple[str, int, int | None]]] = {}
-    for name in classes:
-        paths = [os.path.join(split, name, file) for file in image_files(split / name)]
-        if not paths:
+    for name, images in files.items():
+        if not images:
             raise InputError(f"class folder {split / name} holds no image ({', '.join(EXTENSIONS)}): fill or delete it")
-        files[name] = [(path, 0, None) for path in paths]
     return files
 
 
-def _list_tar(split: Path) -> dict[str, list[tuple[str, int, int | None]]]:
+def _list_folder(split: Path) -> dict[str, list[File]]:
+    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
+    return {
+        name: [(os.path.join(split, name, file), 0, None) for file in image_files(split / name)] for name in classes
+    }
+
+
+def _list_tar(split: Path) -> dict[str, list[File]]:
     """The class is the folder directly above the image; images of one class keep the order of their names."""
     try:
         with tarfile.open(split, "r:") as tar:
             members = [m for m in tar if m.isfile() and m.name.lower().endswith(EXTENSIONS)]
     except (OSError, tarfile.TarError) as error:
         raise InputError(f"cannot read {split} as an uncompressed tar file: {error}") from error
-    files: dict[str, list[tuple[str, int, int | None]]] = {}
+    files: dict[str, list[File]] = {}
     for member in sorted(members, key=lambda m: (PurePosixPath(m.name).parent.name, m.name)):
         name = PurePosixPath(member.name).parent.name
         files.setdefault(name, []).append((str(split), member.offset_data, member.size))
     return files
 
 
-def file_source(files: dict[str, list[tuple[str, int, int | None]]], class_names: Sequence[str]) -> FileSource:
-    """The images of `class_names`, numbered in that order; classes that `files` lacks stay without images."""
-    chosen = [(file, target) for target, name in enumerate(class_names) for file in files.get(name, [])]
-    targets = torch.tensor([target for _, target in chosen], dtype=torch.int64)
-    return FileSource([file for file, _ in chosen], targets, tuple(class_names))
+def sources(name: str, root: str, download: bool = False) -> tuple[Source, Source]:
+    """(train, test) of what is no set of our own in memory. Raises InputError where they cannot be had."""
+    return timm_sources(name, root, download) if "/" in name else folder_sources(root)
 
 
 def folder_sources(root: str) -> tuple[FileSource, FileSource]:
     """(train, test) of `root/train` and the first of `root/val`, `root/validation`, `root/test`.
 
-    Raises:
-        InputError: a missing folder, an empty class, or a test class that the training images lack.
+    Raises: InputError for a missing folder, an empty class, or a test class that the training images lack.
     """
     train_path, test_path = find_split(root, TRAIN_NAMES, "training"), find_split(root, TEST_NAMES, "test")
     train, test = list_classes(train_path), list_classes(test_path)
     _check_known(test, train, f"{test_path} has class", str(train_path))
-    names = list(train)
-    return file_source(train, names), file_source(test, names)
+    return FileSource(train, tuple(train)), FileSource(test, tuple(train))
 
 
 def timm_sources(name: str, root: str, download: bool) -> tuple[TimmSource, TimmSource]:
     """(train, test) of a timm data set name with a prefix; test is `validation` where that exists, else `test`.
 
-    Raises:
-        InputError: an iterable set (see below), or one that timm, torchvision or Hugging Face cannot load.
+    Raises: InputError for an iterable set (see below), or one that timm, torchvision or Hugging Face cannot load.
     """
     prefix = name.partition("/")[0].lower()
     if prefix in ITERABLE_PREFIXES:

@@ -74,12 +74,10 @@ class ADM(nn.Module):
             adm: ADMLoss = self.adm[_key(student, teacher)]  # type: ignore[assignment]
             previous, delta = batch.get(f"previous/{teacher}"), batch.get(f"delta/{teacher}", 0.0)
             terms = adm.terms(s.maps[-1], t.maps[-1], batch["target"], s.head, t.head, previous=previous, delta=delta)
-            if "consensus" in terms:
-                add(student, "consensus", terms["consensus"] / teachers)
-            if "phi" in terms:
-                add(student, "phi", terms["phi"])
-            if "divergence" in terms:
-                add(teacher, "divergence", terms["divergence"] / students)
+            counts = {"consensus": (student, teachers), "phi": (student, None), "divergence": (teacher, students)}
+            for term, (role, count) in counts.items():
+                if term in terms:
+                    add(role, term, terms[term] if count is None else terms[term] / count)
             if config.gamma > 0:
                 adapters = [*self.stage_adapters[_key(student, teacher)], adm.adapter]  # type: ignore[misc]
                 frozen = config.phi_loss == "own"
@@ -98,13 +96,10 @@ class ADM(nn.Module):
 
     def adapters_of(self, student: str) -> list[nn.Parameter]:
         """What is optimised together with this student."""
-        modules = [m for table in (self.adm, self.stage_adapters) for key, m in table.items() if _owner(key) == student]
+        tables = (self.adm, self.stage_adapters)
+        modules = [m for table in tables for key, m in table.items() if key.startswith(f"{student}:")]
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
 def _key(student: str, teacher: str) -> str:
     return f"{student}:{teacher}"
-
-
-def _owner(key: str) -> str:
-    return key.partition(":")[0]

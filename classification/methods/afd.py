@@ -12,37 +12,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from classification.methods.base import Method, Outputs
+from classification.methods.base import Method, Outputs, sum_over_processes
+from classification.options import TrainConfig
 from core.adapter import pool_to
 from core.distillation import full_precision, mutual_loss
 from core.errors import InputError, require_not_negative, require_positive
 from core.network import preserved, stage_maps
 from core.training.distiller import Batch, Losses, Progress, backward
 
-if TYPE_CHECKING:
-    from classification.config import TrainConfig
-
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """L_G: ``mean (1 - D(T(G x)))^2``, least-squares GAN; 0.25 where D is undecided.
-
-    Args: D's probability ``[B, 1, H, W]`` that the network's own map is its peer's. Returns: a scalar.
-    """
+    """L_G: ``mean (1 - D(T(G x)))^2``, a scalar, of D's probability ``[B, 1, H, W]`` that the own map is the peer's."""
     return (1 - fake).square().mean()
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """L_D: ``mean (1 - D(real))^2 + mean D(fake)^2``; 0.5 where D is undecided.
-
-    Args: D's probabilities ``[B, 1, H, W]`` of the peer's map (real) and of the network's own (fake).
-    Returns: a scalar.
-    """
+    """L_D: ``mean (1 - D(real))^2 + mean D(fake)^2``, of D's ``[B, 1, H, W]`` of the peer's map and of the own."""
     return (1 - real).square().mean() + fake.square().mean()
 
 
@@ -183,7 +174,10 @@ class AFD(Method):
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
         gradients = {p: p.grad for p in parameters if p.grad is not None}
-        means = mean_over_processes([*gradients.values(), *self._gradients])
+        tensors = [*gradients.values(), *self._gradients]
+        flat = sum_over_processes(torch.cat([t.reshape(-1) for t in tensors])).div_(dist.get_world_size())
+        parts = flat.split([t.numel() for t in tensors])
+        means = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
         for parameter, mean in zip(gradients, means[: len(gradients)], strict=True):
             parameter.grad = mean
         self._gradients = means[len(gradients) :]
@@ -220,11 +214,3 @@ def last_map(network: nn.Module, images: Tensor) -> tuple[tuple[int, int, int], 
         gradients = torch.autograd.grad(final.sum(), trained, allow_unused=True)
     c, h, w = final.shape[1:]
     return (c, h, w), [p for p, g in zip(trained, gradients, strict=True) if g is not None]
-
-
-def mean_over_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each tensor's mean over the processes, by one reduction of all of them together."""
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]

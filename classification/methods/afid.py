@@ -10,25 +10,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.methods.base import Method, Output, Outputs, pairs_of
+from classification.methods.base import Method, Output, Outputs
 from classification.networks.base import CifarNetwork, ConvBN, init_conv
+from classification.options import TrainConfig
 from core.adapter import Adapter, smaller_size
 from core.adm import Head
 from core.distillation import full_precision, kd_loss
 from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
-
-if TYPE_CHECKING:
-    from classification.config import TrainConfig
 
 FUSION = "fusion"
 FUSION_WEIGHT_DECAY = 1e-5
@@ -164,10 +162,15 @@ def split_at_stem(network: nn.Module) -> tuple[Stem, Stages]:
     from timm.models.efficientnet import EfficientNet
     from timm.models.resnet import ResNet
 
-    if isinstance(network, ResNet):
-        return partial(_resnet_stem, network), partial(_resnet_stages, network)
-    if isinstance(network, EfficientNet):
-        return partial(_efficientnet_stem, network), partial(_efficientnet_stages, network)
+    model: Any = network
+    if isinstance(model, ResNet):
+        layers: list[Any] = [model.layer1, model.layer2, model.layer3, model.layer4]
+        stem = partial(_through, [model.conv1, model.bn1, model.act1, model.maxpool])
+        return stem, partial(_maps, layers, range(1, 5), [])
+    if isinstance(model, EfficientNet):  # its activations are inside bn1 and bn2
+        ends = [info["stage"] for info in model.feature_info if info["reduction"] > 2]
+        stem = partial(_through, [model.conv_stem, model.bn1])
+        return stem, partial(_maps, model.blocks, ends, [model.conv_head, model.bn2])
     name = type(getattr(network, "model", None) or network).__name__
     raise InputError(
         f"AFID does not know where the stem of {name} ends: it knows the CIFAR networks, and timm's ResNet and "
@@ -175,30 +178,22 @@ def split_at_stem(network: nn.Module) -> tuple[Stem, Stages]:
     )
 
 
-def _resnet_stem(network: Any, x: Tensor) -> Tensor:
-    return network.maxpool(network.act1(network.bn1(network.conv1(x))))
+def _through(parts: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for part in parts:
+        x = part(x)
+    return x
 
 
-def _resnet_stages(network: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _maps(
+    blocks: Iterable[nn.Module], ends: Collection[int], tail: Iterable[nn.Module], x: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The last map behind ``tail``, and the map behind each block whose number (from 1) is in ``ends``."""
     maps = []
-    for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
-        x = layer(x)
-        maps.append(x)
-    return x, maps
-
-
-def _efficientnet_stem(network: Any, x: Tensor) -> Tensor:
-    return network.bn1(network.conv_stem(x))  # its activation is inside bn1
-
-
-def _efficientnet_stages(network: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    ends = [info["stage"] for info in network.feature_info if info["reduction"] > 2]
-    maps = []
-    for index, block in enumerate(network.blocks, start=1):
+    for number, block in enumerate(blocks, start=1):
         x = block(x)
-        if index in ends:
+        if number in ends:
             maps.append(x)
-    return network.bn2(network.conv_head(x)), maps
+    return _through(tail, x), maps
 
 
 class AFID(Method):
@@ -207,10 +202,8 @@ class AFID(Method):
     The networks interact behind their stems and at their last maps; the fusion head reads the last maps before that.
     At test time each network needs the other: both run, and z_1 and z_2 are what counts.
 
-    The second interaction is the first thing that a head does here, so ADM, too, takes the last maps in front of it.
-    Consensus and divergence are the same as behind it: m is one positive factor a location, which leaves S as it is and
-    commutes with ADM's attention (where sizes agree). The feature loss is not: behind it, the quickest way down is the
-    one number that scales all channels of a location: m itself would be driven to nothing.
+    The second interaction is the first thing that a head does here, so ADM, too, takes the last maps in front of it:
+    ``docs/design.md`` says why.
     """
 
     Options = AFIDOptions
@@ -245,12 +238,6 @@ class AFID(Method):
     def output_roles(self, roles: Sequence[str]) -> list[str]:
         return [*roles, FUSION]
 
-    def pairs(self, roles: Sequence[str]) -> list[tuple[str, str]]:
-        return pairs_of([role for role in roles if role != FUSION])
-
-    def phases(self, roles: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-        return ((*roles, FUSION),)
-
     def forward(
         self, networks: Mapping[str, nn.Module], views: Mapping[str, Tensor], learning: Collection[str] | None = None
     ) -> Outputs:
@@ -261,9 +248,9 @@ class AFID(Method):
         (last_1, maps_1), (last_2, maps_2) = stages_1(m_2 * x_1), stages_2(m_1 * x_2)
         m_2, m_1 = self.after_stages(last_1, last_2)
         return {
-            role_1: _output([*maps_1[:-1], last_1], _interacting(network_1.forward_head, m_2)),  # type: ignore[arg-type]
-            role_2: _output([*maps_2[:-1], last_2], _interacting(network_2.forward_head, m_1)),  # type: ignore[arg-type]
-            FUSION: _output([self.fusion.forward_features(last_1, last_2)], self.fusion.forward_head),
+            role_1: Output.of([*maps_1[:-1], last_1], _interacting(self.head_of(network_1), m_2)),
+            role_2: Output.of([*maps_2[:-1], last_2], _interacting(self.head_of(network_2), m_1)),
+            FUSION: Output.of([self.fusion.forward_features(last_1, last_2)], self.fusion.forward_head),
         }
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
@@ -291,7 +278,3 @@ class AFID(Method):
 def _interacting(head: Head, m: Tensor) -> Head:
     """The head of a network whose map is multiplied by its peer's ``m`` ``[B, 1, H, W]`` first."""
     return lambda x: head(m * x)
-
-
-def _output(maps: list[Tensor], head: Head) -> Output:
-    return Output(head(maps[-1]), maps, head)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from classification.options import TrainConfig
 from core.adm import Head
+from core.distillation import standardise
 from core.errors import InputError
-from core.network import stage_maps
+from core.network import preserved, stage_maps
 from core.training.distiller import Batch, Losses, Progress, backward
-
-if TYPE_CHECKING:
-    from classification.config import TrainConfig
 
 
 @dataclass
@@ -28,6 +27,11 @@ class Output:
     """Stage maps ``[B, C, H, W]`` without the stem's; the last one is the map that ADM compares."""
     head: Head
     """The last map -> logits, in this method's own way."""
+
+    @classmethod
+    def of(cls, maps: list[Tensor], head: Head) -> Output:
+        """The output whose logits are what the head says of the last map."""
+        return cls(head(maps[-1]), maps, head)
 
 
 Outputs = dict[str, Output]
@@ -44,7 +48,19 @@ def is_teacher(role: str) -> bool:
 
 def pairs_of(roles: Sequence[str]) -> list[tuple[str, str]]:
     """(student, teacher) for each student with each teacher (Table 11); no ADM between two students."""
-    return [(s, t) for s in roles if not is_teacher(s) for t in roles if is_teacher(t)]
+    return [(s, t) for s in roles if s.startswith("student") for t in roles if is_teacher(t)]
+
+
+def standardised(head: Head, scale: float) -> Head:
+    """A head whose logits have mean 0 and the standard deviation ``scale``."""
+    return lambda feature_map: standardise(head(feature_map), scale)
+
+
+@torch.no_grad()
+def probe(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """The stage maps of a small batch, in evaluation mode; the network stays as it is."""
+    with preserved(network, images):
+        return stage_maps(network.eval(), images)[1]
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
@@ -91,10 +107,9 @@ class Method(nn.Module):
         self.with_adm = with_adm
 
     def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
-        """Refuses what it cannot train, before any network is built.
+        """Refuses what it cannot train, before any network is built, by an InputError.
 
         Args: the run's config; the networks' roles; those of them that start from trained weights.
-        Raises: InputError.
         """
         if len(roles) < self.min_networks:
             name, there = type(self).__name__, ", ".join(roles) or "none"
@@ -116,8 +131,8 @@ class Method(nn.Module):
         return pairs_of(roles)
 
     def phases(self, roles: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-        """Who learns together: one forward, backward and optimiser step for each group of roles."""
-        return (tuple(roles),)
+        """Who learns together: one forward, backward and optimiser step for each group of ``output_roles``."""
+        return (tuple(self.output_roles(roles)),)
 
     def forward(
         self, networks: Mapping[str, nn.Module], views: Mapping[str, Tensor], learning: Collection[str] | None = None
@@ -126,10 +141,12 @@ class Method(nn.Module):
         outputs = {}
         for role, network in networks.items():
             with torch.set_grad_enabled(torch.is_grad_enabled() and (learning is None or role in learning)):
-                final, maps = stage_maps(network, views[role])
-                head: Head = network.forward_head  # type: ignore[assignment]
-                outputs[role] = Output(head(final), maps, head)
+                outputs[role] = Output.of(stage_maps(network, views[role])[1], self.head_of(network))
         return outputs
+
+    def head_of(self, network: nn.Module) -> Head:
+        """What turns a network's last map into its logits."""
+        return network.forward_head  # type: ignore[return-value]
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
         """``{role: {term: weighted scalar}}``: the sum is minimised, each term is logged."""

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.methods.base import Method, Outputs, sum_over_processes
+from classification.options import TrainConfig
 from core.distillation import full_precision, kd_loss, min_logit_target, relative_logits
 from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
-
-if TYPE_CHECKING:
-    from classification.config import TrainConfig
 
 RIDGE = 1e-6
 """Added to C's diagonal: networks that make the same errors have a singular C."""
@@ -100,9 +98,7 @@ def combine(weights: Tensor, logits: Tensor) -> Tensor:
 class KDCL(Method):
     """Any number of networks, from two on; the best one imitates the target too.
 
-    Alone, each network sees an augmented view of its own. With ADM all networks see one shared view, and its maps are
-    what ADM compares: under separate crops and flips, location (i, j) of two maps shows different content. To compare
-    KDCL with KDCL+ADM, run KDCL with ``--kdcl.views shared``: the views differ otherwise too.
+    To compare KDCL with KDCL+ADM, run KDCL with ``--kdcl.views shared``: the views differ otherwise too.
 
     Raises: InputError for separate views together with ADM.
     """
@@ -117,9 +113,8 @@ class KDCL(Method):
         super().__init__(options, with_adm=with_adm)
         self.views = self.options.views or ("shared" if with_adm else "separate")
         self.needs_held_out = self.options.variant == "general"
-        self.linear_weights = linear_weights
-        if self.options.variant == "linear":  # compiled, its loops would be unrolled: minutes of compilation
-            self.linear_weights = torch.compiler.disable(linear_weights)
+        # Compiled, its loops would be unrolled: minutes of compilation.
+        self.linear_weights = torch.compiler.disable(linear_weights)
         if with_adm and self.views == "separate":
             raise InputError(
                 "kdcl.views separate does not go with ADM: under separate crops and flips, location (i, j) of the two "

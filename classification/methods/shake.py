@@ -1,8 +1,8 @@
 """SHAKE (Li and Jin, NeurIPS 2022): a shadow head on a pre-trained teacher's features learns together with the student.
 
 The student imitates the shadow, a proxy of the teacher that adapts to the student, and not the teacher itself. Sources:
-the paper, and lilujunai/SHAKE (shake/helper/loops.py, shake/models/util.py). The official code takes the feature maps
-1 to 3; here it is the last three, whatever the number of stages.
+the paper, and lilujunai/SHAKE (shake/helper/loops.py, shake/models/util.py), which takes the feature maps 1 to 3; here
+it is the last three, whatever the number of stages.
 """
 
 from __future__ import annotations
@@ -10,22 +10,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.methods.base import Method, Output, Outputs
+from classification.methods.base import Method, Output, Outputs, probe, standardised
 from classification.networks.base import ConvBN, classifier_of, init_conv
+from classification.options import TrainConfig
 from core.adapter import pool_to
-from core.distillation import kd_loss, standardise
+from core.adm import Head
+from core.distillation import kd_loss
 from core.errors import InputError, require_positive
-from core.network import stage_maps
 from core.training.distiller import Batch, Losses, Progress
-
-if TYPE_CHECKING:
-    from classification.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -103,23 +99,19 @@ class SHAKE(Method):
     def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
         """Freezes the teacher and builds its shadow head. Raises: InputError for a teacher that can have none."""
         teacher = networks["teacher"]
-        with torch.no_grad():
-            final, maps = stage_maps(teacher.eval(), sample)
+        maps = probe(teacher, sample)
         if len(maps) < 3:
             raise InputError(f"shake needs the last three stage maps of its teacher, which hands out {len(maps)}")
         classifier = classifier_of(teacher)
-        if classifier.in_features != final.shape[1]:
+        if classifier.in_features != maps[-1].shape[1]:
             raise InputError(
                 f"shake needs a teacher whose classifier follows the pooling: this one takes {classifier.in_features} "
-                f"features, and the map has {final.shape[1]} channels"
+                f"features, and the map has {maps[-1].shape[1]} channels"
             )
         if classifier.out_features < 3:
             raise InputError("shake needs 3 classes: standardised logits of two say nothing but which is the larger")
         self.shadow = ShadowHead(maps[-3:])
-        if self.options.online_teacher:
-            teacher.train()
-        else:
-            teacher.requires_grad_(False)
+        teacher.requires_grad_(self.options.online_teacher)
         return networks
 
     def output_roles(self, roles: Sequence[str]) -> list[str]:
@@ -135,17 +127,14 @@ class SHAKE(Method):
         self, networks: Mapping[str, nn.Module], views: Mapping[str, Tensor], learning: Collection[str] | None = None
     ) -> Outputs:
         """Both networks once, and the shadow head on the teacher's maps, detached and behind their ReLU."""
-        plain = super().forward(networks, views, learning)
-        w = self.shadow(*(F.relu(f.detach()) for f in plain["teacher"].maps[-3:]))
+        outputs = super().forward(networks, views, learning)
+        w = self.shadow(*(F.relu(f.detach()) for f in outputs["teacher"].maps[-3:]))
         head = partial(classify, classifier=classifier_of(networks["teacher"]))
-        plain["shadow"] = Output(head(w), [w], head)
-        return {role: self._standardised(plain[role]) for role in self.output_roles(list(networks))}
+        outputs["shadow"] = Output.of([w], standardised(head, self.options.scale))
+        return {role: outputs[role] for role in self.output_roles(list(networks))}
 
-    def _standardised(self, output: Output) -> Output:
-        def head(feature_map: Tensor) -> Tensor:
-            return standardise(output.head(feature_map), self.options.scale)
-
-        return Output(standardise(output.logits, self.options.scale), output.maps, head)
+    def head_of(self, network: nn.Module) -> Head:
+        return standardised(super().head_of(network), self.options.scale)
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
         target, tau = batch["target"], self.options.tau

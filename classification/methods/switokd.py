@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from classification.methods.base import Method, Outputs, is_teacher, pairs_of, sum_over_processes
+from classification.options import TrainConfig
 from core.distillation import distances, epsilon, kd_loss, learning
 from core.errors import InputError, require_not_negative, require_positive
 from core.training.distiller import Batch, Losses, Progress
-
-if TYPE_CHECKING:
-    from classification.config import TrainConfig
 
 FORMS = (
     ("teacher", "student"),

@@ -12,10 +12,9 @@ from torch import nn
 
 from classification.networks.base import CifarNetwork
 from classification.networks.mobilenet import MobileNetV1, MobileNetV2
-from classification.networks.resnet import Bottleneck, ResNet
+from classification.networks.resnet import Bottleneck, ResNet, WideResNet
 from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
 from classification.networks.vgg import VGG
-from classification.networks.wrn import WideResNet
 from core.errors import InputError, unknown
 
 __all__ = ["CIFAR_NETWORKS", "CifarNetwork", "create_network"]
@@ -64,33 +63,22 @@ def create_network(
         name: e.g. "cifar_wrn_16_2", "resnet18", "resnet18.a1_in1k", "local-dir:folder".
         num_classes: width of the head.
         in_chans: image channels.
-        pretrained: timm's own pretrained weights (for a CIFAR network, see ``published.load_weights``).
+        pretrained: timm's own pretrained weights (for a CIFAR network, see ``pretrained.load_weights``).
         options: further options: ``preact`` and the family's for a CIFAR network, a timm model's own otherwise.
             timm's ResNets get ``zero_init_last=False`` unless told otherwise: their residual BatchNorms then start at 1
             as torchvision's, which is the paper's ImageNet recipe, and not at 0.
-
-    Raises:
-        InputError: unknown name, unknown option, or pretrained weights that do not exist or cannot be fetched.
+    Raises: InputError for an unknown name or option, or pretrained weights that do not exist or cannot be fetched.
     """
     if name in CIFAR_NETWORKS:
-        return _create_cifar(name, num_classes, in_chans, pretrained, options)
-    return _create_timm(name, num_classes, in_chans, pretrained, options)
+        build = CIFAR_NETWORKS[name]
+        if pretrained:
+            raise InputError(f"{name} has no downloadable weights: leave pretrained out and give a weight file")
+        fixed = {"num_classes", "in_chans", *getattr(build, "keywords", ())}  # the rest is free for the caller
+        free = [option for option in signature(build).parameters if option not in fixed]
+        if strange := [option for option in options if option not in free]:
+            raise InputError(f"{name} has no option {', '.join(strange)}: its options are {', '.join(free)}")
+        return build(num_classes, in_chans, **options)
 
-
-def _create_cifar(
-    name: str, num_classes: int, in_chans: int, pretrained: bool, options: dict[str, Any]
-) -> CifarNetwork:
-    if pretrained:
-        raise InputError(f"{name} has no downloadable weights: leave pretrained out and give a weight file")
-    build = CIFAR_NETWORKS[name]
-    fixed = {"num_classes", "in_chans", *getattr(build, "keywords", ())}  # the rest is free for the caller
-    free = [option for option in signature(build).parameters if option not in fixed]
-    if strange := [option for option in options if option not in free]:
-        raise InputError(f"{name} has no option {', '.join(strange)}: its options are {', '.join(free)}")
-    return build(num_classes, in_chans, **options)
-
-
-def _create_timm(name: str, num_classes: int, in_chans: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     import timm
 
     if ":" not in name and not timm.is_model(name):  # "hf-hub:..." and "local-dir:..." name a place, not a model

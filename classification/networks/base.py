@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,6 +33,48 @@ class Stage(nn.Sequential):
         return x
 
 
+class NumberedConvs(nn.Module):
+    """A block of convolutions ``conv1``, ``conv2``, ... without bias, each with its BatchNorm ``bn1``, ``bn2``, ...
+
+    Args: (input channels, channels, kernel, stride, groups) of each, the last two 1 unless given.
+    """
+
+    def __init__(self, *convs: tuple[int, ...]) -> None:
+        super().__init__()
+        for number, (in_channels, channels, kernel, *more) in enumerate(convs, start=1):
+            stride, groups = (*more, 1, 1)[:2]
+            conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+            self.add_module(f"conv{number}", conv)
+            self.add_module(f"bn{number}", nn.BatchNorm2d(channels))
+
+    def layer(self, number: int, x: Tensor) -> Tensor:
+        """Convolution ``number`` (from 1) and its BatchNorm."""
+        return self.get_submodule(f"bn{number}")(self.get_submodule(f"conv{number}")(x))
+
+    def active(self, number: int, x: Tensor) -> Tensor:
+        """``layer`` and a ReLU."""
+        return F.relu(self.layer(number, x), inplace=True)
+
+
+def make_stages(
+    block: Callable[[int, int, int], nn.Module],
+    channels: Sequence[int],
+    counts: Sequence[int],
+    *,
+    first_stride: int,
+    kind: type[nn.Sequential] = Stage,
+) -> list[nn.Module]:
+    """A stage of ``counts[i]`` blocks from each of ``channels`` to the next; its first changes channels and size.
+
+    ``block``: (input channels, channels, stride) -> the block; the stride is 2 for all stages but perhaps the first.
+    """
+    strides = [first_stride, *[2] * (len(counts) - 1)]
+    return [
+        kind(block(before, width, stride), *(block(width, width, 1) for _ in range(count - 1)))
+        for (before, width), count, stride in zip(pairwise(channels), counts, strides, strict=True)
+    ]
+
+
 class CifarNetwork(nn.Module):
     """Base of all CIFAR networks, with the interface of a timm model.
 
@@ -49,6 +92,9 @@ class CifarNetwork(nn.Module):
         feature_info: a dict for the stem and for each stage, with its channels ``num_chs``, its ``reduction`` (input
             height over map height) and its ``module`` name.
     """
+
+    inits: tuple[Callable[[nn.Module], None], ...] = ()
+    """Each initialises a convolution or a linear layer in place; a family without any keeps PyTorch's defaults."""
 
     def __init__(
         self,
@@ -75,11 +121,8 @@ class CifarNetwork(nn.Module):
             {"num_chs": width, "reduction": reduction, "module": module}
             for width, reduction, module in zip(channels, reductions, modules, strict=True)
         ]
-        self.apply(self.init_module)
+        self.apply(self._init)
         self.reset_classifier(num_classes)
-
-    def init_module(self, module: nn.Module) -> None:
-        """Initialises one convolution or linear layer in place; a family without its own keeps PyTorch's defaults."""
 
     def get_classifier(self) -> nn.Module:
         """The linear layer of the head (``nn.Identity`` when there are no classes)."""
@@ -91,7 +134,11 @@ class CifarNetwork(nn.Module):
         self.num_classes = num_classes
         self.fc: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.fc.to(like.device, like.dtype)
-        self.init_module(self.fc)
+        self._init(self.fc)
+
+    def _init(self, module: nn.Module) -> None:
+        for init in self.inits:
+            init(module)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> logits [B, num_classes]."""
@@ -99,9 +146,7 @@ class CifarNetwork(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> feature map [B, num_features, h, w]."""
-        for index in range(len(self.feature_info)):
-            x = self._next_map(index, x)
-        return self._last_map(x)
+        return self.forward_stages(self.forward_stem(x))[0]
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] -> the stem's map, for a method that changes it before ``forward_stages``."""
@@ -144,21 +189,18 @@ class CifarNetwork(nn.Module):
         Returns:
             ``(feature map, maps)``, the first being what ``forward_features`` returns, or the list of maps.
 
-        Raises:
-            InputError: another ``output_fmt``, or an index out of range.
+        Raises: InputError for another ``output_fmt``, or an index out of range.
         """
         if output_fmt != "NCHW":
             raise InputError(f"output_fmt {output_fmt!r}: CIFAR networks hand out 'NCHW' maps only")
         taken = taken_indices(len(self.feature_info), indices)
-        count = max(taken) + 1 if stop_early else len(self.feature_info)
-        maps = []
-        for index in range(count):
+        last, maps = len(self.feature_info) - 1, []
+        for index in range(max(taken) + 1 if stop_early else last + 1):
             x = self._next_map(index, x)
             if index in taken:
                 maps.append(x)
-        ends = count == len(self.feature_info)
-        normalised = norm and count - 1 in taken and isinstance(self.neck, nn.BatchNorm2d)
-        if ends and (normalised or not intermediates_only):
+        normalised = norm and last in taken and isinstance(self.neck, nn.BatchNorm2d)
+        if index == last and (normalised or not intermediates_only):
             x = self._last_map(x)
             if normalised:
                 maps[-1] = x
@@ -181,8 +223,7 @@ class CifarNetwork(nn.Module):
 def taken_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
     """Absolute positions among ``count`` maps for timm's three ways to ask: None = all, n = the last n, a sequence.
 
-    Raises:
-        InputError: nothing asked for, or a position out of range.
+    Raises: InputError for nothing asked for, or a position out of range.
     """
     if indices is None:
         return list(range(count))

@@ -6,6 +6,8 @@ V2: Sandler et al., "MobileNetV2", CVPR 2018, in the form of HobbitLong/RepDisti
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,6 +74,7 @@ class MobileNetV2(CifarNetwork):
         width: multiple (at most 1) of all channel numbers but the last 1280.
     """
 
+    inits = (init_conv, partial(init_linear, std=0.01))
     # (expansion, channels, blocks, stride of the first block) of each row of each stage
     STAGES = (
         ((1, 16, 1, 1), (6, 24, 2, 1)),
@@ -104,7 +107,3 @@ class MobileNetV2(CifarNetwork):
             num_classes=num_classes,
             preact=preact,
         )
-
-    def init_module(self, module: nn.Module) -> None:
-        init_conv(module)
-        init_linear(module, std=0.01)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classification.networks.base import CifarNetwork, ConvBN, Stage
+from classification.networks.base import CifarNetwork, ConvBN, NumberedConvs, make_stages
 
 STEM_WIDTH = 24
 GROUPS = 3
 
 
-class ShuffleUnitV1(nn.Module):
+class ShuffleUnitV1(NumberedConvs):
     """1x1 group convolution, shuffle, depthwise 3x3, 1x1 group convolution; ends before its last ReLU.
 
     With stride 1 the input is added; with stride 2 it is average-pooled and concatenated, and the branch only fills up
@@ -24,23 +24,18 @@ class ShuffleUnitV1(nn.Module):
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
+        self.stride, self.groups = stride, 1 if in_channels == STEM_WIDTH else GROUPS
         branch = channels if stride == 1 else channels - in_channels
         hidden = branch // 4
-        self.groups = 1 if in_channels == STEM_WIDTH else GROUPS
-        self.conv1 = nn.Conv2d(in_channels, hidden, 1, groups=self.groups, bias=False)
-        self.bn1 = nn.BatchNorm2d(hidden)
-        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
-        self.bn2 = nn.BatchNorm2d(hidden)
-        self.conv3 = nn.Conv2d(hidden, branch, 1, groups=GROUPS, bias=False)
-        self.bn3 = nn.BatchNorm2d(branch)
+        super().__init__(
+            (in_channels, hidden, 1, 1, self.groups),
+            (hidden, hidden, 3, stride, hidden),
+            (hidden, branch, 1, 1, GROUPS),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.channel_shuffle(y, self.groups)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
+        y = F.channel_shuffle(self.active(1, x), self.groups)
+        y = self.layer(3, self.active(2, y))
         if self.stride == 2:
             return torch.cat([y, F.avg_pool2d(x, 3, stride=2, padding=1)], dim=1)
         y += x
@@ -52,11 +47,7 @@ class ShuffleNetV1(CifarNetwork):
 
     def __init__(self, num_classes: int = 100, in_chans: int = 3, preact: bool = True) -> None:
         channels = [STEM_WIDTH, 240, 480, 960]
-        stages = []
-        for stage, count in enumerate((4, 8, 4)):
-            out = channels[stage + 1]
-            first = ShuffleUnitV1(channels[stage], out, 2)
-            stages.append(Stage(first, *(ShuffleUnitV1(out, out, 1) for _ in range(count - 1))))
+        stages = make_stages(ShuffleUnitV1, channels, (4, 8, 4), first_stride=2)  # drawn before the stem
         super().__init__(
             ConvBN(in_chans, STEM_WIDTH, 1),
             stages,
@@ -67,51 +58,35 @@ class ShuffleNetV1(CifarNetwork):
         )
 
 
-class ShuffleUnitV2(nn.Module):
+class ShuffleUnitV2(NumberedConvs):
     """Half of the channels passes; the other half goes through 1x1, depthwise 3x3 and 1x1 convolution; shuffle."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
         half = channels // 2
-        self.conv1 = nn.Conv2d(half, half, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(half)
-        self.conv2 = nn.Conv2d(half, half, 3, 1, 1, groups=half, bias=False)
-        self.bn2 = nn.BatchNorm2d(half)
-        self.conv3 = nn.Conv2d(half, half, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(half)
+        super().__init__((half, half, 1), (half, half, 3, 1, half), (half, half, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=1)
-        right = F.relu(self.bn1(self.conv1(right)), inplace=True)
-        right = self.bn2(self.conv2(right))
-        right = F.relu(self.bn3(self.conv3(right)), inplace=True)
+        right = self.active(3, self.layer(2, self.active(1, right)))
         return F.channel_shuffle(torch.cat([left, right], dim=1), 2)
 
 
-class ShuffleDownV2(nn.Module):
+class ShuffleDownV2(NumberedConvs):
     """Halves the map in two branches: left depthwise 3x3 and 1x1 (1, 2), right 1x1, depthwise 3x3 and 1x1 (3, 4, 5)."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
-        super().__init__()
         half = channels // 2
-        self.conv1 = nn.Conv2d(in_channels, in_channels, 3, 2, 1, groups=in_channels, bias=False)
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv2 = nn.Conv2d(in_channels, half, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(half)
-        self.conv3 = nn.Conv2d(in_channels, half, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(half)
-        self.conv4 = nn.Conv2d(half, half, 3, 2, 1, groups=half, bias=False)
-        self.bn4 = nn.BatchNorm2d(half)
-        self.conv5 = nn.Conv2d(half, half, 1, bias=False)
-        self.bn5 = nn.BatchNorm2d(half)
+        left = ((in_channels, in_channels, 3, 2, in_channels), (in_channels, half, 1))
+        super().__init__(*left, (in_channels, half, 1), (half, half, 3, 2, half), (half, half, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        left = self.bn1(self.conv1(x))
-        left = F.relu(self.bn2(self.conv2(left)), inplace=True)
-        right = F.relu(self.bn3(self.conv3(x)), inplace=True)
-        right = self.bn4(self.conv4(right))
-        right = F.relu(self.bn5(self.conv5(right)), inplace=True)
+        left = self.active(2, self.layer(1, x))
+        right = self.active(5, self.layer(4, self.active(3, x)))
         return F.channel_shuffle(torch.cat([left, right], dim=1), 2)
+
+
+def unit_v2(in_channels: int, channels: int, stride: int) -> NumberedConvs:
+    return ShuffleDownV2(in_channels, channels) if stride == 2 else ShuffleUnitV2(channels)
 
 
 class ShuffleNetV2(CifarNetwork):
@@ -121,12 +96,7 @@ class ShuffleNetV2(CifarNetwork):
 
     def __init__(self, num_classes: int = 100, in_chans: int = 3, preact: bool = True) -> None:
         channels = [STEM_WIDTH, 116, 232, 464]
-        stages = []
-        for stage, count in enumerate((3, 7, 3)):
-            out = channels[stage + 1]
-            stages.append(
-                nn.Sequential(ShuffleDownV2(channels[stage], out), *(ShuffleUnitV2(out) for _ in range(count)))
-            )
+        stages = make_stages(unit_v2, channels, (4, 8, 4), first_stride=2, kind=nn.Sequential)  # drawn before the stem
         super().__init__(
             nn.Sequential(ConvBN(in_chans, STEM_WIDTH, 1), nn.ReLU(inplace=True)),
             stages,

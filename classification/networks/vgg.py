@@ -6,7 +6,9 @@ Simonyan and Zisserman, "Very Deep Convolutional Networks", ICLR 2015, in the fo
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from functools import partial
+
+from torch import Tensor
 from torch.nn import functional as F
 
 from classification.networks.base import CifarNetwork, ConvBN, Stage, init_conv, init_linear
@@ -37,6 +39,8 @@ class VGG(CifarNetwork):
     Three poolings leave 4x4 of 32x32 pixels; images of 64 pixels are pooled once more, before the last group.
     """
 
+    inits = (init_conv, partial(init_linear, std=0.01))
+
     def __init__(self, num_classes: int = 100, in_chans: int = 3, preact: bool = True, *, count: int) -> None:
         stem = Stage(*(ConvBN(width, WIDTHS[0], 3, bias=True) for width in [in_chans] + [WIDTHS[0]] * (count - 1)))
         stages = [Group(WIDTHS[group - 1], WIDTHS[group], count, 8 if group == 4 else None) for group in range(1, 5)]
@@ -48,7 +52,3 @@ class VGG(CifarNetwork):
             num_classes=num_classes,
             preact=preact,
         )
-
-    def init_module(self, module: nn.Module) -> None:
-        init_conv(module)
-        init_linear(module, std=0.01)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.methods.base import Method
+from classification.methods.base import Method, Output, Outputs
+from classification.options import TrainConfig
 from core.errors import InputError
-
-if TYPE_CHECKING:
-    from classification.config import TrainConfig
+from core.training.distiller import Batch, Losses, Progress
 
 
 class OfflineMethod(Method):
@@ -45,3 +44,13 @@ class OfflineMethod(Method):
 
     def phases(self, roles: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         return (("student",),)
+
+    def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
+        """The student's cross-entropy times the option ``ce``, and the method's own terms."""
+        student, teacher, target = outputs["student"], outputs["teacher"], batch["target"]
+        ce = self.options.ce * F.cross_entropy(student.logits, target)
+        return {"student": {"ce": ce, **self.terms(student, teacher, target, progress)}}
+
+    def terms(self, student: Output, teacher: Output, target: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """What the student learns from the teacher, weighted: ``{term: scalar}``; class indices ``[B]``."""
+        raise NotImplementedError

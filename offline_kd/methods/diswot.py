@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.methods.base import Outputs
+from classification.methods.base import Output, probe
 from classification.networks.base import ConvBN, init_conv
-from core.distillation import full_precision, kd_loss
+from core.distillation import full_precision
 from core.errors import require_not_negative, require_positive
-from core.network import preserved, stage_maps
-from core.training.distiller import Batch, Losses, Progress
-from offline_kd.methods.base import OfflineMethod
+from core.training.distiller import Progress
+from offline_kd.methods.kd import KD
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def semantic_loss(map_student: Tensor, map_teacher: Tensor) -> Tensor:
     return (similarities(s) - similarities(t)).square().sum(dim=-1).mean()
 
 
-class DisWOT(OfflineMethod):
+class DisWOT(KD):
     """``L = ce CE + kd KL(s <- t) + relation B/64 L_rel + semantic L_sem``, on the last maps behind a ReLU.
 
     Both similarity losses compare matrices of B x B and C x C, so that the maps' sizes need not agree. Where their
@@ -98,24 +97,17 @@ class DisWOT(OfflineMethod):
 
     def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
         networks = super().prepare(networks, sample)
-        channels = {}
-        for role, network in networks.items():
-            with torch.no_grad(), preserved(network, sample):
-                channels[role] = stage_maps(network.eval(), sample)[0].shape[1]
+        channels = {role: probe(network, sample)[-1].shape[1] for role, network in networks.items()}
         self.adapter = nn.Identity()
         if channels["student"] != channels["teacher"] and self.options.semantic:
             self.adapter = ConvBN(channels["student"], channels["teacher"], 1).apply(init_conv)
         return networks
 
-    def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
+    def terms(self, student: Output, teacher: Output, target: Tensor, progress: Progress) -> dict[str, Tensor]:
         options: DisWOTOptions = self.options
-        student, teacher = outputs["student"], outputs["teacher"]
         map_s, map_t = F.relu(student.maps[-1]), F.relu(teacher.maps[-1])
-        terms = {
-            "ce": options.ce * F.cross_entropy(student.logits, batch["target"]),
-            "kd": options.kd * kd_loss(student.logits, teacher.logits, options.tau),
-            "relation": options.relation * len(map_s) / 64 * relation_loss(map_s, map_t),
-        }
+        terms = super().terms(student, teacher, target, progress)
+        terms["relation"] = options.relation * len(map_s) / 64 * relation_loss(map_s, map_t)
         if options.semantic:
             terms["semantic"] = options.semantic * semantic_loss(self.adapter(map_s), map_t)
-        return {"student": terms}
+        return terms

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classification.methods.base import Outputs
+from classification.methods.base import Output
 from core.distillation import full_precision
 from core.errors import require_not_negative, require_positive
-from core.training.distiller import Batch, Losses, Progress
+from core.training.distiller import Progress
 from offline_kd.methods.base import OfflineMethod
 
 
@@ -118,15 +118,8 @@ class DKD(OfflineMethod):
 
     Options = DKDOptions
 
-    def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
+    def terms(self, student: Output, teacher: Output, target: Tensor, progress: Progress) -> dict[str, Tensor]:
         options: DKDOptions = self.options
-        student, teacher = outputs["student"].logits, outputs["teacher"].logits
-        tckd, nckd = dkd_losses(student, teacher, batch["target"], options.tau)
-        weight = warmup_weight(progress.epoch, options.warmup, student)
-        return {
-            "student": {
-                "ce": options.ce * F.cross_entropy(student, batch["target"]),
-                "tckd": options.alpha * weight * tckd,
-                "nckd": options.beta * weight * nckd,
-            }
-        }
+        tckd, nckd = dkd_losses(student.logits, teacher.logits, target, options.tau)
+        weight = warmup_weight(progress.epoch, options.warmup, student.logits)
+        return {"tckd": options.alpha * weight * tckd, "nckd": options.beta * weight * nckd}

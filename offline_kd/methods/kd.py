@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch.nn.functional as F
+from torch import Tensor
 
-from classification.methods.base import Outputs
+from classification.methods.base import Output
 from core.distillation import kd_loss
 from core.errors import require_not_negative, require_positive
-from core.training.distiller import Batch, Losses, Progress
+from core.training.distiller import Progress
 from offline_kd.methods.base import OfflineMethod
 
 
@@ -35,14 +36,7 @@ class KDOptions:
 class KD(OfflineMethod):
     """``L = ce CE(z_s, y) + kd tau^2 KL(p_t || p_s)``."""
 
-    Options = KDOptions
+    Options: ClassVar[type] = KDOptions
 
-    def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
-        options: KDOptions = self.options
-        student, teacher = outputs["student"].logits, outputs["teacher"].logits
-        return {
-            "student": {
-                "ce": options.ce * F.cross_entropy(student, batch["target"]),
-                "kd": options.kd * kd_loss(student, teacher, options.tau),
-            }
-        }
+    def terms(self, student: Output, teacher: Output, target: Tensor, progress: Progress) -> dict[str, Tensor]:
+        return {"kd": self.options.kd * kd_loss(student.logits, teacher.logits, self.options.tau)}

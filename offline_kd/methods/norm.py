@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.methods.base import Output, Outputs
+from classification.methods.base import Output, Outputs, probe, standardised
 from classification.networks.base import CifarNetwork, ConvBN, classifier_of, init_conv
 from core.adapter import smaller_size
-from core.distillation import full_precision, kd_loss, standardise
+from core.adm import Head
+from core.distillation import full_precision
 from core.errors import InputError, require_not_negative, require_positive
 from core.network import preserved, stage_maps
-from core.training.distiller import Batch, Losses, Progress
-from offline_kd.methods.base import OfflineMethod
+from core.training.distiller import Progress
+from offline_kd.methods.kd import KD
 
 SCHEDULES: dict[str, tuple[float, tuple[float, ...], tuple[float, ...]]] = {
     "cifar": (240, (10, 20, 180, 210), (0.1, 0.5, 1.0, 0.5, 0.1)),
@@ -129,7 +130,7 @@ class Expanded(Output):
     e: Tensor
 
 
-class NORM(OfflineMethod):
+class NORM(KD):
     """``L = ce CE(z_s) + kd KL(p_s <- p_t) + s(e) feature L_norm``, all logits standardised with ``scale``.
 
     The student's last map, for ADM too, is x', which enters the pooling and may be negative. The transform and the
@@ -161,8 +162,7 @@ class NORM(OfflineMethod):
         for role, network in networks.items():
             if isinstance(network, CifarNetwork):
                 network.preact = False  # a ReLU behind x' would be one too many, and could not be folded
-            with torch.no_grad(), preserved(network, sample):
-                maps[role] = stage_maps(network.eval(), sample)[0]
+            maps[role] = probe(network, sample)[-1]
         if maps["teacher"].dim() != 4:
             raise InputError(f"norm needs a teacher with a map [B, C, H, W], and its is {tuple(maps['teacher'].shape)}")
         student = networks["student"]
@@ -181,35 +181,25 @@ class NORM(OfflineMethod):
         self, networks: Mapping[str, nn.Module], views: Mapping[str, Tensor], learning: Collection[str] | None = None
     ) -> Outputs:
         """Either network may be left out."""
-        outputs: Outputs = {}
-        if "teacher" in networks:
-            plain = super().forward({"teacher": networks["teacher"]}, views, learning)["teacher"]
-
-            def head(feature_map: Tensor) -> Tensor:
-                return standardise(plain.head(feature_map), self.options.scale)
-
-            outputs["teacher"] = Output(standardise(plain.logits, self.options.scale), plain.maps, head)
+        outputs = super().forward({r: n for r, n in networks.items() if r == "teacher"}, views, learning)
         if "student" in networks:
             x, maps = stage_maps(networks["student"], views["student"])
             e, x = self.transform(x)
-            outputs["student"] = Expanded(self.student_head(x), [*maps[:-1], x], self.student_head, e)
+            head = standardised(lambda x: self.classifier(x.mean(dim=(2, 3))), self.options.scale)
+            outputs["student"] = Expanded(head(x), [*maps[:-1], x], head, e)
         return outputs
 
-    def student_head(self, feature_map: Tensor) -> Tensor:
-        """The student's map x' ``[B, C, H, W]`` -> standardised logits ``[B, K]``."""
-        return standardise(self.classifier(feature_map.mean(dim=(2, 3))), self.options.scale)
+    def head_of(self, network: nn.Module) -> Head:
+        return standardised(super().head_of(network), self.options.scale)
 
-    def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
+    def terms(self, student: Output, teacher: Output, target: Tensor, progress: Progress) -> dict[str, Tensor]:
         options: NORMOptions = self.options
-        student, teacher = outputs["student"], outputs["teacher"]
         assert isinstance(student, Expanded)
-        losses = {"ce": options.ce * F.cross_entropy(student.logits, batch["target"])}
-        if options.kd:
-            losses["kd"] = options.kd * kd_loss(student.logits, teacher.logits, options.tau)
+        terms = super().terms(student, teacher, target, progress) if options.kd else {}
         if options.feature:
             weight = options.feature * self.factor(progress)
-            losses["norm"] = weight * norm_loss(student.e, teacher.maps[-1])
-        return {"student": losses}
+            terms["norm"] = weight * norm_loss(student.e, teacher.maps[-1])
+        return terms
 
     def factor(self, progress: Progress) -> Tensor:
         """s(e), a scalar. It is looked up on the device: numbers alone would make torch.compile compile each step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def noise() -> Arrays:
     """Images in which every crop and its mirror image differ, unlike the digits' black borders."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (40, 3, 8, 6), dtype=torch.uint8, generator=generator)
-    return Arrays(images, torch.arange(40) % 4, torch.arange(40))
+    return Arrays(images, torch.arange(40) % 4, torch.arange(40), "crop_flip", 4)
 
 
 def write_folder(root: Path, digits: Arrays, train: int, test: int, sizes: tuple[tuple[int, int], ...]) -> Path:
@@ -113,7 +114,7 @@ def variants(image: Tensor, padding: int) -> dict[bytes, tuple[int, int, bool]]:
 def test_crops_and_flips_are_torchvisions_and_uniform(noise: Arrays) -> None:
     known = [variants(image, padding=2) for image in noise.images]
     assert all(len(v) == 50 for v in known)
-    loader = InMemoryLoader(noise, 16, train=True, augmentation="crop_flip", padding=2, seed=3)
+    loader = InMemoryLoader(replace(noise, padding=2), 16, train=True, seed=3)
     counts: dict[tuple[int, int, bool], int] = {}
     for _ in range(100):
         for batch in loader:
@@ -131,7 +132,7 @@ def test_crops_and_flips_are_torchvisions_and_uniform(noise: Arrays) -> None:
 def test_a_batch_equals_torchvision_for_the_same_draws(digits: Arrays, augmentation: Augmentation) -> None:
     from torchvision.transforms import functional as F
 
-    loader = InMemoryLoader(digits, 64, train=True, augmentation=augmentation, padding=4, seed=5)
+    loader = InMemoryLoader(replace(digits, augmentation=augmentation), 64, train=True, seed=5)
     padding = 0 if augmentation == "none" else 4
     order, generator = loader._order(0)
     down, right = torch.randint(2 * padding + 1, (2, len(digits)), generator=generator)
@@ -148,8 +149,8 @@ def test_a_batch_equals_torchvision_for_the_same_draws(digits: Arrays, augmentat
 
 
 def test_views_are_independent_and_the_first_is_the_only_one(noise: Arrays) -> None:
-    one = list(InMemoryLoader(noise, 16, train=True, padding=2, seed=1))
-    loader = InMemoryLoader(noise, 16, train=True, padding=2, seed=1, views=3)
+    one = list(InMemoryLoader(replace(noise, padding=2), 16, train=True, seed=1))
+    loader = InMemoryLoader(replace(noise, padding=2), 16, train=True, seed=1, views=3)
     three = list(loader)
     draws = []
     for batch, single in zip(three, one, strict=True):
@@ -339,7 +340,7 @@ def test_digits_are_split_the_same_for_everyone() -> None:
     assert data.train.targets.bincount().tolist() == [142, 146, 142, 146, 145, 146, 145, 143, 139, 144]
     assert data.test.targets.bincount().tolist() == [36, 36, 35, 37, 36, 36, 36, 36, 35, 36]
     assert torch.equal(torch.cat([data.train.indices, data.test.indices]).sort().values, torch.arange(1797))
-    assert (data.num_classes, data.class_names[:2], data.image_size, data.channels) == (10, ("0", "1"), 16, 3)
+    assert (data.num_classes, data.class_names[:2], data.image_size) == (10, ("0", "1"), 16)
     assert data.train.augmentation == "crop" and data.test.augmentation == "none"
     seeded = load_datasets(DataConfig(name="digits", split_seed=9))
     assert torch.equal(seeded.test.indices, data.test.indices)
@@ -681,4 +682,4 @@ def test_batches_that_processes_cannot_share_are_refused(digits: Arrays) -> None
     with pytest.raises(InputError, match="3 training images are too few for 2 process"):
         InMemoryLoader(few, 8, train=True, world=2)
     with pytest.raises(InputError, match="not held in memory"):
-        InMemoryLoader(few, 2, train=True, augmentation="random_resized_crop")
+        replace(few, augmentation="random_resized_crop")

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
-from classification.methods import Method, parse_method
+from classification.methods import METHODS, Method
 from classification.methods.base import pairs_of
 from classification.methods.dml import DML, DMLOptions
 from classification.methods.vanilla import Vanilla
 from core.adm import ADMConfig
-from core.errors import InputError
+from core.errors import InputError, parse_label
 from core.training.distiller import Losses, Progress
 
 CLASSES, SIZE = 5, 8
@@ -576,7 +576,7 @@ def test_unknown_roles_and_networks_are_refused() -> None:
 
 @pytest.mark.parametrize("label", ["vanilla", "dml", "vanilla+adm", "dml+adm"])
 def test_labels(label: str) -> None:
-    assert parse_method(label) == (label.partition("+")[0], label.endswith("+adm"))
+    assert parse_label(label, METHODS) == (label.partition("+")[0], label.endswith("+adm"))
 
 
 @pytest.mark.parametrize(
@@ -584,7 +584,7 @@ def test_labels(label: str) -> None:
 )
 def test_unknown_labels_offer_the_nearest(label: str, nearest: str) -> None:
     with pytest.raises(InputError, match=f"unknown method .*did you mean '{nearest}'"):
-        parse_method(label)
+        parse_label(label, METHODS)
 
 
 def test_adm_needs_a_pair_and_maps_with_locations() -> None:

@@ -77,7 +77,7 @@ def data_of(count: int, seed: int = 1) -> Any:
 def attach(
     distiller: ClassificationDistiller, run: Path, datasets: Any, batch_size: int = 4, **options: Any
 ) -> InMemoryLoader:
-    loader = InMemoryLoader(datasets.train, batch_size, train=True, augmentation="crop", padding=1, seed=3, **options)
+    loader = InMemoryLoader(datasets.train, batch_size, train=True, seed=3, **options)
     assert distiller.previous is not None
     distiller.previous.attach(run, datasets, loader, FitConfig(), ALONE)
     return loader

@@ -184,7 +184,7 @@ def test_weights_arrive_with_their_normalisation(tmp_path: Path) -> None:
 
 
 def test_timms_weights_bring_theirs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_download(name: str, num_classes: int, *, in_chans: int, pretrained: bool) -> Any:
+    def without_download(name: str, num_classes: int, *, pretrained: bool) -> Any:
         assert pretrained is name.startswith("inception")
         return create_network("cifar_resnet8", num_classes)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from classification.networks import create_network
-from classification.networks.published import load_published, load_weights
+from classification.networks.pretrained import load_weights
 from core.errors import InputError
 from core.weights import read_state_dict
 
@@ -241,7 +241,7 @@ def test_published_checkpoints(function: Callable, tmp_path: Path):
     file = tmp_path / "published.pth"
     torch.save({"epoch": 240, "model": state, "best_acc": np.float64(72.5)}, file)
     network = create_network(f"cifar_{function.__name__}", 10)
-    load_published(network, file)
+    load_weights(network, file)
     with torch.inference_mode():
         torch.testing.assert_close(network.eval()(x), logits, rtol=1e-4, atol=1e-4)
     assert {int(v) for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")} == {7}
@@ -313,7 +313,7 @@ def test_old_files_without_batch_counts(tmp_path: Path):
     file = tmp_path / "resnet20.th"
     torch.save({"state_dict": state, "best_prec1": 91.7}, file, _use_new_zipfile_serialization=False)
     network = create_network("cifar_resnet20_a", 10).eval()
-    load_published(network, file)
+    load_weights(network, file)
     with torch.inference_mode():
         torch.testing.assert_close(network(x), logits, rtol=1e-4, atol=1e-4)
 
@@ -324,7 +324,7 @@ def test_another_number_of_classes_names_both(tmp_path: Path):
     network = create_network("cifar_wrn_10_1", 10)
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     with pytest.raises(InputError, match="100 classes, but the network has 10"):
-        load_published(network, file)
+        load_weights(network, file)
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
 
 
@@ -343,7 +343,7 @@ def test_another_architecture_names_keys(name: str, parts: list[str], tmp_path: 
     network = create_network(name, 10)
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     with pytest.raises(InputError, match="another architecture") as raised:
-        load_published(network, file)
+        load_weights(network, file)
     assert all(part in str(raised.value) for part in parts), raised.value
     assert "\n" not in str(raised.value)
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
@@ -372,13 +372,13 @@ def test_unreadable_files(tmp_path: Path, capsys: pytest.CaptureFixture):
         for kept in (0, 5, 100, len(content) // 2, len(content) - 5):
             (tmp_path / name).write_bytes(content[:kept])
             with pytest.raises(InputError, match="incomplete") as raised:
-                load_published(network, tmp_path / name)
+                load_weights(network, tmp_path / name)
             assert name in str(raised.value)
             assert "\n" not in str(raised.value)
     with pytest.raises(InputError, match="no weight file"):
-        load_published(network, tmp_path / "absent.pth")
+        load_weights(network, tmp_path / "absent.pth")
     with pytest.raises(InputError, match="no weight file"):
-        load_published(network, tmp_path)
+        load_weights(network, tmp_path)
 
     file = tmp_path / "strange.pth"
     for content in ({"epoch": 3}, [1, 2], {}, {"model": {"a": 1}}, torch.zeros(2)):

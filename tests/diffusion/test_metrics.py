@@ -150,10 +150,10 @@ def test_resnet56_has_the_published_network(shared_data: Path) -> None:
     network = proxies.load_resnet(56, file).eval()
     assert sum(p.numel() for p in network.parameters()) == 853_018
     from classification.networks import create_network
-    from classification.networks.published import load_published
+    from classification.networks.pretrained import load_weights
 
     other = create_network("cifar_resnet56_a", num_classes=10)
-    load_published(other, file)
+    load_weights(other, file)
     images = random_images(4, 0, 32)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normalised = (images / 255.0 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)

@@ -22,7 +22,7 @@ from classification.evaluation import evaluate
 from classification.experiment import load_checkpoint
 from classification.methods.base import Output
 from classification.networks import create_network
-from classification.networks.published import load_weights
+from classification.networks.pretrained import load_weights
 from core.adm import ADMConfig
 from core.distillation import feature_loss, standardise
 from core.errors import InputError

@@ -1,0 +1,116 @@
+"""One run of image classification as typed options."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from classification.data import DataConfig
+from core.adm import ADMConfig
+from core.errors import InputError
+from core.training.fit import FitConfig
+from core.training.schedule import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """One network.
+
+    Args:
+        name: a CIFAR network of this package (cifar_resnet20, ...) or any timm model.
+        weights: file to start from (.safetensors, published .pth); or a run folder, for the last weights of the same
+            role; or a checkpoint folder.
+        pretrained: timm's own pre-trained weights.
+        lr: this network's learning rate; the recipe's unless given.
+        mean: per channel, of images in [0, 1], subtracted before this network; unless given, what the weights were
+            trained with where their file (or timm) says so, else the data set's.
+        std: per channel, divided by.
+        sha256: of the weight file; filled in when a run is written down, checked when it is read back.
+    """
+
+    name: str
+    weights: str | None = None
+    pretrained: bool = False
+    lr: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and self.lr < 0:
+            raise InputError(f"the learning rate of {self.name} must not be negative: {self.lr}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """SGD over all networks, a parameter group for each.
+
+    Args:
+        lr: learning rate.
+        learning_rates: other rates by network name, wildcards allowed, as {cifar_mobilenetv2*: 0.01}.
+        momentum: momentum.
+        weight_decay: weight decay of all parameters.
+        nesterov: Nesterov's momentum.
+    """
+
+    lr: float = 0.1
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.lr, self.momentum, self.weight_decay, *self.learning_rates.values()) < 0:
+            raise InputError("optimizer: learning rates, momentum and weight decay must not be negative")
+        if self.nesterov and not self.momentum:
+            raise InputError("optimizer.nesterov needs optimizer.momentum above 0")
+
+    def rate(self, network: NetworkConfig) -> float:
+        """The base learning rate of a network: its own, else the first pattern that fits, else ``lr``."""
+        if network.lr is not None:
+            return network.lr
+        fitting = (rate for pattern, rate in self.learning_rates.items() if fnmatch.fnmatch(network.name, pattern))
+        return next(fitting, self.lr)
+
+    def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimiser of ``parameter_groups()``."""
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains teacher and student together.
+
+    Args:
+        data: the data set.
+        networks: one network per role, as {teacher: {name: cifar_resnet32x4}, student: {name: cifar_resnet8x4}};
+            roles are teacher, teacher_2, ..., student, student_2, ...
+        method: one of the methods listed below by its label, alone or with +adm (dml, dml+adm).
+        adm: ADM's weights and forms; they count only with +adm.
+        optimizer: SGD over all networks.
+        schedule: how the learning rate falls.
+        fit: duration, precision, logging.
+        batch_size: images per optimiser step, over all processes and accumulated parts together.
+        seed: of the networks' starts, the order of the data and the augmentation.
+        channels_last: memory layout that suits tensor cores.
+        out: the run folder; the same command again resumes it.
+        progress_bar: show one (only on a terminal).
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    networks: Mapping[str, NetworkConfig] = field(default_factory=dict)
+    method: str = "dml+adm"
+    adm: ADMConfig = field(default_factory=ADMConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    batch_size: int = 128
+    seed: int = 0
+    channels_last: bool = False
+    out: Path = Path("runs/classification")
+    progress_bar: bool = True
