@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classification.networks.published import load_published
+from classification.networks.pretrained import load_weights
 from classification.networks.resnet import ResNet
 from core.errors import InputError
 from core.weights import read_state_dict
@@ -62,7 +62,7 @@ def load_resnet(depth: int, file: str | Path) -> CifarResNet:
     try:
         state = read_state_dict(file)
         network = CifarResNet(depth, len(state.get("linear.bias", ())) or 10)
-        load_published(network.network, file)
+        load_weights(network.network, file)
     except InputError as error:
         raise InputError(f"{file} does not hold a CIFAR ResNet-{depth}: {error}") from error
     return network
