@@ -11,7 +11,6 @@ loss's weight w and a gate g of each image ``[B]``:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,14 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.adm import Control, consensus_attention, control, spatial_similarity
-from core.distillation import full_precision, kd_loss
+from core.adm import Control, Head, consensus_attention, consensus_kd_loss, control, spatial_similarity
+from core.distillation import full_precision
 from core.errors import InputError, require_not_negative
 from core.network import Network, Split
 from diffusion.proxies import load_resnet, resnet_depth
-
-Form = Literal["output", "head", "feature", "classifier"]
-Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class ConsensusConfig:
     """
 
     alpha: float = 1.0
-    form: Form = "output"
+    form: Literal["output", "head", "feature", "classifier"] = "output"
     control: Control = "none"
     centre: bool = False
     gate: float = 0.4
@@ -117,12 +113,9 @@ def classifier_loss(
     """
     with torch.no_grad():
         map_target = network.forward_features(target.detach())
-    map_output = network.forward_features(output)
+    map_output, head = network.forward_features(output), network.forward_head
     s = similarity(map_output, map_target)
-    a = consensus_attention(control(s, kind))
-    with torch.no_grad():
-        logits = network.forward_head(a.to(map_target.dtype) * map_target)
-    return kd_loss(network.forward_head(a.to(map_output.dtype) * map_output), logits, weight=factor), s
+    return consensus_kd_loss(control(s, kind), map_output, map_target, head, head, weight=factor), s
 
 
 def load_classifier(name: str) -> Split:

@@ -16,21 +16,10 @@ from core.distillation import feature_loss as map_loss
 from core.distillation import full_precision
 from core.errors import InputError, require_not_negative
 from core.training.distiller import Batch, Losses, Progress
-from diffusion.consensus import (
-    ConsensusConfig,
-    feature_loss,
-    gate,
-    head_loss,
-    observations,
-    output_loss,
-    similarity,
-)
-from diffusion.dit.convert import metadata
-from diffusion.dit.gaussian import LinearSchedule, split
+from diffusion.consensus import ConsensusConfig, feature_loss, gate, head_loss, observations, output_loss, similarity
+from diffusion.dit.gaussian import LinearSchedule
 from diffusion.dit.model import DiT
 from diffusion.training import DiffusionDistiller
-
-Map = Literal["tokens", "final_norm"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,7 @@ class ADMConfig(ConsensusConfig):
         gamma: weight of the feature loss between the maps (Eq. 5); the paper uses none here.
     """
 
-    map: Map = "tokens"
+    map: Literal["tokens", "final_norm"] = "tokens"
     beta: float = 1.0
     gamma: float = 0.0
 
@@ -136,7 +125,7 @@ class DiTDistiller(DiffusionDistiller):
         z = self.schedule.noisy(x, noise, t)
 
         def task(output: Tensor) -> dict[str, Tensor]:
-            eps, v = split(output)
+            eps, v = output.chunk(2, dim=1)
             bound = self.schedule.variational_bound(eps, v, x, z, t)
             return {"mse": F.mse_loss(eps, full_precision(noise)), "vlb": bound.mean()}
 
@@ -151,7 +140,7 @@ class DiTDistiller(DiffusionDistiller):
         own: dict[str, Tensor] = {}
         if self.distill.task_weight > 0:
             own = {name: self.distill.task_weight * value for name, value in task(o).items()}
-        o, epsilon, y = self._imitated(o), split(y)[0], self._imitated(y)
+        o, epsilon, y = self._imitated(o), y.chunk(2, dim=1)[0], self._imitated(y)
         if self.distill.weight > 0:
             own["distill"] = self.distill.weight * F.mse_loss(o, y.detach())
         losses["student"] = own
@@ -181,7 +170,7 @@ class DiTDistiller(DiffusionDistiller):
         return full_precision(network.forward_linear(normed)), compared
 
     def _imitated(self, output: Tensor) -> Tensor:
-        return output if self.distill.sigma else split(output)[0]
+        return output if self.distill.sigma else output.chunk(2, dim=1)[0]
 
     def _consensus(
         self, o: Tensor, y: Tensor, map_student: Tensor, map_teacher: Tensor, s: Tensor, opened: Tensor
@@ -217,4 +206,5 @@ class DiTDistiller(DiffusionDistiller):
         return cast(DiT, self.averages[role])
 
     def metadata(self, role: str) -> dict[str, str]:
-        return {"role": role, **metadata(self._network(role))}
+        # the heads are what ``load_dit`` cannot read off the tensors
+        return {"role": role, "kind": "dit", "heads": str(self._network(role).heads)}

@@ -27,9 +27,6 @@ from diffusion.progressive.network import InputHook
 from diffusion.schedule import CosineSchedule, Prediction, Weighting, interpolate
 from diffusion.training import DiffusionDistiller
 
-TeacherMap = Literal["target", "second", "first"]
-GateTime = Literal["end", "mid", "start", "none"]
-
 
 @dataclass(frozen=True)
 class ADMConfig(ConsensusConfig):
@@ -46,8 +43,8 @@ class ADMConfig(ConsensusConfig):
             distillation, which its rivals share; or "all". Default: the rows of Table 6.
     """
 
-    teacher_map: TeacherMap = "target"
-    gate_time: GateTime = "end"
+    teacher_map: Literal["target", "second", "first"] = "target"
+    gate_time: Literal["end", "mid", "start", "none"] = "end"
     adm_rounds: Literal["all"] | tuple[int, ...] = (4, 2, 1)
 
     def acts(self, steps: int) -> bool:

@@ -88,13 +88,6 @@ def build_unet(config: UNetConfig, channels: int, size: int) -> Any:
     return network
 
 
-def load_start(folder: str, config: UNetConfig, channels: int, size: int) -> Any:
-    """A base network that starts from a diffusers folder, whatever that predicts. Raises: InputError."""
-    network = read_unet(folder, f"--init {folder}", dropout=config.dropout)
-    check_network(network, f"--init {folder}", channels, size, config)
-    return network
-
-
 def load_teacher(folder: Path) -> Student:
     """A teacher's folder, ours or any diffusers folder on our schedule that predicts x or v.
 
@@ -177,13 +170,8 @@ def save_student(folder: Path, network: Any, prediction: Prediction, steps: int,
 
     It appears whole or not at all. Raises: TrainingError where the disk is full.
     """
-    index = {
-        "_class_name": "DDIMPipeline",
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
-    }
     about = {"prediction": prediction, "timesteps": timesteps, "steps": steps, "schedule": "cosine"}
-    save_pipeline(folder, network, ".", scheduler_config(prediction, steps, timesteps), index, about)
+    save_pipeline(folder, network, ".", "DDIMPipeline", scheduler_config(prediction, steps, timesteps), about)
 
 
 class InputHook:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from core.errors import InputError
 from core.files import make_folder
@@ -133,8 +134,18 @@ def add_sampling_options(parser: Any, networks: Literal["*", "+"]) -> None:
         "networks", nargs=networks, type=str, help="run folders, or folders of single networks (of a DiT also its file)"
     )
     add("--steps", type=int, nargs="+", default=[], help="of a chain only these step counts, of a DiT's run iterations")
-    add("--sampling_steps", type=int, default=None, help="sample in so many steps; else as trained, a DiT in 250")
-    add("--seed", type=int, default=0, help="with an image's number it decides the noise that the image starts from")
+    add(
+        "--sampling_steps",
+        type=PositiveInt,
+        default=None,
+        help="sample in so many steps; else as trained, a DiT in 250",
+    )
+    add(
+        "--seed",
+        type=NonNegativeInt,
+        default=0,
+        help="with an image's number it decides the noise that the image starts from",
+    )
     add("--last_step", type=Literal["noisy", "clean"], default="noisy", help="of a chain: CFD's end (index 0), or x")
     add_device(parser)
     add("--guidance", type=float, nargs="+", default=None, help="of DiTs: scales of guidance; 1 is none (default: 4 1)")
@@ -142,16 +153,6 @@ def add_sampling_options(parser: Any, networks: Literal["*", "+"]) -> None:
     add("--cfg_channels", type=Literal[3, 4], default=None, help="of DiTs: channels under guidance, 3 (default) or 4")
     add("--precision", type=Precision, default=None, help="of DiTs: fp32, tf32 (default: fp32 but on a GPU) or bf16")
     add("--vae", type=str, default=None, help="of DiTs of latents: AutoencoderKL, a folder or a name on the hub")
-
-
-def check_counts(options: Any, *names: str) -> None:
-    """Raises: InputError where one of these options is given and below 1, or the seed is negative."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1: {value}")
-    if getattr(options, "seed", 0) < 0:
-        raise InputError(f"--seed must not be negative: {options.seed}")
 
 
 @dataclass(frozen=True)
