@@ -11,6 +11,7 @@ loss's weight w and a gate g of each image ``[B]``:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,18 +90,15 @@ def output_loss(output: Tensor, target: Tensor, a: Tensor, factor: Tensor) -> Te
     return _mean(a * error, factor)
 
 
-def head_loss(
-    map_student: Tensor, map_teacher: Tensor, student_head: Head, teacher_head: Head, a: Tensor, factor: Tensor
-) -> Tensor:
-    """Form "head", the letter of Eq. 11: ``1/B sum_i factor_i mean (h_s(A F_s) - h_t(A F_t))^2``, a scalar."""
+def map_loss(form: str, maps: Sequence[Tensor], heads: Sequence[Head], a: Tensor, factor: Tensor) -> Tensor:
+    """Form "feature", ``1/B sum_i factor_i mean (A_i (F_t - F_s)^2)``, or "head", the letter of Eq. 11:
+    ``1/B sum_i factor_i mean (h_s(A F_s) - h_t(A F_t))^2``. Maps and heads are the student's, then the teacher's."""
+    ours, theirs = maps
+    if form == "feature":
+        return _mean(a * (full_precision(theirs.detach()) - full_precision(ours)).square(), factor)
     with torch.no_grad():
-        target = full_precision(teacher_head(a.to(map_teacher.dtype) * map_teacher))
-    return _mean((full_precision(student_head(a.to(map_student.dtype) * map_student)) - target).square(), factor)
-
-
-def feature_loss(map_student: Tensor, map_teacher: Tensor, a: Tensor, factor: Tensor) -> Tensor:
-    """Form "feature": ``1/B sum_i factor_i mean (A_i (F_t - F_s)^2)``, a scalar."""
-    return _mean(a * (full_precision(map_teacher.detach()) - full_precision(map_student)).square(), factor)
+        target = full_precision(heads[1](a.to(theirs.dtype) * theirs))
+    return _mean((full_precision(heads[0](a.to(ours.dtype) * ours)) - target).square(), factor)
 
 
 def classifier_loss(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from torch import Tensor
 from core.errors import InputError
 from core.images import EXTENSIONS, image_files, open_image
 from core.training.order import EpochOrder
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -165,9 +162,9 @@ class ImageLoader(Shuffled):
             yield batch if self.labels is None else {**batch, "label": self.labels[own]}
 
 
-def in_order(pool: Executor, read: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
+def in_order(pool: Executor, read: Callable[[Any], Tensor], items: Iterable[Any], ahead: int) -> Iterator[Tensor]:
     """``read(item)`` of each item in turn, begun while so many before it are not yet asked for."""
-    begun: deque[Future[Result]] = deque()
+    begun: deque[Future[Tensor]] = deque()
     for item in items:
         begun.append(pool.submit(read, item))
         if len(begun) > ahead:

@@ -139,7 +139,6 @@ class Student:
     """diffusers' ``UNet2DModel``, in evaluation mode."""
     schedule: CosineSchedule
     prediction: Prediction
-    """"x" or "v"."""
     steps: int
     """With how many steps it was trained to sample."""
 

@@ -94,14 +94,8 @@ class DiffusionDistiller(Distiller):
         return self
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "params": [p for p in network.parameters() if p.requires_grad],
-                "lr": self.lr,
-                "weight_decay": self.weight_decay,
-            }
-            for network in self.trained().values()
-        ]
+        rates = {"lr": self.lr, "weight_decay": self.weight_decay}
+        return [{"params": [p for p in n.parameters() if p.requires_grad], **rates} for n in self.trained().values()]
 
     def follow(self, average: nn.Module, network: nn.Module) -> None:
         """Moves the average of a network's weights by ``1 - ema`` of the way."""

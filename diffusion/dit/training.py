@@ -33,12 +33,7 @@ def train(config: DiTTrainingConfig) -> int:
     run = open_run(config.out, config.resolved(), MAY_CHANGE)
     if run is None:
         return DONE
-    data = load_labelled(config.data)
-    distiller = make_distiller(config, data)
-    accelerator = make_accelerator(config.fit, run)
-    allow_tf32(config, accelerator)
-    loader = make_loader(labelled_loader, data, config, accelerator, config.seed)
-    steps, _ = durations(config.fit, len(loader))
+    data, distiller, accelerator, loader, steps = prepare(config, run)
     seed_everything(config.seed, "training", accelerator.process_index)
     result = fit(
         distiller,
@@ -60,19 +55,29 @@ def train(config: DiTTrainingConfig) -> int:
     return exit_code(result)
 
 
+def prepare(config: DiTTrainingConfig, run: RunFolder | str) -> tuple[LabelledData, DiTDistiller, Any, Any, int]:
+    """Data, networks, accelerator, batches and the number of steps. Raises: InputError for what does not fit."""
+    data = load_labelled(config.data)
+    distiller = make_distiller(config, data)
+    accelerator = make_accelerator(config.fit, run)
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    loader = make_loader(labelled_loader, data, config, accelerator, config.seed)
+    return data, distiller, accelerator, loader, durations(config.fit, len(loader))[0]
+
+
 def make_distiller(config: DiTTrainingConfig, data: LabelledData) -> DiTDistiller:
     """All networks before the first step. Raises: InputError where the teacher does not fit student or data."""
     seed_everything(config.seed, "student")
     student = DiT(config.student, data.channels, data.size, data.classes)
+    student.gradient_checkpointing = config.gradient_checkpointing
     teacher = None
     if config.online:
         seed_everything(config.seed, "teacher")
         teacher = DiT(config.teacher_network, data.channels, data.size, data.classes)
+        teacher.gradient_checkpointing = config.gradient_checkpointing
     elif config.teacher is not None:
         teacher = load_teacher(config.teacher, data, student.patch)
-    for network in (student, teacher) if config.online else (student,):
-        assert network is not None
-        network.gradient_checkpointing = config.gradient_checkpointing
     return DiTDistiller(
         student,
         teacher,
@@ -119,19 +124,9 @@ def export(distiller: DiTDistiller, data: LabelledData, run: RunFolder) -> dict[
     return {}
 
 
-def allow_tf32(config: DiTTrainingConfig, accelerator: Any) -> None:
-    if accelerator.device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-
-
 def look(config: DiTTrainingConfig, wanted: DryRun) -> int:
     """``--dry-run``: prints the resolved config, the networks and the memory; with "time" how long a step takes."""
-    data = load_labelled(config.data)
-    distiller = make_distiller(config, data)
-    accelerator = make_accelerator(config.fit, str(config.out))
-    allow_tf32(config, accelerator)
-    loader = make_loader(labelled_loader, data, config, accelerator, config.seed)
-    steps, _ = durations(config.fit, len(loader))
+    data, distiller, accelerator, loader, steps = prepare(config, str(config.out))
 
     def lines() -> Iterator[str]:
         for role, network in distiller.networks.items():

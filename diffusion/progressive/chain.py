@@ -131,8 +131,7 @@ def round_distiller(config: ProgressiveConfig, teacher: Student, steps: int) -> 
 
 
 def _options(config: ProgressiveConfig, part: BaseConfig | RoundsConfig) -> dict[str, Any]:
-    rates = {"lr": part.lr, "weight_decay": part.weight_decay}
-    return {"prediction": config.predict, "weighting": config.weight, **rates}
+    return {"prediction": config.predict, "weighting": config.weight, "lr": part.lr, "weight_decay": part.weight_decay}
 
 
 def _round(

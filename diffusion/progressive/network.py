@@ -97,9 +97,8 @@ def load_teacher(folder: Path) -> Student:
         raise InputError(f"--teacher {folder} holds no network (no config.json): name a diffusers folder of a U-Net")
     if (folder / "adm.json").is_file():
         return load_student(folder)
-    files = (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json")
-    said = next((read_json(file) for file in files if file.is_file()), None)
-    if said is None:
+    said = read_json(folder / "scheduler/scheduler_config.json") or read_json(folder / "scheduler_config.json")
+    if not said:
         raise InputError(
             f"--teacher {folder} says neither what it predicts nor on which schedule (no adm.json, no "
             "scheduler_config.json): a teacher predicts x or v on our cosine schedule; it may serve as --init"

@@ -171,7 +171,8 @@ def real_side(options: Any, extractor: metrics.Extractor) -> metrics.Statistics:
             "mu and sigma, such as guided-diffusion's VIRTUAL_imagenet256_labeled.npz"
         )
     elif source is None:
-        source = load_labelled(data).pixels
+        pixels: Any = load_labelled(data)
+        source = pixels.pixels
     return metrics.real_statistics(source, extractor, options.cache)
 
 

@@ -19,9 +19,6 @@ from diffusion.dit.gaussian import Sampler
 from diffusion.dit.sampling import Precision, load_vae
 from diffusion.files import read_json
 
-EXPORT = "export"
-"""Where a DiT's run keeps its networks, in ``step-<iteration>/<role>``."""
-
 
 def find_students(folders: Sequence[str | Path], steps: Sequence[int] = ()) -> list[Path]:
     """The networks among ``folders``, and those of each run: of a chain its rounds' students, most steps first; of a
@@ -37,7 +34,7 @@ def find_students(folders: Sequence[str | Path], steps: Sequence[int] = ()) -> l
             continue
         rounds = {int(path.parent.name.removeprefix("round-")): [path] for path in folder.glob("round-*/student")}
         exports: dict[int, list[Path]] = {}
-        for path in sorted((folder / EXPORT).glob("step-*/*/adm.json")):
+        for path in sorted((folder / "export").glob("step-*/*/adm.json")):
             exports.setdefault(int(path.parent.parent.name.removeprefix("step-")), []).append(path.parent)
         known = exports or rounds
         if not known:
@@ -107,7 +104,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def data_of(folder: Path) -> DataConfig | LabelledConfig:
     """The images that a run, or a network of it, was trained on; the defaults where that is not known."""
-    dit = (folder / EXPORT).is_dir() or (is_network(folder) and is_dit(folder))
+    dit = (folder / "export").is_dir() or (is_network(folder) and is_dit(folder))
     said = read_config(folder).get("data", {})
     return LabelledConfig(**said) if dit else DataConfig(**said)
 

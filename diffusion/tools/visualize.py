@@ -1,7 +1,6 @@
 """Figure 4: where a student's features agree with its teacher's, at each time and place.
 
     python diffusion/tools/visualize.py runs/pd+adm --steps 4
-    python diffusion/tools/visualize.py --teacher runs/a/round-0008/student --student runs/a/round-0004/student
 
 Both networks see the same noisy image at the same time; S (Eq. 6) compares the inputs of their last convolutions.
 Writes ``similarity-<steps>.png``, the maps of a few images over time and the mean of many, and its numbers as JSON.

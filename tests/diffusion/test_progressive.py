@@ -524,6 +524,6 @@ def test_digits_and_cifar10(tmp_path: Path) -> None:
     assert images.shape == (1797, 1, 8, 8) and images.min() == 0 and images.max() == 255 and not digits.flips
     with pytest.raises(InputError, match=r"cifar10 is missing .*--data.download true"):
         load_images(DataConfig("cifar10", str(tmp_path)))
-    for options, said in (({"limit": 0}, "limit"), ({"name": "digits", "image_size": 16}, "only a folder")):
+    for options, said in (({"limit": 0}, "limit"), ({"name": "digits", "image_size": 16}, "a size of its own")):
         with pytest.raises(InputError, match=said):
             DataConfig(**options)  # type: ignore[arg-type]
