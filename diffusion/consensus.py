@@ -11,7 +11,7 @@ loss's weight w and a gate g of each image ``[B]``:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,14 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.adm import Control, consensus_attention, control, spatial_similarity
-from core.distillation import full_precision, kd_loss
+from core.adm import Control, Head, consensus_attention, consensus_kd_loss, control, spatial_similarity
+from core.distillation import full_precision
 from core.errors import InputError, require_not_negative
 from core.network import Network, Split
 from diffusion.proxies import load_resnet, resnet_depth
-
-Form = Literal["output", "head", "feature", "classifier"]
-Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class ConsensusConfig:
     """
 
     alpha: float = 1.0
-    form: Form = "output"
+    form: Literal["output", "head", "feature", "classifier"] = "output"
     control: Control = "none"
     centre: bool = False
     gate: float = 0.4
@@ -93,18 +90,15 @@ def output_loss(output: Tensor, target: Tensor, a: Tensor, factor: Tensor) -> Te
     return _mean(a * error, factor)
 
 
-def head_loss(
-    map_student: Tensor, map_teacher: Tensor, student_head: Head, teacher_head: Head, a: Tensor, factor: Tensor
-) -> Tensor:
-    """Form "head", the letter of Eq. 11: ``1/B sum_i factor_i mean (h_s(A F_s) - h_t(A F_t))^2``, a scalar."""
+def map_loss(form: str, maps: Sequence[Tensor], heads: Sequence[Head], a: Tensor, factor: Tensor) -> Tensor:
+    """Form "feature", ``1/B sum_i factor_i mean (A_i (F_t - F_s)^2)``, or "head", the letter of Eq. 11:
+    ``1/B sum_i factor_i mean (h_s(A F_s) - h_t(A F_t))^2``. Maps and heads are the student's, then the teacher's."""
+    ours, theirs = maps
+    if form == "feature":
+        return _mean(a * (full_precision(theirs.detach()) - full_precision(ours)).square(), factor)
     with torch.no_grad():
-        target = full_precision(teacher_head(a.to(map_teacher.dtype) * map_teacher))
-    return _mean((full_precision(student_head(a.to(map_student.dtype) * map_student)) - target).square(), factor)
-
-
-def feature_loss(map_student: Tensor, map_teacher: Tensor, a: Tensor, factor: Tensor) -> Tensor:
-    """Form "feature": ``1/B sum_i factor_i mean (A_i (F_t - F_s)^2)``, a scalar."""
-    return _mean(a * (full_precision(map_teacher.detach()) - full_precision(map_student)).square(), factor)
+        target = full_precision(heads[1](a.to(theirs.dtype) * theirs))
+    return _mean((full_precision(heads[0](a.to(ours.dtype) * ours)) - target).square(), factor)
 
 
 def classifier_loss(
@@ -117,12 +111,9 @@ def classifier_loss(
     """
     with torch.no_grad():
         map_target = network.forward_features(target.detach())
-    map_output = network.forward_features(output)
+    map_output, head = network.forward_features(output), network.forward_head
     s = similarity(map_output, map_target)
-    a = consensus_attention(control(s, kind))
-    with torch.no_grad():
-        logits = network.forward_head(a.to(map_target.dtype) * map_target)
-    return kd_loss(network.forward_head(a.to(map_output.dtype) * map_output), logits, weight=factor), s
+    return consensus_kd_loss(control(s, kind), map_output, map_target, head, head, weight=factor), s
 
 
 def load_classifier(name: str) -> Split:

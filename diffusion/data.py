@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from core.errors import InputError
 from core.images import EXTENSIONS, image_files, open_image
 from core.training.order import EpochOrder
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,12 @@ class DataConfig:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"data.limit must be at least 1: {self.limit}")
-        if self.image_size is not None and (self.name != "folder" or self.image_size < 1):
-            raise InputError(f"data.image_size must be positive, and only a folder has a choice: {self.image_size}")
+        for key in ("limit", "classes", "image_size"):
+            value = getattr(self, key, None)
+            if value is not None and value < 1:
+                raise InputError(f"data.{key} must be at least 1: {value}")
+        if self.image_size is not None and self.name in ("cifar10", "digits"):
+            raise InputError(f"data.image_size {self.image_size}: {self.name} has a size of its own, leave it out")
 
     @property
     def flips(self) -> bool:
@@ -87,30 +88,21 @@ def read_files(files: Sequence[Path], size: int | None) -> Tensor:
 
     Raises: InputError naming the first that is broken or, without ``size``, has not the first one's shape.
     """
-    import numpy as np
-
-    first = _decode(files[0], size)
-    images = np.empty((len(files), *first.shape), np.uint8)  # [N, H, W, 3]
+    images = np.empty(0)
     for position, file in enumerate(files):
-        image = _decode(file, size)
-        if image.shape != first.shape:
+        image = open_image(file)
+        if size is not None and image.size != (size, size):
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        if position == 0:
+            width, height = image.size
+            images = np.empty((len(files), height, width, 3), np.uint8)
+        if image.size != (width, height):
             raise InputError(
-                f"{file} is {image.shape[1]} x {image.shape[0]} pixels, {files[0]} is {first.shape[1]} x "
-                f"{first.shape[0]}: give --data.image_size to resize them"
+                f"{file} is {image.width} x {image.height} pixels, {files[0]} is {width} x {height}: give "
+                "--data.image_size to resize them"
             )
-        images[position] = image
+        images[position] = np.asarray(image)
     return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-
-def _decode(file: Path, size: int | None) -> Any:
-    """uint8 ``[H, W, 3]``."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    decoded = open_image(file)
-    if size is not None and decoded.size != (size, size):
-        decoded = ImageOps.fit(decoded, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(decoded)
 
 
 class Shuffled(EpochOrder):
@@ -170,9 +162,9 @@ class ImageLoader(Shuffled):
             yield batch if self.labels is None else {**batch, "label": self.labels[own]}
 
 
-def in_order(pool: Executor, read: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
+def in_order(pool: Executor, read: Callable[[Any], Tensor], items: Iterable[Any], ahead: int) -> Iterator[Tensor]:
     """``read(item)`` of each item in turn, begun while so many before it are not yet asked for."""
-    begun: deque[Future[Result]] = deque()
+    begun: deque[Future[Tensor]] = deque()
     for item in items:
         begun.append(pool.submit(read, item))
         if len(begun) > ahead:

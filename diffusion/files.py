@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,20 @@ def reading(what: str) -> Iterator[None]:
 
 
 def save_pipeline(
-    folder: Path, network: Any, place: str, scheduler: Mapping[str, Any], index: Mapping[str, Any], about: Any
+    folder: Path, network: Any, place: str, pipeline: str, scheduler: Any, about: Any, **parts: list[str | None]
 ) -> None:
-    """Writes a folder of diffusers' pipelines and our ``adm.json``, whole or not at all.
+    """Writes a folder of a diffusers pipeline and our ``adm.json``, whole or not at all.
 
-    Args: ``place``: the network's folder in it; what scheduler_config.json, model_index.json and adm.json say.
+    Args: ``place``: the network's folder in it, "." for the folder itself; the pipeline's class; what
+        scheduler_config.json and adm.json say; the pipeline's further ``parts``, library and class.
     Raises: TrainingError where the disk is full.
     """
+    index = {
+        "_class_name": pipeline,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet" if place == "." else place: ["diffusers", type(network).__name__],
+        **parts,
+    }
 
     def write(temporary: Path) -> None:
         network.save_pretrained(temporary / place)

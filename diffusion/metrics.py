@@ -11,11 +11,13 @@ import hashlib
 import os
 import urllib.error
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -147,15 +149,15 @@ class Extractor:
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def __call__(self, images: Dataset) -> dict[str, Tensor]:
-        """Features ``[N, C]`` on the CPU by layer: ``distance_layer`` and ``score_layer``."""
+    def __call__(self, source: Tensor | str | Path | Images) -> dict[str, Tensor]:
+        """Features ``[N, C]`` on the CPU, by layer, of images in memory or in a folder. Raises: as ``as_images``."""
         from torch_fidelity.utils import get_featuresdict_from_dataset
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin.?memory.*")
             # True: no worker processes, which take longer to start than they save
             cuda = self.device.type == "cuda"
-            return get_featuresdict_from_dataset(images, self.module, self.batch_size, cuda, True, False)
+            return get_featuresdict_from_dataset(as_images(source), self.module, self.batch_size, cuda, True, False)
 
 
 class InMemory(Dataset):
@@ -199,8 +201,6 @@ class InFolder(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        import numpy as np
-
         image = torch.from_numpy(np.array(open_image(self.files[index]))).permute(2, 0, 1)
         self.size = self.size or tuple(image.shape)
         if tuple(image.shape) != self.size:
@@ -254,10 +254,6 @@ def read_statistics(file: str | Path) -> Statistics:
     So also of guided-diffusion's evaluator (``arr_0``, ``mu``, ``sigma``, ``mu_s``, ``sigma_s``), of whose images
     nothing is read. Raises: InputError for a missing or unreadable file, or one without them.
     """
-    import zipfile
-
-    import numpy as np
-
     file = Path(file)
     if not file.is_file():
         raise InputError(f"no file of statistics {file}")
@@ -280,8 +276,6 @@ def real_statistics(
     The name there is a hash of the images' content and of the extractor's weights: other images or weights never meet
     statistics that are not theirs. Raises: InputError as ``InFolder``, ``read_statistics``, ``statistics``.
     """
-    import numpy as np
-
     if isinstance(source, (str, Path)) and str(source).endswith(".npz"):
         return read_statistics(source)
     images = as_images(source)
@@ -323,16 +317,7 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
     return fid_statistics_to_metric(*pair, False)[KEY_METRIC_FID]
 
 
-def scores(
-    images: Tensor | str | Path | Images, real: Statistics, extractor: Extractor, splits: int = 10
-) -> dict[str, float]:
-    """``scores_of`` of images in memory or in a folder. Raises: InputError as ``scores_of``."""
-    return scores_of(extractor(as_images(images)), real, extractor, splits)
-
-
-def scores_of(
-    found: Mapping[str, Tensor], real: Statistics, extractor: Extractor, splits: int = 10
-) -> dict[str, float]:
+def scores(found: Mapping[str, Tensor], real: Statistics, extractor: Extractor, splits: int = 10) -> dict[str, float]:
     """Distance, score, and the score's standard deviation over the splits, by the extractor's names: FID, IS, IS std.
 
     Warns where there are too few images for the extractor's features.

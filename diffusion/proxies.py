@@ -23,16 +23,21 @@ from diffusion.data import read_named
 class CifarResNet(nn.Module):
     """uint8 ``[B, 3, H, W]`` -> (features ``[B, 64]``, logits ``[B, 10]``); ImageNet's mean and std, as akamaster used.
 
-    A CIFAR ResNet of 6n+2 layers (He et al. 2016, section 4.2) with parameter-free shortcuts.
+    A CIFAR ResNet of 6n+2 layers (He et al. 2016, section 4.2) with parameter-free shortcuts. Its state dict has the
+    names of the published files, from which evaluations know the weights again (``Extractor.identity``).
     """
 
-    features = 64
+    network: ResNet
     mean: Tensor
     std: Tensor
 
     def __init__(self, depth: int, classes: int = 10) -> None:
         super().__init__()
-        self.network = ResNet(classes, preact=False, blocks=3 * [(depth - 2) // 6], shortcut="A")
+        network = ResNet(classes, preact=False, blocks=3 * [(depth - 2) // 6], shortcut="A")
+        self.conv1, self.bn1 = network.stem.conv, network.stem.bn
+        self.layer1, self.layer2, self.layer3 = network.stages
+        self.linear = network.fc
+        self.__dict__["network"] = network  # the same modules, not to be found twice
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(-1, 1, 1), persistent=False)
 
@@ -71,14 +76,12 @@ def load_resnet(depth: int, file: str | Path) -> CifarResNet:
 class DigitsClassifier(nn.Module):
     """uint8 ``[B, 3, 8, 8]`` (grey: the channels' mean) -> (features ``[B, 32]``, logits ``[B, 10]``)."""
 
-    features = 32
-
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
         self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
-        self.hidden = nn.Linear(32 * 4 * 4, self.features)
-        self.linear = nn.Linear(self.features, 10)
+        self.hidden = nn.Linear(32 * 4 * 4, 32)
+        self.linear = nn.Linear(32, 10)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.shape[-2:] != (8, 8):

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,27 +22,22 @@ from core.errors import InputError, TrainingError
 from diffusion.files import read_json, reading
 from diffusion.schedule import CosineSchedule, Prediction
 
-Noise = TypeVar("Noise")
 LastStep = Literal["noisy", "clean"]
 """noisy: the last step lands on index 0, whose noise is 0.8 grey levels (CFD). clean: it returns x (Salimans & Ho)."""
-
-
-def image_seed(seed: int, index: int) -> int:
-    """Of an image's own generator. No two indices below 2^32 share it; nor do two seeds below 4,000 among their first
-    million indices."""
-    # torch's generator keeps 32 bits of its seed: of hashes, two among 50,000 would often be the same.
-    return (seed * 1_000_003 + index) % 2**32
 
 
 class ImageNoise:
     """N(0, 1) for images of given indices, each from a generator of its own that (seed, index) alone determine.
 
     Every call is the next draw, float32 ``[len(indices), *shape]`` on the CPU: the first is where sampling starts, the
-    k-th after it is that of the k-th sampling step.
+    k-th after it is that of the k-th sampling step. No two indices below 2^32 share a generator's seed; nor do two
+    seeds below 4,000 among their first million indices.
     """
 
     def __init__(self, seed: int, indices: Sequence[int], shape: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(image_seed(seed, index)) for index in indices]
+        # torch's generator keeps 32 bits of its seed: of hashes, two among 50,000 would often be the same.
+        seeds = [(seed * 1_000_003 + index) % 2**32 for index in indices]
+        self.generators = [torch.Generator().manual_seed(one) for one in seeds]
         self.shape = tuple(shape)
 
     def __call__(self) -> Tensor:
@@ -50,11 +45,6 @@ class ImageNoise:
         for one, generator in zip(noise, self.generators, strict=True):
             one.normal_(generator=generator)
         return noise
-
-
-def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The first draw of ``ImageNoise``."""
-    return ImageNoise(seed, indices, shape)()
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -88,52 +78,30 @@ def denoise(
         yield z
 
 
-def sample(
-    model: Any,
-    schedule: CosineSchedule,
-    prediction: Prediction,
-    steps: int,
+def in_batches(
+    network: Any,
     indices: Sequence[int],
     seed: int,
-    shape: Sequence[int],
-    *,
-    batch_size: int = 256,
-    last_step: LastStep = "noisy",
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Images of the given indices, uint8 ``[N, C, H, W]`` on the CPU.
-
-    Args: as ``denoise``; ``shape``: ``(C, H, W)`` of an image.
-    Raises: InputError as ``denoise``; TrainingError as ``in_batches``.
-    """
-
-    def draw(noise: Tensor, some: slice) -> Tensor:
-        z = noise.to(device, non_blocking=True)
-        return deque(denoise(model, schedule, prediction, steps, z, last_step), maxlen=1).pop()
-
-    return in_batches(indices, batch_size, lambda some: initial_noise(seed, indices[some], shape), draw)
-
-
-def in_batches(
-    indices: Sequence[int],
     batch_size: int,
-    noise_of: Callable[[slice], Noise],
-    draw: Callable[[Noise, slice], Tensor],
-    whose: str = "",
+    draw: Callable[[Tensor, ImageNoise, slice], Tensor],
 ) -> Tensor:
-    """Images uint8 ``[N, C, H, W]`` on the CPU, from those in [-1, 1] that ``draw(noise, some)`` makes of some of them.
+    """Images of these indices of a ``Student`` or ``DiTStudent``, uint8 ``[N, C, H, W]`` on the CPU.
 
-    Args: ``noise_of``: what ``draw`` starts from, made while the device computes the batch before; ``whose``: the
-        network, for messages.
+    Args: ``draw(z, noise, some) -> [B, C, H, W]`` in [-1, 1]: makes some of them from z; ``noise``: its further draws.
     Raises: TrainingError where an image is not finite (broken or diverged weights).
     """
-    images, noise = [], noise_of(slice(batch_size))
+
+    def start(some: slice) -> tuple[Tensor, ImageNoise]:
+        noise = ImageNoise(seed, indices[some], network.shape)
+        return noise(), noise
+
+    images, started = [], start(slice(batch_size))
     for first in range(0, len(indices), batch_size):
         some = slice(first, first + batch_size)
-        drawn = draw(noise, some)
-        noise = noise_of(slice(some.stop, some.stop + batch_size))
+        drawn = draw(*started, some)
+        started = start(slice(some.stop, some.stop + batch_size))  # while the device computes
         if not drawn.isfinite().all():
-            said = f"{indices[some][0]}..{indices[some][-1]}{whose}"
+            said = f"{indices[some][0]}..{indices[some][-1]} of {network.folder}"
             raise TrainingError(f"an image among {said} is not finite: NaN in the weights?")
         images.append(to_uint8(drawn).cpu())
     return torch.cat(images)
@@ -171,7 +139,6 @@ class Student:
     """diffusers' ``UNet2DModel``, in evaluation mode."""
     schedule: CosineSchedule
     prediction: Prediction
-    """"x" or "v"."""
     steps: int
     """With how many steps it was trained to sample."""
 
@@ -182,12 +149,27 @@ class Student:
         height, width = (size, size) if isinstance(size, int) else size
         return self.model.config.in_channels, height, width
 
-    def sample(self, indices: Sequence[int], seed: int, **options: Any) -> Tensor:
-        """``sample`` with this network and its step count (another one by ``steps=``)."""
-        options = {"steps": self.steps, "device": next(self.model.parameters()).device, **options}
-        return sample(
-            self.model, self.schedule, self.prediction, indices=indices, seed=seed, shape=self.shape, **options
-        )
+    def sample(
+        self,
+        indices: Sequence[int],
+        seed: int,
+        *,
+        steps: int | None = None,
+        batch_size: int = 256,
+        last_step: LastStep = "noisy",
+    ) -> Tensor:
+        """Images of the given indices, uint8 ``[N, C, H, W]`` on the CPU; in ``self.steps`` steps unless given.
+
+        Raises: InputError as ``denoise``; TrainingError as ``in_batches``.
+        """
+
+        def draw(z: Tensor, noise: ImageNoise, some: slice) -> Tensor:
+            z = z.to(self.schedule.alpha.device, non_blocking=True)
+            count = self.steps if steps is None else steps
+            states = denoise(self.model, self.schedule, self.prediction, count, z, last_step)
+            return deque(states, maxlen=1).pop()
+
+        return in_batches(self, indices, seed, batch_size, draw)
 
 
 def load_student(folder: str | Path, device: torch.device | str = "cpu") -> Student:

@@ -56,24 +56,18 @@ class Schedule(nn.Module):
 
 
 class CosineSchedule(Schedule):
-    """Times 0..T, with ``snr``. Raises: ValueError where there is no time."""
+    """Times 0..T, with ``snr``."""
 
     snr: Tensor
 
     def __init__(self, timesteps: int = 1024) -> None:
-        if timesteps < 1:
-            raise ValueError(f"a schedule needs at least one time: {timesteps}")
         cumulative = (1 - cosine_betas(timesteps)).cumprod(0)
         super().__init__(timesteps, cumulative, snr=cumulative / (1 - cumulative))
 
     def predict_x(self, output: Tensor, z: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-        """What a network's output says about x: itself, or ``a_t z - s_t v``. Raises: ValueError for another name."""
+        """What a network's output says about x: itself, or ``a_t z - s_t v``."""
         output, z = full_precision(output), full_precision(z)
-        if prediction == "x":
-            return output
-        if prediction == "v":
-            return weigh(self.alpha[t], z) - weigh(self.sigma[t], output)
-        raise ValueError(f"unknown prediction {prediction!r}: 'x' or 'v'")
+        return output if prediction == "x" else weigh(self.alpha[t], z) - weigh(self.sigma[t], output)
 
     def ddim(self, x: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """One DDIM step from z at t to s, where x is what the network sees in z: ``a_s x + s_s (z - a_t x) / s_t``."""
@@ -96,15 +90,12 @@ class CosineSchedule(Schedule):
     def weight(self, t: Tensor, kind: Weighting) -> Tensor:
         """w ``[B]`` float64 of a squared error in x: ``max(1, SNR)``, ``SNR + 1``, or 1 (Salimans & Ho, section 4).
 
-        ``max(1, SNR) e_x^2 = max(e_x^2, e_eps^2)``, and ``(SNR + 1) e_x^2 = e_v^2``. Raises: ValueError.
+        ``max(1, SNR) e_x^2 = max(e_x^2, e_eps^2)``, and ``(SNR + 1) e_x^2 = e_v^2``.
         """
-        if kind == "snr_trunc":
-            return self.snr[t].clamp(min=1.0)
-        if kind == "snr_plus_1":
-            return self.snr[t] + 1.0
+        snr = self.snr[t]
         if kind == "none":
-            return torch.ones_like(self.snr[t])
-        raise ValueError(f"unknown weight {kind!r}: 'snr_trunc', 'snr_plus_1' or 'none'")
+            return torch.ones_like(snr)
+        return snr.clamp(min=1.0) if kind == "snr_trunc" else snr + 1.0
 
 
 def interpolate(c: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -17,8 +17,11 @@ from core.training.distiller import Distiller
 from core.training.step import memory_estimate, seconds_a_step
 from core.training.task import gigabytes
 
-# What a resumed run may change: where and on what it runs, not what it computes.
-MAY_CHANGE = ("data.root", "data.download", "teacher", "fit.device", "fit.keep", "fit.trackers", "progress_bar")
+# What a resumed run may change: where and on what it runs, not what it computes. A started base network has been read.
+MAY_CHANGE = (
+    *("data.root", "data.download", "teacher", "init", "gradient_checkpointing"),
+    *("fit.device", "fit.keep", "fit.trackers", "progress_bar"),
+)
 
 DryRun = Literal["time"] | bool
 
@@ -91,24 +94,15 @@ class DiffusionDistiller(Distiller):
         return self
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "params": [p for p in network.parameters() if p.requires_grad],
-                "lr": self.lr,
-                "weight_decay": self.weight_decay,
-            }
-            for network in self.trained().values()
-        ]
+        rates = {"lr": self.lr, "weight_decay": self.weight_decay}
+        return [{"params": [p for p in n.parameters() if p.requires_grad], **rates} for n in self.trained().values()]
 
     def follow(self, average: nn.Module, network: nn.Module) -> None:
         """Moves the average of a network's weights by ``1 - ema`` of the way."""
         get_ema_multi_avg_fn(self.ema)(list(average.parameters()), list(network.parameters()), 0)
 
 
-Loader = TypeVar("Loader")
-
-
-def make_loader(kind: Callable[..., Loader], data: Any, config: Any, accelerator: Any, seed: int) -> Loader:
+def make_loader(kind: Callable[..., Any], data: Any, config: Any, accelerator: Any, seed: int) -> Any:
     """This process's batches. Raises: InputError for an unfitting batch size.
 
     Args: what makes the loader, and what it loads; the training's config; the seed of the order.

@@ -1,8 +1,8 @@
-"""The distillation of diffusion transformers as a typed config, and the command-line parser made from it."""
+"""The distillation of diffusion transformers as a typed config."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,14 +13,7 @@ from diffusion.dit.convert import find_transformer
 from diffusion.dit.data import LabelledConfig
 from diffusion.dit.distiller import ADMConfig, DistillConfig
 from diffusion.dit.model import DiTConfig
-from diffusion.training import MAY_CHANGE as SHARED
-from diffusion.training import DryRun, TrainingConfig, parse_config
-
-Method = Literal["vanilla", "mse", "mse+adm"]
-ONLINE = "online"
-WEIGHTS = ("*.safetensors", "*.bin")
-
-MAY_CHANGE = (*SHARED, "gradient_checkpointing")  # in a resumed run
+from diffusion.training import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class DiTTrainingConfig(TrainingConfig):
 
     data: LabelledConfig = field(default_factory=LabelledConfig)
     student: DiTConfig = field(default_factory=DiTConfig)
-    method: Method = "mse+adm"
+    method: Literal["vanilla", "mse", "mse+adm"] = "mse+adm"
     teacher: str | None = None
     teacher_network: DiTConfig = field(default_factory=lambda: DiTConfig("B/2"))
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -98,7 +91,7 @@ class DiTTrainingConfig(TrainingConfig):
     @property
     def online(self) -> bool:
         """Whether the teacher trains along."""
-        return self.teacher == ONLINE
+        return self.teacher == "online"
 
     def idle(self) -> dict[str, str]:
         needs = {
@@ -113,7 +106,7 @@ class DiTTrainingConfig(TrainingConfig):
         if self.teacher is None or self.online:
             return ()
         path = teacher_path(self.teacher)
-        return [path] if path.is_file() else sorted(file for kind in WEIGHTS for file in path.glob(kind))
+        return [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
 
 
 def teacher_path(given: str) -> Path:
@@ -122,8 +115,3 @@ def teacher_path(given: str) -> Path:
     if not path.exists():
         raise InputError(f"--teacher {given} does not exist: name a run, a file or folder of weights, or online")
     return find_transformer(path) if path.is_dir() else path
-
-
-def parse_command(argv: Sequence[str], prog: str | None = None) -> tuple[DiTTrainingConfig, DryRun]:
-    """(the config, the dry run that is wanted). Raises: InputError for anything wrong with the command line."""
-    return parse_config(DiTTrainingConfig, argv, prog)

@@ -20,7 +20,7 @@ from torch import Tensor
 from core.errors import InputError, first_line
 from core.training.checkpoint import numbered
 from core.weights import read_metadata, read_state_dict
-from diffusion.dit.model import PATCHES, SIZES, DiT, DiTConfig, sincos_table
+from diffusion.dit.model import SIZES, DiT, DiTConfig, sincos_table
 from diffusion.files import read_json, reading, save_pipeline
 
 # ours -> diffusers'; several where ours is their concatenation
@@ -76,23 +76,6 @@ def find_transformer(folder: Path) -> Path:
     )
 
 
-def check_dit(model: DiT, name: str, channels: int, size: int, classes: int, patch: int | None = None) -> None:
-    """Raises: InputError where the network is for other data, or cuts it into other patches; both values are named."""
-    for what, theirs, wanted, cure in (
-        ("channels", model.channels, channels, "name a network that was trained on such data"),
-        ("input size", model.input_size, size, "name a network that was trained on such data"),
-        ("classes", model.classes, classes, "name a network that was trained on such data"),
-        ("patch size", model.patch, patch, "teacher and student must cut an image into the same tokens"),
-    ):
-        if wanted is not None and theirs != wanted:
-            raise InputError(f"{name} has {what} {theirs}, wanted is {wanted}: {cure}")
-
-
-def metadata(model: DiT) -> dict[str, str]:
-    """What ``load_dit`` cannot read off the tensors of a ``.safetensors`` file, for its header."""
-    return {"kind": "dit", "heads": str(model.heads)}
-
-
 def save_dit(folder: Path, model: DiT, *, latent_scale: float | None = None, **about: Any) -> None:
     """Writes a folder that ``load_dit``, ``load_dit_pipeline`` and diffusers read; whole or not at all.
 
@@ -116,30 +99,11 @@ def save_dit(folder: Path, model: DiT, *, latent_scale: float | None = None, **a
             norm_eps=1e-6,
         )
     network.load_state_dict(_to_diffusers(model), assign=True)
-    scheduler: Any = DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        timestep_spacing="leading",
-        steps_offset=0,
-    )
+    scheduler: Any = DDIMScheduler(clip_sample=False)  # its other defaults are DiT's schedule
     said = {name: getattr(model, name) for name in ("channels", "input_size", "classes", "learn_sigma")}
-    save_pipeline(
-        folder,
-        network,
-        "transformer",
-        json.loads(scheduler.to_json_string()),
-        {
-            "_class_name": "DiTPipeline",
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "transformer": ["diffusers", "DiTTransformer2DModel"],
-            "vae": [None, None] if latent_scale is None else ["diffusers", "AutoencoderKL"],
-        },
-        {"kind": "dit", **said, "latent_scale": latent_scale, **about},
-    )
+    about = {"kind": "dit", **said, "latent_scale": latent_scale, **about}
+    vae: list[str | None] = [None, None] if latent_scale is None else ["diffusers", "AutoencoderKL"]
+    save_pipeline(folder, network, "transformer", "DiTPipeline", json.loads(scheduler.to_json_string()), about, vae=vae)
 
 
 def load_dit_pipeline(folder: str | Path, vae: Any = None) -> Any:
@@ -166,8 +130,15 @@ def load_dit_pipeline(folder: str | Path, vae: Any = None) -> Any:
         if isinstance(vae, str | Path):
             vae = AutoencoderKL.from_pretrained(vae)
     said: Any = network.config
-    if not pixels:
-        _check_vae(vae, folder, said.in_channels, about.get("latent_scale"))
+    scale = about.get("latent_scale")
+    if not pixels and vae.config.latent_channels != said.in_channels:
+        theirs = vae.config.latent_channels
+        raise InputError(f"{folder} has {said.in_channels} channels, the VAE {theirs}: name its own VAE")
+    if scale is not None and not math.isclose(vae.config.scaling_factor, scale):
+        raise InputError(
+            f"{folder} was trained on latents times {scale}, the VAE's are times {vae.config.scaling_factor}: name the "
+            "VAE that encoded them"
+        )
     if said.num_embeds_ada_norm > 1000:
         raise InputError(f"{folder} has {said.num_embeds_ada_norm} classes; DiTPipeline takes 1000 for the null label")
     for block in network.transformer_blocks:
@@ -178,16 +149,6 @@ def load_dit_pipeline(folder: str | Path, vae: Any = None) -> Any:
             lambda module, inputs: (inputs[0].clamp(max=said.num_embeds_ada_norm), *inputs[1:])
         )
     return DiTPipeline(network.eval(), _Pixels() if pixels else vae, scheduler, id2label=index.get("id2label"))
-
-
-def _check_vae(vae: Any, folder: Path, channels: int, scale: float | None) -> None:
-    if vae.config.latent_channels != channels:
-        raise InputError(f"{folder} has {channels} channels, the VAE {vae.config.latent_channels}: name its own VAE")
-    if scale is not None and not math.isclose(vae.config.scaling_factor, scale):
-        raise InputError(
-            f"{folder} was trained on latents times {scale}, the VAE's are times {vae.config.scaling_factor}: name the "
-            "VAE that encoded them"
-        )
 
 
 class _Pixels:
@@ -209,7 +170,13 @@ def _build(name: str, state: dict[str, Tensor], heads: int | None = None) -> DiT
         depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(f"{name} holds no DiT: {first_line(error)} is missing or of another shape") from error
-    config = _config(name, width, depth, heads, patch)
+    published = {width: heads for width, _, heads in SIZES.values()}
+    if heads is None and width not in published:
+        raise InputError(
+            f"{name} does not say how many heads its attention has, and width {width} is of no published DiT: name the "
+            "folder that was exported"
+        )
+    config = DiTConfig(None, width, depth, heads or published[width], patch)
     with torch.device("meta"):
         model = DiT(config, channels, input_size, classes, learn_sigma=out == 2 * channels)
     try:
@@ -223,21 +190,6 @@ def _build(name: str, state: dict[str, Tensor], heads: int | None = None) -> DiT
     if not torch.allclose(model.pos_embed, sincos_table(width, model.side), atol=1e-2):
         raise InputError(f"{name} has positions of its own: a DiT's are the fixed sines and cosines of row and column")
     return model.eval()
-
-
-def _config(name: str, width: int, depth: int, heads: int | None, patch: int) -> DiTConfig:
-    published = {size: numbers for size, numbers in SIZES.items() if numbers[0] == width}
-    if heads is None and not published:
-        raise InputError(
-            f"{name} does not say how many heads its attention has, and width {width} is of no published DiT: name the "
-            "folder that was exported"
-        )
-    if heads is None:
-        heads = next(iter(published.values()))[2]
-    for size, numbers in published.items():
-        if numbers == (width, depth, heads) and patch in PATCHES:
-            return DiTConfig(f"{size}/{patch}")
-    return DiTConfig(None, width, depth, heads, patch)
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], int]:

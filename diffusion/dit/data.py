@@ -47,12 +47,7 @@ class LabelledConfig(DataConfig):
     latent_scale: float | None = None
 
     def __post_init__(self) -> None:
-        for key in ("limit", "classes", "image_size"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise InputError(f"data.{key} must be at least 1: {value}")
-        if self.image_size is not None and self.name not in ("folder", "latents"):
-            raise InputError(f"data.image_size {self.image_size}: {self.name} has a size of its own, leave it out")
+        super().__post_init__()
         if self.latent_scale is not None and self.name != "latents":
             raise InputError(f"data.latent_scale {self.latent_scale}: {self.name} has no latents, leave it out")
 
@@ -270,16 +265,11 @@ def class_files(root: str | Path) -> ClassFiles:
     names = _subfolders(folder)
     if not names:
         raise InputError(f"no class folders in {folder}: expected {folder}/<class>/<image>{EXTENSIONS[0]}")
-    files: list[str] = []
-    counts = []
-    for name in names:
-        found = [os.path.join(name, file) for file in image_files(os.path.join(folder, name))]
-        if not found:
-            raise InputError(f"no image ({', '.join(EXTENSIONS)}) in the class folder {folder}/{name}")
-        files += found
-        counts.append(len(found))
-    labels = torch.arange(len(names)).repeat_interleave(torch.tensor(counts))
-    return ClassFiles(folder, files, labels, tuple(names))
+    files = [[os.path.join(name, file) for file in image_files(os.path.join(folder, name))] for name in names]
+    if [] in files:
+        raise InputError(f"no image ({', '.join(EXTENSIONS)}) in the class folder {folder}/{names[files.index([])]}")
+    labels = torch.arange(len(names)).repeat_interleave(torch.tensor([len(found) for found in files]))
+    return ClassFiles(folder, [file for found in files for file in found], labels, tuple(names))
 
 
 def _subfolders(folder: str) -> list[str]:

@@ -12,25 +12,13 @@ from torch import Tensor, nn
 
 from core.adapter import Adapter
 from core.adm import consensus_attention, control, divergence_attention
-from core.distillation import feature_loss as map_loss
-from core.distillation import full_precision
+from core.distillation import feature_loss, full_precision
 from core.errors import InputError, require_not_negative
 from core.training.distiller import Batch, Losses, Progress
-from diffusion.consensus import (
-    ConsensusConfig,
-    feature_loss,
-    gate,
-    head_loss,
-    observations,
-    output_loss,
-    similarity,
-)
-from diffusion.dit.convert import metadata
-from diffusion.dit.gaussian import LinearSchedule, split
+from diffusion.consensus import ConsensusConfig, gate, map_loss, observations, output_loss, similarity
+from diffusion.dit.gaussian import LinearSchedule
 from diffusion.dit.model import DiT
 from diffusion.training import DiffusionDistiller
-
-Map = Literal["tokens", "final_norm"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +55,7 @@ class ADMConfig(ConsensusConfig):
         gamma: weight of the feature loss between the maps (Eq. 5); the paper uses none here.
     """
 
-    map: Map = "tokens"
+    map: Literal["tokens", "final_norm"] = "tokens"
     beta: float = 1.0
     gamma: float = 0.0
 
@@ -136,7 +124,7 @@ class DiTDistiller(DiffusionDistiller):
         z = self.schedule.noisy(x, noise, t)
 
         def task(output: Tensor) -> dict[str, Tensor]:
-            eps, v = split(output)
+            eps, v = output.chunk(2, dim=1)
             bound = self.schedule.variational_bound(eps, v, x, z, t)
             return {"mse": F.mse_loss(eps, full_precision(noise)), "vlb": bound.mean()}
 
@@ -151,7 +139,7 @@ class DiTDistiller(DiffusionDistiller):
         own: dict[str, Tensor] = {}
         if self.distill.task_weight > 0:
             own = {name: self.distill.task_weight * value for name, value in task(o).items()}
-        o, epsilon, y = self._imitated(o), split(y)[0], self._imitated(y)
+        o, epsilon, y = self._imitated(o), y.chunk(2, dim=1)[0], self._imitated(y)
         if self.distill.weight > 0:
             own["distill"] = self.distill.weight * F.mse_loss(o, y.detach())
         losses["student"] = own
@@ -162,9 +150,16 @@ class DiTDistiller(DiffusionDistiller):
         s = similarity(projected, map_teacher, self.adm.centre)
         weighed = control(s, self.adm.control)
         if self.adm.alpha > 0:
-            own["consensus"] = self.adm.alpha * self._consensus(o, y, map_student, map_teacher, weighed, opened)
+            a = consensus_attention(weighed)
+            if self.adm.form == "output":
+                loss = output_loss(o, y, a, opened)
+            else:
+                ours = self.adapter(map_student, frozen=True) if self.adm.form == "feature" else map_student
+                heads = self._head("student"), self._head("teacher")
+                loss = map_loss(self.adm.form, (ours, map_teacher), heads, a, opened)
+            own["consensus"] = self.adm.alpha * loss
         if self.adm.gamma > 0:
-            own["feature"] = self.adm.gamma * map_loss(map_student, map_teacher, self.adapter)
+            own["feature"] = self.adm.gamma * feature_loss(map_student, map_teacher, self.adapter)
         if self.adapter.conv is not None:
             own["phi"] = F.mse_loss(full_precision(projected), full_precision(map_teacher.detach()))
         if self.online and self.adm.beta > 0:
@@ -181,22 +176,10 @@ class DiTDistiller(DiffusionDistiller):
         return full_precision(network.forward_linear(normed)), compared
 
     def _imitated(self, output: Tensor) -> Tensor:
-        return output if self.distill.sigma else split(output)[0]
+        return output if self.distill.sigma else output.chunk(2, dim=1)[0]
 
-    def _consensus(
-        self, o: Tensor, y: Tensor, map_student: Tensor, map_teacher: Tensor, s: Tensor, opened: Tensor
-    ) -> Tensor:
-        assert self.adm is not None and self.adapter is not None
-        a = consensus_attention(s)
-        if self.adm.form == "output":
-            return output_loss(o, y, a, opened)
-        if self.adm.form == "feature":
-            return feature_loss(self.adapter(map_student, frozen=True), map_teacher, a, opened)
-
-        def head(role: str) -> Any:
-            return lambda normed: self._imitated(self._network(role).forward_linear(normed))
-
-        return head_loss(map_student, map_teacher, head("student"), head("teacher"), a, opened)
+    def _head(self, role: str) -> Any:
+        return lambda normed: self._imitated(self._network(role).forward_linear(normed))
 
     def _network(self, role: str) -> DiT:
         return cast(DiT, self.networks[role])
@@ -217,4 +200,5 @@ class DiTDistiller(DiffusionDistiller):
         return cast(DiT, self.averages[role])
 
     def metadata(self, role: str) -> dict[str, str]:
-        return {"role": role, **metadata(self._network(role))}
+        # the heads are what ``load_dit`` cannot read off the tensors
+        return {"role": role, "kind": "dit", "heads": str(self._network(role).heads)}

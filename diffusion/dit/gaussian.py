@@ -31,7 +31,7 @@ class LinearSchedule(Schedule):
 
     The betas rise from 1e-4 to 0.02, times 1000 / T. ``log_posterior`` is ``log btilde``, the variance of
     ``q(z_{t-1} | z_t, x)``, which is 0 at time 0 and therefore takes the value of time 1 there.
-    Raises: ValueError for 20 times or fewer, which would need a beta of 1.
+    At least 21 times, for 20 would need a beta of 1.
     """
 
     log_beta: Tensor
@@ -39,8 +39,6 @@ class LinearSchedule(Schedule):
     gain: Tensor
 
     def __init__(self, timesteps: int = 1000) -> None:
-        if timesteps <= 20:
-            raise ValueError(f"linear betas need more than 20 times: {timesteps}")
         beta = torch.linspace(0.1 / timesteps, 20.0 / timesteps, timesteps, dtype=torch.float64)
         cumulative = (1 - beta).cumprod(0)
         before = torch.cat([cumulative.new_ones(1), cumulative[:-1]])
@@ -83,14 +81,6 @@ def _code_length(x: Tensor, gap: Tensor, inverse_sd: Tensor) -> Tensor:
     return -mass.clamp(min=1e-12).log()
 
 
-def split(output: Tensor) -> tuple[Tensor, Tensor]:
-    """``(eps, v)`` ``[B, C, H, W]`` of a network's output ``[B, 2C, H, W]``. Raises: ValueError for odd channels."""
-    if output.shape[1] % 2:
-        raise ValueError(f"noise and variance cannot share {output.shape[1]} channels")
-    eps, v = output.chunk(2, dim=1)
-    return eps, v
-
-
 def guided(model: Any, z: Tensor, t: Tensor, y: Tensor, scale: float, channels: int = 3) -> Tensor:
     """A DiT's output under classifier-free guidance: ``u + scale (c - u)`` in the noise's first ``channels``.
 
@@ -126,43 +116,34 @@ def spaced_times(steps: int, timesteps: int = 1000, sampler: Sampler = "ddpm") -
 
 
 @torch.no_grad()
-def ddpm(
-    predict: Predict, schedule: LinearSchedule, times: Sequence[int], z: Tensor, noise: Callable[[], Tensor]
+def trajectory(
+    predict: Predict,
+    schedule: LinearSchedule,
+    times: Sequence[int],
+    z: Tensor,
+    noise: Callable[[], Tensor] | None = None,
 ) -> Iterator[Tensor]:
-    """Ancestral sampling from ``z [B, C, H, W]`` at ``times[0]``: z after each step, the last one is the sample.
+    """Sampling from ``z [B, C, H, W]`` at ``times[0]``: z after each step, never clipped; the last one is the sample.
 
-    The betas are those of the spaced times, the variance is learned between them and their posterior's (Nichol &
-    Dhariwal 2021, section 4); of a network without one it is beta. Nothing is clipped.
+    With ``noise`` it is DDPM. The betas are those of the spaced times, the variance is learned between them and their
+    posterior's (Nichol & Dhariwal 2021, section 4); of a network without one it is beta. Without, it is DDIM (eta = 0),
+    whose last step lands on the clean image as the network sees it.
 
     Args: ``noise() -> [B, C, H, W]``, on any device, once for each step but the last; it is drawn while the device
         computes.
     """
-    for t, now, then in _levels(schedule, times):
-        beta = 1.0 - now / then
+    levels = schedule.alpha.square().cpu()[list(times)].tolist()  # a_t^2, read once: no wait for the device in a step
+    for t, now, then in zip(times, levels, [*levels[1:], 1.0], strict=True):
         output = full_precision(predict(z, torch.full((len(z),), t, device=z.device)))
         eps, v = output[:, : z.shape[1]], output[:, z.shape[1] :]
-        z = (z - beta / math.sqrt(1.0 - now) * eps) / math.sqrt(now / then)
-        if then < 1.0:
-            high, low = math.log(beta), math.log(beta * (1.0 - then) / (1.0 - now))
-            f = (v + 1.0) / 2.0 if v.shape[1] else torch.ones_like(eps)
-            z = z + (0.5 * (f * high + (1.0 - f) * low)).exp() * noise().to(z.device, non_blocking=True)
+        if noise is None:
+            x = (z - math.sqrt(1.0 - now) * eps) / math.sqrt(now)
+            z = math.sqrt(then) * x + math.sqrt(1.0 - then) * eps
+        else:
+            beta = 1.0 - now / then
+            z = (z - beta / math.sqrt(1.0 - now) * eps) / math.sqrt(now / then)
+            if then < 1.0:
+                high, low = math.log(beta), math.log(beta * (1.0 - then) / (1.0 - now))
+                f = (v + 1.0) / 2.0 if v.shape[1] else torch.ones_like(eps)
+                z = z + (0.5 * (f * high + (1.0 - f) * low)).exp() * noise().to(z.device, non_blocking=True)
         yield z
-
-
-@torch.no_grad()
-def ddim(predict: Predict, schedule: LinearSchedule, times: Sequence[int], z: Tensor) -> Iterator[Tensor]:
-    """Deterministic sampling (eta = 0) from ``z [B, C, H, W]`` at ``times[0]``: z after each step; nothing is clipped.
-
-    The last step lands on the clean image as the network sees it.
-    """
-    for t, now, then in _levels(schedule, times):
-        eps = full_precision(predict(z, torch.full((len(z),), t, device=z.device)))[:, : z.shape[1]]
-        x = (z - math.sqrt(1.0 - now) * eps) / math.sqrt(now)
-        z = math.sqrt(then) * x + math.sqrt(1.0 - then) * eps
-        yield z
-
-
-def _levels(schedule: LinearSchedule, times: Sequence[int]) -> Iterator[tuple[int, float, float]]:
-    """(t, a_t^2, a_s^2) of each step t -> s; 1 after the last."""
-    levels = schedule.alpha.square().cpu()[list(times)].tolist()  # read once: no wait for the device in a step
-    return zip(times, levels, [*levels[1:], 1.0], strict=True)

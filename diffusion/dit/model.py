@@ -17,7 +17,6 @@ from core.errors import InputError, unknown
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 """Width, blocks and heads (Table 1 of DiT)."""
-PATCHES = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class DiTConfig:
             return own  # type: ignore[return-value]
         if own != (None,) * 4:
             raise InputError(f"a DiT of size {self.size!r} has its width, depth, heads and patch: set size to null")
-        sizes = {f"{name}/{patch}": (*numbers, patch) for name, numbers in SIZES.items() for patch in PATCHES}
+        sizes = {f"{name}/{patch}": (*numbers, patch) for name, numbers in SIZES.items() for patch in (2, 4, 8)}
         if self.size not in sizes:
             raise unknown("DiT size", self.size, sizes)
         return sizes[self.size]
@@ -114,19 +113,6 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
-class FinalLayer(nn.Module):
-    """Norm and modulation, then the linear map to pixels."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.norm_final = layer_norm(width)
-        self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = modulation(width, 2)
-
-    def normed(self, x: Tensor, c: Tensor) -> Tensor:
-        return modulate(self.norm_final(x), *self.adaLN_modulation(c)[:, None].chunk(2, dim=-1))
-
-
 class DiT(nn.Module):
     """Predicts the noise of ``z`` at time ``t`` and, with ``learn_sigma``, in as many channels more its variance.
 
@@ -157,7 +143,13 @@ class DiT(nn.Module):
         self.y_embedder = nn.ModuleDict({"embedding_table": table})
         self.pos_embed = nn.Parameter(sincos_table(width, self.side), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch * patch * self.out_channels)
+        self.final_layer = nn.ModuleDict(
+            {
+                "norm_final": layer_norm(width),
+                "linear": nn.Linear(width, patch * patch * self.out_channels),
+                "adaLN_modulation": modulation(width, 2),
+            }
+        )
         self.apply(_xavier)
         for layer in (hidden, last, table):
             nn.init.normal_(layer.weight, std=0.02)
@@ -167,7 +159,7 @@ class DiT(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """``z`` ``[B, C, H, W]``, ``t`` ``[B]``, labels ``y`` int64 ``[B]`` -> ``[B, 2C or C, H, W]``."""
-        return self.forward_head(*self.forward_map(z, t, y))
+        return self.forward_linear(self.final_norm(*self.forward_map(z, t, y)))
 
     def forward_map(self, z: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens after the last block as a map ``[B, D, h, w]``, and the condition ``[B, D]``.
@@ -188,19 +180,16 @@ class DiT(nn.Module):
                 x = block(x, c)
         return self._to_map(x), c
 
-    def forward_head(self, map: Tensor, c: Tensor) -> Tensor:
-        """What ``forward_map`` gives -> ``[B, 2C or C, H, W]``."""
-        return self.forward_linear(self.final_norm(map, c))
-
     def forward_linear(self, map: Tensor) -> Tensor:
         """What ``final_norm`` gives -> ``[B, 2C or C, H, W]``."""
-        x = self.final_layer.linear(_to_tokens(map))
+        x = self.final_layer["linear"](_to_tokens(map))
         x = x.unflatten(1, (self.side, self.side)).unflatten(3, (self.patch, self.patch, -1))  # [B, h, w, p, q, C]
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, self.input_size, self.input_size)
 
     def final_norm(self, map: Tensor, c: Tensor) -> Tensor:
         """The map ``[B, D, h, w]`` after the last norm and its modulation: what the last linear map reads."""
-        return self._to_map(self.final_layer.normed(_to_tokens(map), c))
+        shift, scale = self.final_layer["adaLN_modulation"](c)[:, None].chunk(2, dim=-1)
+        return self._to_map(modulate(self.final_layer["norm_final"](_to_tokens(map)), shift, scale))
 
     def _to_map(self, tokens: Tensor) -> Tensor:
         return tokens.transpose(1, 2).unflatten(2, (self.side, self.side))

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from core.errors import InputError, first_line
+from core.errors import InputError
 from diffusion.dit.convert import load_dit
-from diffusion.dit.gaussian import LinearSchedule, Sampler, ddim, ddpm, guided, spaced_times
+from diffusion.dit.gaussian import LinearSchedule, Sampler, guided, spaced_times, trajectory
 from diffusion.dit.model import DiT
-from diffusion.files import read_json
+from diffusion.files import read_json, reading
 from diffusion.sampling import ImageNoise, in_batches
 
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -82,24 +82,18 @@ class DiTStudent:
         times = spaced_times(steps, self.schedule.timesteps, sampler)
 
         @torch.no_grad()
-        def draw(noise: ImageNoise, some: slice) -> Tensor:
+        def draw(z: Tensor, noise: ImageNoise, some: slice) -> Tensor:
             y = torch.tensor(labels[some], device=self.model.pos_embed.device)
 
             def predict(z: Tensor, t: Tensor) -> Tensor:
                 with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
                     return guided(self.model, z, t, y, guidance, cfg_channels)
 
-            z = noise().to(y.device)
-            if sampler == "ddpm":
-                states = ddpm(predict, self.schedule, times, z, noise)
-            else:
-                states = ddim(predict, self.schedule, times, z)
+            z = z.to(y.device)
+            states = trajectory(predict, self.schedule, times, z, noise if sampler == "ddpm" else None)
             return self.decode(deque(states, maxlen=1).pop(), vae)
 
-        def noise_of(some: slice) -> ImageNoise:
-            return ImageNoise(seed, indices[some], self.shape)
-
-        return in_batches(indices, batch_size, noise_of, draw, f" of {self.folder}")
+        return in_batches(self, indices, seed, batch_size, draw)
 
     def decode(self, z: Tensor, vae: Any = None) -> Tensor:
         """Latents ``[B, C, H, W]`` -> images ``[B, 3, ...]`` in about [-1, 1]; a network of pixels has them already."""
@@ -162,9 +156,8 @@ def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
     said, before = str(folder) if folder.is_dir() else str(name), logging.get_verbosity()
     logging.set_verbosity_error()  # what it warns of is an error here
     try:
-        vae, info = AutoencoderKL.from_pretrained(said, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"no AutoencoderKL in {name}: {first_line(error)}") from error
+        with reading(f"no AutoencoderKL in {name}"):
+            vae, info = AutoencoderKL.from_pretrained(said, output_loading_info=True)
     except TypeError as error:
         raise InputError(f"no AutoencoderKL in {name}: its config.json is another kind of model's") from error
     finally:

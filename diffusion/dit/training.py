@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +14,13 @@ from core.training.run import RunFolder
 from core.training.schedule import ScheduleConfig, make_schedule
 from core.training.seed import seed_everything
 from core.training.task import dry_run, estimate, exit_code, open_run
-from diffusion.dit.config import MAY_CHANGE, DiTTrainingConfig, teacher_path
-from diffusion.dit.convert import check_dit, load_dit, save_dit
+from diffusion.dit.config import DiTTrainingConfig, teacher_path
+from diffusion.dit.convert import load_dit, save_dit
 from diffusion.dit.data import LabelledData, labelled_loader, load_labelled
 from diffusion.dit.distiller import DiTDistiller
 from diffusion.dit.model import DiT
 from diffusion.files import read_json
-from diffusion.training import DryRun, count, describe_memory, make_loader, time_step
+from diffusion.training import MAY_CHANGE, DryRun, count, describe_memory, make_loader, time_step
 
 
 def train(config: DiTTrainingConfig) -> int:
@@ -35,12 +33,7 @@ def train(config: DiTTrainingConfig) -> int:
     run = open_run(config.out, config.resolved(), MAY_CHANGE)
     if run is None:
         return DONE
-    data = load_labelled(config.data)
-    distiller = make_distiller(config, data)
-    accelerator = make_accelerator(config.fit, run)
-    allow_tf32(config, accelerator)
-    loader = make_loader(labelled_loader, data, config, accelerator, config.seed)
-    steps, _ = durations(config.fit, len(loader))
+    data, distiller, accelerator, loader, steps = prepare(config, run)
     seed_everything(config.seed, "training", accelerator.process_index)
     result = fit(
         distiller,
@@ -62,19 +55,29 @@ def train(config: DiTTrainingConfig) -> int:
     return exit_code(result)
 
 
+def prepare(config: DiTTrainingConfig, run: RunFolder | str) -> tuple[LabelledData, DiTDistiller, Any, Any, int]:
+    """Data, networks, accelerator, batches and the number of steps. Raises: InputError for what does not fit."""
+    data = load_labelled(config.data)
+    distiller = make_distiller(config, data)
+    accelerator = make_accelerator(config.fit, run)
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    loader = make_loader(labelled_loader, data, config, accelerator, config.seed)
+    return data, distiller, accelerator, loader, durations(config.fit, len(loader))[0]
+
+
 def make_distiller(config: DiTTrainingConfig, data: LabelledData) -> DiTDistiller:
     """All networks before the first step. Raises: InputError where the teacher does not fit student or data."""
     seed_everything(config.seed, "student")
     student = DiT(config.student, data.channels, data.size, data.classes)
+    student.gradient_checkpointing = config.gradient_checkpointing
     teacher = None
     if config.online:
         seed_everything(config.seed, "teacher")
         teacher = DiT(config.teacher_network, data.channels, data.size, data.classes)
+        teacher.gradient_checkpointing = config.gradient_checkpointing
     elif config.teacher is not None:
         teacher = load_teacher(config.teacher, data, student.patch)
-    for network in (student, teacher) if config.online else (student,):
-        assert network is not None
-        network.gradient_checkpointing = config.gradient_checkpointing
     return DiTDistiller(
         student,
         teacher,
@@ -92,7 +95,15 @@ def load_teacher(given: str, data: LabelledData, patch: int) -> DiT:
     """The fixed teacher. Raises: InputError where it is for other latents, classes, or patches than the student's."""
     path, name = teacher_path(given), f"--teacher {given}"
     teacher = load_dit(path)
-    check_dit(teacher, name, data.channels, data.size, data.classes, patch)
+    cure = "name a network that was trained on such data"
+    for what, theirs, wanted, mend in (
+        ("channels", teacher.channels, data.channels, cure),
+        ("input size", teacher.input_size, data.size, cure),
+        ("classes", teacher.classes, data.classes, cure),
+        ("patch size", teacher.patch, patch, "teacher and student must cut an image into the same tokens"),
+    ):
+        if theirs != wanted:
+            raise InputError(f"{name} has {what} {theirs}, wanted is {wanted}: {mend}")
     if not teacher.learn_sigma:
         raise InputError(f"{name} predicts no variance (learn_sigma), which the student's loss compares")
     about = path.parent / "adm.json"  # beside diffusers' own folder, in what this command exports
@@ -108,30 +119,14 @@ def export(distiller: DiTDistiller, data: LabelledData, run: RunFolder) -> dict[
     finite = all(bool(p.isfinite().all()) for network in averages.values() for p in network.parameters())
     if run.main and finite:
         for role, network in averages.items():
-            folder = export_folder(run.path, distiller.step) / role
+            folder = run.path / "export" / f"step-{distiller.step:08d}" / role
             save_dit(folder, network, step=distiller.step, latent_scale=data.latent_scale)
     return {}
 
 
-def export_folder(run: Path, step: int) -> Path:
-    """Where a run leaves the networks of a step, by role."""
-    return run / "export" / f"step-{step:08d}"
-
-
-def allow_tf32(config: DiTTrainingConfig, accelerator: Any) -> None:
-    if accelerator.device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-
-
 def look(config: DiTTrainingConfig, wanted: DryRun) -> int:
     """``--dry-run``: prints the resolved config, the networks and the memory; with "time" how long a step takes."""
-    data = load_labelled(config.data)
-    distiller = make_distiller(config, data)
-    with tempfile.TemporaryDirectory() as folder:
-        accelerator = make_accelerator(config.fit, folder)
-    allow_tf32(config, accelerator)
-    loader = make_loader(labelled_loader, data, config, accelerator, config.seed)
-    steps, _ = durations(config.fit, len(loader))
+    data, distiller, accelerator, loader, steps = prepare(config, str(config.out))
 
     def lines() -> Iterator[str]:
         for role, network in distiller.networks.items():

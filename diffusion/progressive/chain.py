@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -23,19 +22,12 @@ from core.training.seed import seed_everything
 from core.training.task import dry_run, exit_code, open_run
 from diffusion.consensus import load_classifier
 from diffusion.data import ImageLoader, load_images
-from diffusion.progressive.config import MAY_CHANGE, BaseConfig, ProgressiveConfig, RoundsConfig
+from diffusion.progressive.config import BaseConfig, ProgressiveConfig, RoundsConfig
 from diffusion.progressive.distiller import BaseDistiller, Denoiser, ProgressiveDistiller
-from diffusion.progressive.network import (
-    build_unet,
-    check_network,
-    copy_without_dropout,
-    load_start,
-    load_teacher,
-    save_student,
-)
-from diffusion.sampling import Student
+from diffusion.progressive.network import build_unet, check_network, copy_without_dropout, load_teacher, save_student
+from diffusion.sampling import Student, read_unet
 from diffusion.schedule import CosineSchedule
-from diffusion.training import DryRun, count, describe_memory, make_loader, time_step
+from diffusion.training import MAY_CHANGE, DryRun, count, describe_memory, make_loader, time_step
 
 BASE = "base"
 
@@ -124,7 +116,8 @@ def base_distiller(config: ProgressiveConfig, images: Tensor) -> BaseDistiller:
     if config.init is None:
         network = build_unet(config.network, channels, size)
     else:
-        network = load_start(config.init, config.network, channels, size)
+        network = read_unet(config.init, f"--init {config.init}", dropout=config.network.dropout)
+        check_network(network, f"--init {config.init}", channels, size, config.network)
     schedule = CosineSchedule(config.timesteps)
     return BaseDistiller(network, schedule, config.base.ema, **_options(config, config.base))
 
@@ -138,8 +131,7 @@ def round_distiller(config: ProgressiveConfig, teacher: Student, steps: int) -> 
 
 
 def _options(config: ProgressiveConfig, part: BaseConfig | RoundsConfig) -> dict[str, Any]:
-    rates = {"lr": part.lr, "weight_decay": part.weight_decay}
-    return {"prediction": config.predict, "weighting": config.weight, **rates}
+    return {"prediction": config.predict, "weighting": config.weight, "lr": part.lr, "weight_decay": part.weight_decay}
 
 
 def _round(
@@ -206,8 +198,7 @@ def round_loader(config: ProgressiveConfig, images: Tensor, accelerator: Any, la
 
 def look(config: ProgressiveConfig, wanted: DryRun) -> int:
     """``--dry-run``: prints the resolved config, the rounds and the memory; with "time" how long their steps take."""
-    with tempfile.TemporaryDirectory() as folder:
-        accelerator = make_accelerator(config.fit, folder)
+    accelerator = make_accelerator(config.fit, str(config.out))
     images, teacher = prepare(config, accelerator)
     loader = round_loader(config, images, accelerator, BASE)
     rounds = plan(config, images, teacher)

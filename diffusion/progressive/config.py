@@ -1,4 +1,4 @@
-"""Progressive distillation as a typed config, and the command-line parser made from it."""
+"""Progressive distillation as a typed config."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from diffusion.data import DataConfig
 from diffusion.progressive.distiller import ADMConfig
 from diffusion.progressive.network import UNetConfig
 from diffusion.schedule import Prediction, Weighting
-from diffusion.training import MAY_CHANGE as SHARED
-from diffusion.training import DryRun, TrainingConfig, parse_config
-
-MAY_CHANGE = (*SHARED, "init")  # in a resumed run
+from diffusion.training import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -161,8 +158,3 @@ def check_chain(chain: Sequence[int], timesteps: int) -> None:
             )
     if timesteps < 1 or timesteps % chain[0]:
         raise InputError(f"chain {list(chain)}: {chain[0]} steps do not divide the schedule's {timesteps} times")
-
-
-def parse_command(argv: Sequence[str], prog: str | None = None) -> tuple[ProgressiveConfig, DryRun]:
-    """(the config, the dry run that is wanted). Raises: InputError for anything wrong with the command line."""
-    return parse_config(ProgressiveConfig, argv, prog)

@@ -13,22 +13,10 @@ from core.adm import consensus_attention, control
 from core.errors import InputError
 from core.network import Split
 from core.training.distiller import Batch, Losses, Progress
-from diffusion.consensus import (
-    ConsensusConfig,
-    classifier_loss,
-    feature_loss,
-    gate,
-    head_loss,
-    observations,
-    output_loss,
-    similarity,
-)
+from diffusion.consensus import ConsensusConfig, classifier_loss, gate, map_loss, observations, output_loss, similarity
 from diffusion.progressive.network import InputHook
 from diffusion.schedule import CosineSchedule, Prediction, Weighting, interpolate
 from diffusion.training import DiffusionDistiller
-
-TeacherMap = Literal["target", "second", "first"]
-GateTime = Literal["end", "mid", "start", "none"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +34,8 @@ class ADMConfig(ConsensusConfig):
             distillation, which its rivals share; or "all". Default: the rows of Table 6.
     """
 
-    teacher_map: TeacherMap = "target"
-    gate_time: GateTime = "end"
+    teacher_map: Literal["target", "second", "first"] = "target"
+    gate_time: Literal["end", "mid", "start", "none"] = "end"
     adm_rounds: Literal["all"] | tuple[int, ...] = (4, 2, 1)
 
     def acts(self, steps: int) -> bool:
@@ -66,9 +54,7 @@ class Denoiser(DiffusionDistiller):
         self, schedule: CosineSchedule, prediction: Prediction, weighting: Weighting, **options: float
     ) -> None:
         super().__init__(**options)
-        self.schedule = schedule
-        self.prediction: Prediction = prediction
-        self.weighting: Weighting = weighting
+        self.schedule, self.prediction, self.weighting = schedule, prediction, weighting
 
     def see(self, role: str, z: Tensor, t: Tensor) -> Tensor:
         """What a network makes of z ``[B, C, H, W]`` at times t ``[B]`` (int64): x, float32 at least."""
@@ -175,7 +161,14 @@ class ProgressiveDistiller(Denoiser):
         else:
             s = similarity(map_student, map_teacher, self.adm.centre)
             a = consensus_attention(control(s, self.adm.control))
-            loss = self._consensus(o, y, map_student, map_teacher, a, opened * w, t)
+            if self.adm.form == "output":
+                loss = output_loss(o, y, a, opened * w)
+            else:
+                if self.adm.form == "head" and self.prediction == "v":
+                    w = w * self.schedule.sigma[t].square()  # an error in v, in units of x
+                # forward, not the module: its hook would keep the reweighted map for the next step
+                heads = [cast(Any, self.networks[role]).conv_out.forward for role in ("student", "teacher")]
+                loss = map_loss(self.adm.form, (map_student, map_teacher), heads, a, opened * w)
         losses["consensus"] = self.adm.alpha * loss
         return {"student": losses}, observations(s, opened)
 
@@ -185,17 +178,3 @@ class ProgressiveDistiller(Denoiser):
             return torch.ones_like(t, dtype=torch.float32)
         back = {"start": 0, "mid": self.stride // 2, "end": self.stride}[self.adm.gate_time]
         return gate(t - back, self.adm.gate * self.schedule.timesteps)
-
-    def _consensus(
-        self, o: Tensor, y: Tensor, map_student: Tensor, map_teacher: Tensor, a: Tensor, factor: Tensor, t: Tensor
-    ) -> Tensor:
-        assert self.adm is not None
-        if self.adm.form == "output":
-            return output_loss(o, y, a, factor)
-        if self.adm.form == "feature":
-            return feature_loss(map_student, map_teacher, a, factor)
-        if self.prediction == "v":
-            factor = factor * self.schedule.sigma[t].square()  # an error in v, in units of x
-        # forward, not the module: its hook would keep the reweighted map for the next step
-        student, teacher = (cast(Any, self.networks[role]).conv_out.forward for role in ("student", "teacher"))
-        return head_loss(map_student, map_teacher, student, teacher, a, factor)

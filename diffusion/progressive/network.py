@@ -88,13 +88,6 @@ def build_unet(config: UNetConfig, channels: int, size: int) -> Any:
     return network
 
 
-def load_start(folder: str, config: UNetConfig, channels: int, size: int) -> Any:
-    """A base network that starts from a diffusers folder, whatever that predicts. Raises: InputError."""
-    network = read_unet(folder, f"--init {folder}", dropout=config.dropout)
-    check_network(network, f"--init {folder}", channels, size, config)
-    return network
-
-
 def load_teacher(folder: Path) -> Student:
     """A teacher's folder, ours or any diffusers folder on our schedule that predicts x or v.
 
@@ -104,9 +97,8 @@ def load_teacher(folder: Path) -> Student:
         raise InputError(f"--teacher {folder} holds no network (no config.json): name a diffusers folder of a U-Net")
     if (folder / "adm.json").is_file():
         return load_student(folder)
-    files = (folder / "scheduler/scheduler_config.json", folder / "scheduler_config.json")
-    said = next((read_json(file) for file in files if file.is_file()), None)
-    if said is None:
+    said = read_json(folder / "scheduler/scheduler_config.json") or read_json(folder / "scheduler_config.json")
+    if not said:
         raise InputError(
             f"--teacher {folder} says neither what it predicts nor on which schedule (no adm.json, no "
             "scheduler_config.json): a teacher predicts x or v on our cosine schedule; it may serve as --init"
@@ -177,13 +169,8 @@ def save_student(folder: Path, network: Any, prediction: Prediction, steps: int,
 
     It appears whole or not at all. Raises: TrainingError where the disk is full.
     """
-    index = {
-        "_class_name": "DDIMPipeline",
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
-    }
     about = {"prediction": prediction, "timesteps": timesteps, "steps": steps, "schedule": "cosine"}
-    save_pipeline(folder, network, ".", scheduler_config(prediction, steps, timesteps), index, about)
+    save_pipeline(folder, network, ".", "DDIMPipeline", scheduler_config(prediction, steps, timesteps), about)
 
 
 class InputHook:

@@ -17,10 +17,14 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
+from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from core.errors import InputError, TrainingError
@@ -32,9 +36,6 @@ from diffusion.dit.data import INDEX, ClassFiles, LatentIndex, class_files, open
 from diffusion.dit.sampling import load_vae
 from diffusion.files import need_packages
 from diffusion.tools import runs
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,13 +59,17 @@ def parse_options(argv: Sequence[str] | None) -> Any:
     add("--vae", type=str, default="stabilityai/sd-vae-ft-ema", help="AutoencoderKL: a folder, or a name on the hub")
     add("--out", type=str, required=True, help="folder of the latents")
     add("--scale", type=float, default=None, help="factor on the latents; the VAE's own (0.18215) unless given")
-    add("--image_size", type=int, default=256, help="height and width of the images in pixels")
-    add("--batch_size", type=int, default=32, help="images at once, in each process; their mirror images come on top")
-    add("--shard_size", type=int, default=4096, help="images in a file; being cut off costs the file begun")
-    add("--workers", type=int, default=4, help="threads that decode images, in each process")
+    add("--image_size", type=PositiveInt, default=256, help="height and width of the images in pixels")
+    add(
+        "--batch_size",
+        type=PositiveInt,
+        default=32,
+        help="images at once, in each process; their mirror images come on top",
+    )
+    add("--shard_size", type=PositiveInt, default=4096, help="images in a file; being cut off costs the file begun")
+    add("--workers", type=PositiveInt, default=4, help="threads that decode images, in each process")
     runs.add_device(parser)
     options = parse(parser, argv)
-    runs.check_counts(options, "image_size", "batch_size", "shard_size", "workers")
     if options.scale is not None and not 0 < options.scale < math.inf:
         raise InputError(f"--scale must be positive: {options.scale}")
     return options
@@ -185,6 +190,7 @@ def encode_shards(
 
     Raises: InputError naming a broken image; TrainingError where latents are not finite, or the disk is full.
     """
+    from safetensors.torch import save
     from tqdm import tqdm
 
     def batches(shard: int) -> list[range]:
@@ -192,8 +198,9 @@ def encode_shards(
         rows = index.rows(shard)
         return [rows[first : first + options.batch_size] for first in range(0, len(rows), options.batch_size)]
 
-    def read(batch: range) -> Tensor:
-        return decode([Path(images.folder, images.files[row]) for row in batch], index.image_size)
+    def read(batch: range) -> Tensor:  # uint8 [B, 3, H, H]
+        decoded = [centre(open_image(Path(images.folder, images.files[row])), index.image_size) for row in batch]
+        return torch.from_numpy(np.stack([np.asarray(image) for image in decoded])).permute(0, 3, 1, 2)
 
     total = sum(len(index.rows(shard)) for shard in shards)
     with (
@@ -211,15 +218,10 @@ def encode_shards(
                 bar.update(len(batch))
                 if stop.requested:
                     return
-            write_shard(shard_file(Path(options.out), shard), torch.cat(parts), images.labels[index.rows(shard)])
-
-
-def decode(files: Sequence[Path], size: int) -> Tensor:
-    """uint8 ``[B, 3, size, size]``. Raises: InputError naming a broken file."""
-    import numpy as np
-
-    pixels = np.stack([np.asarray(centre(open_image(file), size)) for file in files])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            labels = images.labels[index.rows(shard)].contiguous()
+            content = save({"moments": torch.cat(parts).contiguous(), "labels": labels})
+            # save_file would make a file that others can't read
+            write_atomically(shard_file(Path(options.out), shard), partial(Path.write_bytes, data=content))
 
 
 def centre(image: Image, size: int) -> Image:
@@ -228,8 +230,6 @@ def centre(image: Image, size: int) -> Image:
     Its size is halved by averaging as long as the shorter side stays at least ``size``, then bicubic interpolation
     brings that to ``size``.
     """
-    from PIL.Image import Resampling
-
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     factor = size / min(image.size)
@@ -245,14 +245,6 @@ def moments_of(vae: Any, images: Tensor) -> Tensor:
     distribution = vae.encode(torch.cat([pixels, pixels.flip(3)])).latent_dist
     both = torch.stack([distribution.mean, distribution.std], dim=1)  # [2B, 2, C, h, w]
     return both.unflatten(0, (2, -1)).transpose(0, 1).half().cpu()
-
-
-def write_shard(file: Path, moments: Tensor, labels: Tensor) -> None:
-    """Raises: TrainingError where the disk is full."""
-    from safetensors.torch import save
-
-    content = save({"moments": moments.contiguous(), "labels": labels.contiguous()})
-    write_atomically(file, lambda path: path.write_bytes(content))  # save_file would make a file that others can't read
 
 
 if __name__ == "__main__":

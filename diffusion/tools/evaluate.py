@@ -1,8 +1,6 @@
 """FID and IS (Tables 6 and 7) of the networks of a run, of single networks, or of a folder of images.
 
     python diffusion/tools/evaluate.py runs/pd+adm --steps 4 2 1 --inception weights-inception-2015-12-05-6726825d.pth
-    python diffusion/tools/evaluate.py runs/digits --features digits --samples 2000
-    python diffusion/tools/evaluate.py runs/dit --vae stabilityai/sd-vae-ft-ema --real VIRTUAL_imagenet256_labeled.npz
     python diffusion/tools/evaluate.py --images generated/ --real data/cifar10-png/
 
 Of a DiT's run it scores every exported iteration, with guidance and without. Several processes: `accelerate launch` or
@@ -24,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveInt
+from PIL import Image
 from torch import Tensor
 
 from core.errors import InputError
@@ -71,12 +71,12 @@ def parse_options(argv: Sequence[str], data: DataConfig | None = None) -> Any:
     add = parser.add_argument
     runs.add_sampling_options(parser, "*")
     add("--images", type=str, default=None, help="instead of networks, a folder of .png or .jpg images")
-    add("--samples", type=int, default=50_000, help="images drawn from each network")
-    add("--batch_size", type=int, default=256, help="images sampled at once by a process")
+    add("--samples", type=PositiveInt, default=50_000, help="images drawn from each network")
+    add("--batch_size", type=PositiveInt, default=256, help="images sampled at once by a process")
     add("--features", type=str, default="inception", help="inception, or a proxy: resnet56:FILE or digits")
     add("--inception", type=str, default=None, help="local file of Inception's weights; downloaded unless given")
-    add("--feature_batch_size", type=int, default=64, help="images at once through the extractor")
-    add("--splits", type=int, default=10, help="of the inception score")
+    add("--feature_batch_size", type=PositiveInt, default=64, help="images at once through the extractor")
+    add("--splits", type=PositiveInt, default=10, help="of the inception score")
     add("--real", type=str, default=None, help="folder of real images, or .npz with mu and sigma; else --data")
     add("--cache", type=str, default=None, help="folder that keeps real images' statistics; beside torch's hub cache")
     add("--save", type=str, default=None, help="folder for the samples as .png, in one folder a network")
@@ -86,7 +86,6 @@ def parse_options(argv: Sequence[str], data: DataConfig | None = None) -> Any:
     options = parse(parser, argv)
     if bool(options.networks) == (options.images is not None):
         raise InputError("give run or network folders, or --images FOLDER")
-    runs.check_counts(options, "samples", "batch_size", "feature_batch_size", "splits", "sampling_steps")
     return options
 
 
@@ -120,11 +119,11 @@ def evaluate(options: Any, networks: Sequence[Path], state: Any) -> Results | No
         found = sampled_features(draw, options, extractor, folder)
         if results is not None:
             about |= {"images": options.samples, "sampling_seconds": time.perf_counter() - started}
-            results.add({**entry, **about, **metrics.scores_of(found, results.real, extractor, options.splits)})
+            results.add({**entry, **about, **metrics.scores(found, results.real, extractor, options.splits)})
     if results is not None and options.images is not None:
         images = metrics.InFolder(options.images)
         about = {"network": options.images, "images": len(images)}
-        results.add({**about, **metrics.scores(images, results.real, extractor, options.splits)})
+        results.add({**about, **metrics.scores(extractor(images), results.real, extractor, options.splits)})
     return results
 
 
@@ -157,23 +156,24 @@ def sampled_features(
         images = draw(indices)
         if options.save is not None:
             save_images(images, indices, Path(options.save) / folder)
-        parts.append(extractor(metrics.InMemory(images)))
+        parts.append(extractor(images))
     return {key: gather_shares(torch.cat([part[key] for part in parts]), options.samples) for key in parts[0]}
 
 
 def real_side(options: Any, extractor: metrics.Extractor) -> metrics.Statistics:
     """The statistics of the real images. Raises: InputError."""
-    if options.real is not None:
-        return metrics.real_statistics(options.real, extractor, options.cache)
-    if not isinstance(options.data, LabelledConfig):
-        return metrics.real_statistics(load_images(options.data), extractor, options.cache)
-    if options.data.name == "latents":
+    source, data = options.real, options.data
+    if source is None and not isinstance(data, LabelledConfig):
+        source = load_images(data)
+    elif source is None and data.name == "latents":
         raise InputError(
             "latents hold no images to compare with: name the real side by --real, a folder of images or an .npz with "
             "mu and sigma, such as guided-diffusion's VIRTUAL_imagenet256_labeled.npz"
         )
-    data: Any = load_labelled(options.data)
-    return metrics.real_statistics(data.pixels, extractor, options.cache)
+    elif source is None:
+        pixels: Any = load_labelled(data)
+        source = pixels.pixels
+    return metrics.real_statistics(source, extractor, options.cache)
 
 
 class Results:
@@ -243,8 +243,6 @@ def _key(row: dict[str, Any]) -> tuple[str, float | None]:
 
 def save_images(images: Tensor, indices: Sequence[int], folder: Path) -> None:
     """uint8 ``[N, 1 or 3, H, W]`` as ``00000.png``, ... Raises: InputError where there can be no such folder."""
-    from PIL import Image
-
     make_folder(folder)
     for number, image in zip(indices, images, strict=True):
         pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)

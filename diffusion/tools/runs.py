@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from core.errors import InputError
 from core.files import make_folder
@@ -17,9 +18,6 @@ from diffusion.dit.data import LabelledConfig
 from diffusion.dit.gaussian import Sampler
 from diffusion.dit.sampling import Precision, load_vae
 from diffusion.files import read_json
-
-EXPORT = "export"
-"""Where a DiT's run keeps its networks, in ``step-<iteration>/<role>``."""
 
 
 def find_students(folders: Sequence[str | Path], steps: Sequence[int] = ()) -> list[Path]:
@@ -36,7 +34,7 @@ def find_students(folders: Sequence[str | Path], steps: Sequence[int] = ()) -> l
             continue
         rounds = {int(path.parent.name.removeprefix("round-")): [path] for path in folder.glob("round-*/student")}
         exports: dict[int, list[Path]] = {}
-        for path in sorted((folder / EXPORT).glob("step-*/*/adm.json")):
+        for path in sorted((folder / "export").glob("step-*/*/adm.json")):
             exports.setdefault(int(path.parent.parent.name.removeprefix("step-")), []).append(path.parent)
         known = exports or rounds
         if not known:
@@ -106,7 +104,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def data_of(folder: Path) -> DataConfig | LabelledConfig:
     """The images that a run, or a network of it, was trained on; the defaults where that is not known."""
-    dit = (folder / EXPORT).is_dir() or (is_network(folder) and is_dit(folder))
+    dit = (folder / "export").is_dir() or (is_network(folder) and is_dit(folder))
     said = read_config(folder).get("data", {})
     return LabelledConfig(**said) if dit else DataConfig(**said)
 
@@ -133,8 +131,18 @@ def add_sampling_options(parser: Any, networks: Literal["*", "+"]) -> None:
         "networks", nargs=networks, type=str, help="run folders, or folders of single networks (of a DiT also its file)"
     )
     add("--steps", type=int, nargs="+", default=[], help="of a chain only these step counts, of a DiT's run iterations")
-    add("--sampling_steps", type=int, default=None, help="sample in so many steps; else as trained, a DiT in 250")
-    add("--seed", type=int, default=0, help="with an image's number it decides the noise that the image starts from")
+    add(
+        "--sampling_steps",
+        type=PositiveInt,
+        default=None,
+        help="sample in so many steps; else as trained, a DiT in 250",
+    )
+    add(
+        "--seed",
+        type=NonNegativeInt,
+        default=0,
+        help="with an image's number it decides the noise that the image starts from",
+    )
     add("--last_step", type=Literal["noisy", "clean"], default="noisy", help="of a chain: CFD's end (index 0), or x")
     add_device(parser)
     add("--guidance", type=float, nargs="+", default=None, help="of DiTs: scales of guidance; 1 is none (default: 4 1)")
@@ -142,16 +150,6 @@ def add_sampling_options(parser: Any, networks: Literal["*", "+"]) -> None:
     add("--cfg_channels", type=Literal[3, 4], default=None, help="of DiTs: channels under guidance, 3 (default) or 4")
     add("--precision", type=Precision, default=None, help="of DiTs: fp32, tf32 (default: fp32 but on a GPU) or bf16")
     add("--vae", type=str, default=None, help="of DiTs of latents: AutoencoderKL, a folder or a name on the hub")
-
-
-def check_counts(options: Any, *names: str) -> None:
-    """Raises: InputError where one of these options is given and below 1, or the seed is negative."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1: {value}")
-    if getattr(options, "seed", 0) < 0:
-        raise InputError(f"--seed must not be negative: {options.seed}")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Pictures of what the networks of a run sample: a grid for each step count, and how the images come about.
 
     python diffusion/tools/sample.py runs/pd+adm --steps 8 4 2 1
-    python diffusion/tools/sample.py runs/pd+adm/round-0004/student --gif true --out figures/
     python diffusion/tools/sample.py runs/dit --classes 207 360 --guidance 4 --vae stabilityai/sd-vae-ft-ema
 
 All networks start from the same noise, so that an image keeps its place from grid to grid. Writes ``samples.png`` with
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveInt
+from PIL import Image
 from torch import Tensor
 
 from core.errors import InputError
@@ -24,7 +25,7 @@ from core.files import save_figure
 from core.training.command import DONE, parse, run_command
 from diffusion.dit.sampling import load_dit_student
 from diffusion.files import need_packages
-from diffusion.sampling import denoise, initial_noise, load_student, to_uint8
+from diffusion.sampling import ImageNoise, denoise, load_student, to_uint8
 from diffusion.tools import runs
 
 COLUMNS = 9
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in folders:
         student = load_student(folder, device)
         steps = options.sampling_steps or student.steps
-        start = initial_noise(options.seed, range(options.rows * options.columns), student.shape).to(device)
+        start = ImageNoise(options.seed, range(options.rows * options.columns), student.shape)().to(device)
         states = [start[: options.rows].cpu()]
         for z in denoise(student.model, student.schedule, student.prediction, steps, start, options.last_step):
             states.append(z[: options.rows].cpu())
@@ -80,19 +81,15 @@ def parse_options(argv: Sequence[str] | None) -> Any:
     add = parser.add_argument
     runs.add_sampling_options(parser, "+")
     add("--classes", type=int, nargs="+", default=None, help="of DiTs: those of the rows; --rows of them unless given")
-    add("--rows", type=int, default=6, help="of a grid; also the images whose trajectory is drawn")
-    add("--columns", type=int, default=8, help="of a grid")
+    add("--rows", type=PositiveInt, default=6, help="of a grid; also the images whose trajectory is drawn")
+    add("--columns", type=PositiveInt, default=8, help="of a grid")
     add("--gif", type=bool, default=False, help="of a chain: write each trajectory as a GIF too, a frame a step")
     add("--out", type=str, default=None, help="folder of the figures; figures/ of the first run or round unless given")
-    options = parse(parser, argv)
-    runs.check_counts(options, "rows", "columns", "sampling_steps")
-    return options
+    return parse(parser, argv)
 
 
 def draw_classes(options: Any, folders: Sequence[Path], dit: runs.DiTOptions, device: str, out: Path) -> None:
     """A grid for each DiT and guidance: a row a class, and in it the images of ``columns`` indices."""
-    from PIL import Image
-
     grids: dict[str, Tensor] = {}
     names: list[str] = []
     for folder in folders:
@@ -156,8 +153,6 @@ def draw_grids(
 
 def save_gif(frames: Sequence[Tensor], file: Path, shortest: int = 64) -> None:
     """A frame of a fifth of a second for each image uint8 ``[h, w, 3]``, the last one for two seconds."""
-    from PIL import Image
-
     factor = max(1, shortest // min(frames[0].shape[:2]))
     first, *others = (
         Image.fromarray(frame.repeat_interleave(factor, 0).repeat_interleave(factor, 1).numpy()) for frame in frames

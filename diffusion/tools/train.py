@@ -17,9 +17,10 @@ from importlib import import_module
 from core.errors import unknown
 from core.training.command import run_command
 from diffusion.files import need_packages
+from diffusion.training import parse_config
 
-COMMANDS = {"progressive": "chain", "dit": "training"}
-"""Where in its folder the training of each stands; loaded once the command line is read, so that --help is quick."""
+COMMANDS = {"progressive": ("ProgressiveConfig", "chain"), "dit": ("DiTTrainingConfig", "training")}
+"""The config of each, and where its training stands: loaded once the command line is read, so that --help is quick."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,9 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    config, dry_run = import_module(f"diffusion.{name}.config").parse_command(rest, f"train.py {name}")
+    kind, module = COMMANDS[name]
+    configs = import_module(f"diffusion.{name}.config")
+    config, dry_run = parse_config(getattr(configs, kind), rest, f"train.py {name}")
     need_packages("diffusers")
-    training = import_module(f"diffusion.{name}.{COMMANDS[name]}")
+    training = import_module(f"diffusion.{name}.{module}")
     return training.look(config, dry_run) if dry_run else training.train(config)
 
 

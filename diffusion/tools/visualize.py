@@ -1,7 +1,6 @@
 """Figure 4: where a student's features agree with its teacher's, at each time and place.
 
     python diffusion/tools/visualize.py runs/pd+adm --steps 4
-    python diffusion/tools/visualize.py --teacher runs/a/round-0008/student --student runs/a/round-0004/student
 
 Both networks see the same noisy image at the same time; S (Eq. 6) compares the inputs of their last convolutions.
 Writes ``similarity-<steps>.png``, the maps of a few images over time and the mean of many, and its numbers as JSON.
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from core.adm import consensus_attention
@@ -25,7 +25,7 @@ from diffusion.consensus import similarity
 from diffusion.data import DataConfig, load_images, scaled
 from diffusion.files import need_packages
 from diffusion.progressive.network import InputHook, check_network, load_teacher
-from diffusion.sampling import initial_noise, load_student
+from diffusion.sampling import ImageNoise, load_student
 from diffusion.tools import runs
 
 
@@ -79,11 +79,11 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     add("--steps", type=int, default=None, help="of a run, the student of so many steps; else that of the fewest")
     add("--student", type=str, default=None, help="instead of a run, a network's folder (and --teacher)")
     add("--teacher", type=str, default=None, help="folder of the teacher; of a run the one it had unless given")
-    add("--images", type=int, default=64, help="images of the mean, spread evenly over the set")
-    add("--rows", type=int, default=4, help="images whose maps are drawn")
-    add("--times", type=int, default=10, help="intervals into which 0..T is cut")
-    add("--batch_size", type=int, default=64, help="images at once")
-    add("--seed", type=int, default=0, help="of the noise")
+    add("--images", type=PositiveInt, default=64, help="images of the mean, spread evenly over the set")
+    add("--rows", type=PositiveInt, default=4, help="images whose maps are drawn")
+    add("--times", type=PositiveInt, default=10, help="intervals into which 0..T is cut")
+    add("--batch_size", type=PositiveInt, default=64, help="images at once")
+    add("--seed", type=NonNegativeInt, default=0, help="of the noise")
     runs.add_device(parser)
     add("--out", type=str, default=None, help="folder of the figures; figures/ of the run or round unless given")
     add("--data", type=DataConfig, default=data or DataConfig())
@@ -92,7 +92,6 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
         raise InputError("give one of a run folder, and --student FOLDER --teacher FOLDER")
     if options.student is not None and options.teacher is None:
         raise InputError("--student needs --teacher FOLDER")
-    runs.check_counts(options, "images", "rows", "times", "batch_size")
     return options
 
 
@@ -128,7 +127,7 @@ def similarities(
     batches = []
     for first in range(0, len(images), batch_size):
         x = scaled(images[first : first + batch_size].to(device))
-        noise = initial_noise(seed, range(first, first + len(x)), x.shape[1:]).to(device)
+        noise = ImageNoise(seed, range(first, first + len(x)), x.shape[1:])().to(device)
         maps = []
         for time in times:
             t = torch.full((len(x),), time, device=device)

@@ -20,10 +20,11 @@ from small_unet import diffusers_folder, unet
 
 from core.errors import InputError
 from core.training.checkpoint import read_checkpoint
-from diffusion.progressive.config import ProgressiveConfig, check_chain, parse_command
+from diffusion.progressive.config import ProgressiveConfig, check_chain
 from diffusion.progressive.distiller import ADMConfig, BaseDistiller, ProgressiveDistiller
 from diffusion.progressive.network import save_student
 from diffusion.tools.train import main
+from diffusion.training import parse_config
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -227,8 +228,8 @@ def test_teachers_that_do_not_fit_are_refused(whole: Path, tmp_path: Path, comma
 
 def test_config_of_a_run_is_read_back(whole: Path) -> None:
     for run in (whole, whole / "round-0002"):
-        again, _ = parse_command(["--config", str(run / "config.yaml")])
-        assert again.resolved() == parse_command(arguments(whole)[1:])[0].resolved()
+        again, _ = parse_config(ProgressiveConfig, ["--config", str(run / "config.yaml")])
+        assert again.resolved() == parse_config(ProgressiveConfig, arguments(whole)[1:])[0].resolved()
 
 
 def test_another_config_in_the_same_folder_is_refused(whole: Path, command: Command) -> None:
@@ -237,7 +238,7 @@ def test_another_config_in_the_same_folder_is_refused(whole: Path, command: Comm
 
 
 def test_recipes_parse_and_write_down_what_decides_the_results() -> None:
-    config, dry = parse_command(["--config", str(RECIPES / "cifar10_progressive.yaml"), "--dry-run"])
+    config, dry = parse_config(ProgressiveConfig, ["--config", str(RECIPES / "cifar10_progressive.yaml"), "--dry-run"])
     default = ProgressiveConfig()
     assert dry and config.resolved() == default.resolved()  # the defaults are Sun et al.'s
     assert sum(config.rounds.length(steps) for steps in config.students) == 120_000

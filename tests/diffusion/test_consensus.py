@@ -16,10 +16,9 @@ from core.network import Split
 from diffusion.consensus import (
     ConsensusConfig,
     classifier_loss,
-    feature_loss,
     gate,
-    head_loss,
     load_classifier,
+    map_loss,
     observations,
     output_loss,
     similarity,
@@ -72,13 +71,13 @@ def test_head_and_feature_forms_equal_their_definitions() -> None:
     heads = [nn.Conv2d(4, 2, 3, padding=1).double() for _ in range(2)]
     weighted = [heads[i](a[:, None] * f) for i, f in enumerate((f_s, f_t))]
     expected = sum(float(factor[n]) * (weighted[0][n] - weighted[1][n]).square().mean().item() for n in range(3)) / 3
-    found = head_loss(f_s, f_t, heads[0], heads[1], consensus_attention(similarity(f_s, f_t)), factor)
+    found = map_loss("head", (f_s, f_t), heads, consensus_attention(similarity(f_s, f_t)), factor)
     assert found.item() == pytest.approx(expected, rel=1e-12)
     found.backward()
     assert heads[0].weight.grad is not None and heads[1].weight.grad is None
 
     expected = sum(float(factor[n]) * (a[n] * (f_t[n] - f_s[n]).square()).mean().item() for n in range(3)) / 3
-    assert feature_loss(f_s, f_t, a[:, None], factor).item() == pytest.approx(expected, rel=1e-12)
+    assert map_loss("feature", (f_s, f_t), (), a[:, None], factor).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_gradient_reaches_the_output_alone() -> None:
@@ -92,7 +91,7 @@ def test_gradient_reaches_the_output_alone() -> None:
     factor = torch.tensor([1.0, 3.0]).view(-1, 1, 1, 1)
     torch.testing.assert_close(o.grad, factor * a * 2 * (o - y).detach() / (3 * 4 * 4) / 2)
 
-    feature_loss(f_s, f_t, a, torch.ones(2)).backward()
+    map_loss("feature", (f_s, f_t), (), a, torch.ones(2)).backward()
     assert f_s.grad is not None and f_t.grad is None
 
 
@@ -124,7 +123,7 @@ def test_nothing_depends_on_values_read_from_the_device() -> None:
         s = similarity(f_s, f_t, centre=True)
         a = consensus_attention(control(s, kind))  # type: ignore[arg-type]
         opened = gate(t, 400.0)
-        for loss in (output_loss(o, y, a, opened * w), feature_loss(f_s, f_t, a, w)):
+        for loss in (output_loss(o, y, a, opened * w), map_loss("feature", (f_s, f_t), (), a, w)):
             assert loss.shape == ()
         assert all(value.shape == () for value in observations(s, opened).values())
 
@@ -175,7 +174,7 @@ def test_half_precision_maps_are_compared_in_float32() -> None:
     loss = output_loss(o, torch.randn(2, 3, 4, 4), consensus_attention(s), torch.tensor([1e4, 1.0]))
     assert loss.dtype == torch.float32
     head = nn.Conv2d(16, 3, 1).bfloat16()
-    assert head_loss(f, f, head, head, consensus_attention(s), torch.ones(2)).dtype == torch.float32
+    assert map_loss("head", (f, f), (head, head), consensus_attention(s), torch.ones(2)).dtype == torch.float32
 
 
 def test_classifier_form_is_eq_11_and_trains_what_made_the_image() -> None:

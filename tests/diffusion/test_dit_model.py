@@ -156,7 +156,7 @@ def test_the_head_puts_each_token_where_its_patch_was() -> None:
     network, generator = dit().double(), torch.Generator().manual_seed(2)
     map_ = torch.randn(2, 16, 4, 4, dtype=torch.float64, generator=generator)
     c = torch.randn(2, 16, dtype=torch.float64, generator=generator)
-    output, final = network.forward_head(map_, c), network.final_layer
+    output, final = network.forward_linear(network.final_norm(map_, c)), network.final_layer
     modulation: Any = final.adaLN_modulation[1]
     numbers = F.silu(c) @ modulation.weight.T + modulation.bias
     shift, scale = numbers[:, :16], numbers[:, 16:]
@@ -177,7 +177,6 @@ def test_the_head_puts_each_token_where_its_patch_was() -> None:
 def test_forward_is_the_head_of_the_map() -> None:
     network, (z, t, y) = dit(), an_input()
     map_, c = network.forward_map(z, t, y)
-    assert torch.equal(network(z, t, y), network.forward_head(map_, c))
     assert torch.equal(network(z, t, y), network.forward_linear(network.final_norm(map_, c)))
 
 

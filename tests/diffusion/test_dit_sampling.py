@@ -16,10 +16,10 @@ pytest.importorskip("diffusers")
 
 from core.errors import InputError, TrainingError
 from diffusion.dit.convert import load_dit_pipeline, save_dit
-from diffusion.dit.gaussian import LinearSchedule, ddim, ddpm, guided, spaced_times
+from diffusion.dit.gaussian import LinearSchedule, guided, spaced_times, trajectory
 from diffusion.dit.model import DiT
 from diffusion.dit.sampling import DiTStudent, load_dit_student
-from diffusion.sampling import ImageNoise, initial_noise, to_uint8
+from diffusion.sampling import ImageNoise, to_uint8
 
 SHAPE = (3, 8, 8)
 
@@ -54,7 +54,7 @@ def test_noise_is_of_each_image_and_draw() -> None:
     noise = ImageNoise(3, [5, 0, 7], SHAPE)
     draws = [noise() for _ in range(4)]
     assert draws[0].shape == (3, *SHAPE) and draws[0].dtype == torch.float32
-    assert torch.equal(draws[0], initial_noise(3, [5, 0, 7], SHAPE))
+    assert torch.equal(draws[0], ImageNoise(3, [5, 0, 7], SHAPE)())
     alone, other = ImageNoise(3, [7], SHAPE), ImageNoise(4, [7], SHAPE)
     for draw in draws:
         assert torch.equal(draw[2], alone()[0])
@@ -81,8 +81,8 @@ def test_images_are_those_of_the_formula(student: DiTStudent, sampler: Any) -> N
             return guided(model, z, t, y, 2.0)
 
     z, times = noise(), spaced_times(6, sampler=sampler)
-    states = ddim(predict, LinearSchedule(), times, z) if sampler == "ddim" else None
-    states = states or ddpm(predict, LinearSchedule(), times, z, noise)
+    states = trajectory(predict, LinearSchedule(), times, z) if sampler == "ddim" else None
+    states = states or trajectory(predict, LinearSchedule(), times, z, noise)
     expected = list(states)[-1]
     assert found.dtype == torch.uint8 and found.float().std() > 20
     assert torch.equal(found, to_uint8(expected))
@@ -168,7 +168,7 @@ def test_diffusers_pipeline_samples_the_same_latents(tmp_path: Path, vae: Any) -
     z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor(y)
     with torch.no_grad():
-        states = ddim(
+        states = trajectory(
             lambda z, t: guided(student.model, z, t, labels, 4.0, 4),
             student.schedule,
             spaced_times(10, sampler="ddim"),

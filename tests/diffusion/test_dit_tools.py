@@ -89,7 +89,7 @@ def test_every_iteration_is_scored_with_and_without_guidance(
     for row in report["rows"]:
         student = load_dit_student(row["network"])
         images = student.sample(range(40), 3, steps=3, guidance=row["guidance"], batch_size=16)
-        expected = scores(images, real, extractor)
+        expected = scores(extractor(images), real, extractor)
         assert {key: row[key] for key in expected} == expected
         (line,) = [cells for cells in lines if cells[:2] == [row["network"], str(row["iteration"])]]
         place = 2 if row["guidance"] == 4 else 4
@@ -200,7 +200,7 @@ def test_latents_are_decoded_and_meet_the_reference_of_guided_diffusion(
     student = load_dit_student(row["network"])
     decoded = student.sample(range(40), 0, guidance=2.0, steps=3, batch_size=16, vae=vae.eval())
     assert decoded.shape == (40, 3, 8, 8)
-    expected = scores(decoded, real, extractor)
+    expected = scores(extractor(decoded), real, extractor)
     assert row["FD-digits"] == pytest.approx(expected["FD-digits"], rel=1e-4)
     assert row["CS-digits"] == expected["CS-digits"] and report["real"] == {"source": str(npz), "images": None}
 

@@ -32,11 +32,12 @@ from small_dit import dit
 
 from core.training.checkpoint import read_checkpoint
 from core.training.distiller import Progress
-from diffusion.dit.config import DiTTrainingConfig, parse_command
+from diffusion.dit.config import DiTTrainingConfig
 from diffusion.dit.convert import load_dit, save_dit
 from diffusion.dit.distiller import DiTDistiller
 from diffusion.dit.model import DiTConfig
 from diffusion.tools.train import main
+from diffusion.training import parse_config
 
 Command = Callable[[list[str]], tuple[int, str, str]]
 RECIPES = ROOT / "diffusion/recipes"
@@ -299,8 +300,10 @@ def test_config_of_a_run_is_read_back(whole: Path, teacher: Path, online: Path) 
         (online, "mse+adm", ONLINE),
         (teacher, "vanilla", ["--student.width", "24", "--student.heads", "3", "--fit.steps", "4"]),
     ):
-        again, _ = parse_command(["--config", str(run / "config.yaml")])
-        assert again.resolved() == parse_command(arguments(run, *more, method=method)[1:])[0].resolved()
+        again, _ = parse_config(DiTTrainingConfig, ["--config", str(run / "config.yaml")])
+        assert (
+            again.resolved() == parse_config(DiTTrainingConfig, arguments(run, *more, method=method)[1:])[0].resolved()
+        )
 
 
 def test_dry_run_prints_networks_and_an_estimate(teacher: Path, tmp_path: Path, command: Command) -> None:
@@ -320,7 +323,9 @@ def test_dry_run_prints_networks_and_an_estimate(teacher: Path, tmp_path: Path, 
 
 
 def test_recipes() -> None:
-    config, dry = parse_command(["--config", str(RECIPES / "dit_imagenet.yaml"), "--teacher", "online", "--dry-run"])
+    config, dry = parse_config(
+        DiTTrainingConfig, ["--config", str(RECIPES / "dit_imagenet.yaml"), "--teacher", "online", "--dry-run"]
+    )
     default = DiTTrainingConfig(teacher="online")
     said, known = config.resolved(), default.resolved()
     for values in (said, known):
@@ -331,7 +336,7 @@ def test_recipes() -> None:
     assert config.fit.clip is None and config.weight_decay == 0 and config.label_dropout == 0.1
     assert config.adm.gate * 1000 == 400 and 100_000 % (config.fit.evaluate_every or 0) == 0
     for name in ("dit_digits", "dit_cifar10"):
-        config, _ = parse_command(["--config", str(RECIPES / f"{name}.yaml"), "--teacher", "online"])
+        config, _ = parse_config(DiTTrainingConfig, ["--config", str(RECIPES / f"{name}.yaml"), "--teacher", "online"])
         assert config.student.resolved()[0] < config.teacher_network.resolved()[0]
 
 

@@ -97,8 +97,10 @@ def test_proxy_equals_torch_fidelity_on_the_folders(tmp_path: Path, resnet: str,
     extractor = Extractor(features, batch_size=8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few images
-        of_folders = scores(folders[0], real_statistics(folders[1], extractor, tmp_path / "cache"), extractor)
-        in_memory = scores(samples, real_statistics(real, extractor, tmp_path / "cache"), extractor)
+        of_folders = scores(
+            extractor(folders[0]), real_statistics(folders[1], extractor, tmp_path / "cache"), extractor
+        )
+        in_memory = scores(extractor(samples), real_statistics(real, extractor, tmp_path / "cache"), extractor)
     kind = "digits" if name == "digits" else "R8"
     assert list(of_folders) == [f"FD-{kind}", f"CS-{kind}", f"CS-{kind} std"]
     assert list(of_folders.values()) == [expected[key] for key in KEYS]
@@ -126,7 +128,7 @@ def test_distance_and_score_are_their_definitions(digits: Extractor) -> None:
         mean = rows.mean(0)
         parts.append(np.exp(np.mean([sum(r * np.log(r / mean)) for r in rows])))
 
-    found = scores(samples, statistics(digits(InMemory(real))["features"], "real"), digits)
+    found = scores(digits(samples), statistics(digits(InMemory(real))["features"], "real"), digits)
     assert found["FD-digits"] == pytest.approx(distance, rel=1e-4)
     assert found["CS-digits"] == pytest.approx(np.mean(parts), rel=1e-6)
     assert found["CS-digits std"] == pytest.approx(np.std(parts), rel=1e-4)
@@ -138,7 +140,7 @@ def test_digits_proxy_tells_good_from_bad(digits: Extractor) -> None:
     real = statistics(digits(InMemory(digits_images(800)))["features"], "real")
     good = digits_images(400, 800)
     blurred = torch.nn.functional.avg_pool2d(good.float(), 3, 1, 1).to(torch.uint8)
-    found = [scores(images, real, digits) for images in (good, blurred, random_images(400, 0))]
+    found = [scores(digits(images), real, digits) for images in (good, blurred, random_images(400, 0))]
     distances, score = [f["FD-digits"] for f in found], [f["CS-digits"] for f in found]
     assert 10 * distances[0] < distances[1] < distances[2]
     assert score[0] > 7 > score[2]
@@ -161,6 +163,15 @@ def test_resnet56_has_the_published_network(shared_data: Path) -> None:
         torch.testing.assert_close(network(images)[1], other.eval()(normalised), rtol=1e-4, atol=1e-4)
     features = features_of(f"resnet56:{file}")
     assert (features.distance, features.score) == ("FD-R56", "CS-R56")
+
+
+def test_the_identity_of_published_weights_is_kept(tmp_path: Path) -> None:
+    """Evaluations and statistics of earlier versions know the features by this value."""
+    state = proxies.CifarResNet(8).state_dict()
+    fixed = {k: torch.linspace(-1, 1, w.numel()).view(w.shape) if w.numel() > 1 else w + 3 for k, w in state.items()}
+    torch.save(fixed, tmp_path / "resnet8.th")
+    identity = Extractor(features_of(f"resnet8:{tmp_path / 'resnet8.th'}")).identity
+    assert identity == "16edb140a1f8f53b886d50a5b9e0cff8c69e6cf902b93278a895b4a5afb9c187"
 
 
 def test_statistics_of_the_real_set_are_kept(tmp_path: Path, resnet: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,17 +221,17 @@ def test_statistics_of_an_npz_file_in_float64(tmp_path: Path, digits: Extractor)
 def test_too_few_samples_are_told_with_numbers(digits: Extractor) -> None:
     real = statistics(digits(InMemory(digits_images(200)))["features"], "real")
     with pytest.warns(UserWarning, match=r"FD-digits of 30 samples with 32 features.* rank 29 at most.* at least 33"):
-        scores(random_images(30, 0), real, digits)
+        scores(digits(random_images(30, 0)), real, digits)
     few = statistics(digits(InMemory(digits_images(32)))["features"], "real")
     with pytest.warns(UserWarning, match=r"FD-digits of 32 real images with 32 features"):
-        scores(random_images(33, 0), few, digits)
+        scores(digits(random_images(33, 0)), few, digits)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scores(random_images(33, 0), real, digits)
+        scores(digits(random_images(33, 0)), real, digits)
     with pytest.raises(InputError, match="9 images cannot be cut into the 10 splits of CS-digits"):
-        scores(random_images(9, 0), real, digits)
+        scores(digits(random_images(9, 0)), real, digits)
     with pytest.raises(InputError, match="at least two images, there are 1"):
-        scores(random_images(1, 0), real, digits, splits=1)
+        scores(digits(random_images(1, 0)), real, digits, splits=1)
 
 
 def test_bad_images_are_one_clear_line(tmp_path: Path, digits: Extractor) -> None:
@@ -319,8 +330,8 @@ def test_inception_equals_torch_fidelitys_command_in_every_digit(
     expected = json.loads(said[said.index("{") :])
     extractor = Extractor(features_of("inception", weights))
     with pytest.warns(UserWarning, match=r"FID of 12 samples with 2,048 features.*50,000"):
-        found = scores(folders[0], real_statistics(folders[1], extractor, tmp_path / "cache"), extractor)
-        in_memory = scores(samples, real_statistics(real, extractor, tmp_path / "cache"), extractor)
+        found = scores(extractor(folders[0]), real_statistics(folders[1], extractor, tmp_path / "cache"), extractor)
+        in_memory = scores(extractor(samples), real_statistics(real, extractor, tmp_path / "cache"), extractor)
     printed = [f"{expected[key]:.7g}" for key in KEYS]
     assert [f"{value:.7g}" for value in found.values()] == printed
     assert [f"{value:.7g}" for value in in_memory.values()] == printed

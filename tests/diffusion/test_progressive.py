@@ -28,7 +28,6 @@ from diffusion.progressive.network import (
     UNetConfig,
     build_unet,
     copy_without_dropout,
-    load_start,
     load_teacher,
     save_student,
 )
@@ -404,7 +403,8 @@ def test_a_noise_predicting_folder_is_a_start_but_no_teacher(tmp_path: Path) -> 
     folder = diffusers_folder(tmp_path / "ddpm")
     with pytest.raises(InputError, match=r"'epsilon' on the schedule 'linear' of 1000 times.*--init"):
         load_teacher(folder)
-    assert load_start(str(folder), SMALL, 1, 8).config.sample_size == 8
+    images = load_images(DataConfig("digits"))
+    base_distiller(ProgressiveConfig(network=SMALL, init=str(folder)), images)
     betas = cosine_betas().tolist()
     with pytest.raises(InputError, match="'epsilon' on the schedule 1025 betas of its own"):
         load_teacher(diffusers_folder(tmp_path / "eps", trained_betas=betas, num_train_timesteps=1025))
@@ -416,7 +416,7 @@ def test_a_noise_predicting_folder_is_a_start_but_no_teacher(tmp_path: Path) -> 
         with pytest.raises(InputError, match=said):
             load_teacher(tmp_path / name)
     with pytest.raises(InputError, match="cannot read the network of --init"):
-        load_start(str(tmp_path / "nowhere"), SMALL, 1, 8)
+        base_distiller(ProgressiveConfig(network=SMALL, init=str(tmp_path / "nowhere")), images)
 
 
 def test_init_starts_the_base_network_and_its_dropout_is_ours(tmp_path: Path) -> None:
@@ -524,6 +524,6 @@ def test_digits_and_cifar10(tmp_path: Path) -> None:
     assert images.shape == (1797, 1, 8, 8) and images.min() == 0 and images.max() == 255 and not digits.flips
     with pytest.raises(InputError, match=r"cifar10 is missing .*--data.download true"):
         load_images(DataConfig("cifar10", str(tmp_path)))
-    for options, said in (({"limit": 0}, "limit"), ({"name": "digits", "image_size": 16}, "only a folder")):
+    for options, said in (({"limit": 0}, "limit"), ({"name": "digits", "image_size": 16}, "a size of its own")):
         with pytest.raises(InputError, match=said):
             DataConfig(**options)  # type: ignore[arg-type]

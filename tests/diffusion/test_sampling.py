@@ -16,12 +16,12 @@ pytest.importorskip("diffusers")
 from core.errors import InputError, TrainingError
 from diffusion.progressive.network import save_student, scheduler_config
 from diffusion.sampling import (
+    ImageNoise,
+    Student,
     denoise,
     gather_shares,
-    initial_noise,
     load_student,
     own_share,
-    sample,
     to_uint8,
 )
 from diffusion.schedule import CosineSchedule
@@ -61,16 +61,16 @@ def last(steps: Any) -> Tensor:
 
 
 def test_noise_depends_on_seed_and_index_alone() -> None:
-    some = initial_noise(3, [5, 0, 7], SHAPE)
-    assert torch.equal(some[1], initial_noise(3, range(6), SHAPE)[0])
-    assert torch.equal(some[0], initial_noise(3, range(6), SHAPE)[5])
-    assert not torch.equal(some[0], initial_noise(4, [5], SHAPE)[0])
+    some = ImageNoise(3, [5, 0, 7], SHAPE)()
+    assert torch.equal(some[1], ImageNoise(3, range(6), SHAPE)()[0])
+    assert torch.equal(some[0], ImageNoise(3, range(6), SHAPE)()[5])
+    assert not torch.equal(some[0], ImageNoise(4, [5], SHAPE)()[0])
     assert some.shape == (3, *SHAPE) and some.dtype == torch.float32
-    assert initial_noise(0, [], SHAPE).shape == (0, *SHAPE)
+    assert ImageNoise(0, [], SHAPE)().shape == (0, *SHAPE)
 
 
 def test_noise_is_normal_and_independent_between_indices_and_seeds() -> None:
-    noise = torch.stack([initial_noise(seed, range(500), SHAPE).flatten() for seed in (0, 1)])  # 2 x 32,000
+    noise = torch.stack([ImageNoise(seed, range(500), SHAPE)().flatten() for seed in (0, 1)])  # 2 x 32,000
     sd = 1.0 / math.sqrt(noise.shape[1])
     assert noise.mean(1).abs().max() < 4 * sd
     assert (noise.square().mean(1) - 1.0).abs().max() < 4 * math.sqrt(2) * sd
@@ -111,7 +111,7 @@ class Wave(nn.Module):
 def test_sampler_is_the_formula(prediction: Any, last_step: Any) -> None:
     schedule, model = CosineSchedule(), Wave()
     for steps in (1, 2, 4, 8, 64):
-        z = initial_noise(0, range(3), (2, 4, 4)).double()
+        z = ImageNoise(0, range(3), (2, 4, 4))().double()
         expected = reference(model, prediction, steps, z, last_step)
         found = list(denoise(model, schedule, prediction, steps, z, last_step))
         assert (found[-1] - expected).abs().max() < 1e-9
@@ -121,7 +121,7 @@ def test_sampler_is_the_formula(prediction: Any, last_step: Any) -> None:
 
 
 def test_noisy_end_keeps_less_than_a_grey_level() -> None:
-    z = initial_noise(0, range(64), SHAPE)
+    z = ImageNoise(0, range(64), SHAPE)()
     schedule, model = CosineSchedule(), lambda z, t: torch.zeros_like(z)
     noisy = last(denoise(model, schedule, "x", 4, z))
     clean = last(denoise(model, schedule, "x", 4, z, "clean"))
@@ -138,13 +138,13 @@ def test_grey_levels_are_cut_off() -> None:
 
 @pytest.mark.parametrize("prediction", ["x", "v"])
 def test_images_do_not_depend_on_batch_or_company(unet: Any, prediction: Any) -> None:
-    schedule = CosineSchedule()
-    whole = sample(unet, schedule, prediction, 4, range(12), 7, SHAPE, batch_size=12)
+    student = Student(Path(), unet, CosineSchedule(), prediction, 4)
+    whole = student.sample(range(12), 7, batch_size=12)
     assert whole.shape == (12, *SHAPE) and whole.dtype == torch.uint8 and whole.float().std() > 20
     for batch_size in (1, 5):
-        other = sample(unet, schedule, prediction, 4, range(12), 7, SHAPE, batch_size=batch_size)
+        other = student.sample(range(12), 7, batch_size=batch_size)
         assert (whole.int() - other.int()).abs().max() <= 1
-    some = sample(unet, schedule, prediction, 4, [9, 2], 7, SHAPE)
+    some = student.sample([9, 2], 7)
     assert (whole[[9, 2]].int() - some.int()).abs().max() <= 1
 
 
@@ -153,7 +153,7 @@ def test_processes_share_the_work(monkeypatch: pytest.MonkeyPatch, count: int, w
     """Each process in turn, with `gather` handing out what all would send."""
     import accelerate
 
-    noise = initial_noise(0, range(count), SHAPE)
+    noise = ImageNoise(0, range(count), SHAPE)()
     drawn: list[list[int]] = []
     sent: list[Tensor] = []
 
@@ -196,7 +196,7 @@ def run_diffusers(scheduler: Any, unet: Any, z: Tensor, clipped: bool = True) ->
 @pytest.mark.parametrize("prediction", ["x", "v"])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 16])
 def test_diffusers_scheduler_agrees(unet: Any, prediction: Any, steps: int) -> None:
-    z = initial_noise(0, range(4), SHAPE)
+    z = ImageNoise(0, range(4), SHAPE)()
     ours = last(denoise(unet, CosineSchedule(), prediction, steps, z))
     theirs = run_diffusers(diffusers_scheduler(prediction, steps), unet, z)
     assert (ours - theirs).abs().max() < 5e-5  # 0.006 grey levels
@@ -219,7 +219,7 @@ def test_diffusers_pipeline_of_a_student_folder_agrees(unet: Any, tmp_path: Path
 
 def test_what_diffusers_cannot_express(unet: Any) -> None:
     """Noise from the unclipped x is another sampler; a clean end needs a single step, or index 0's noise stays."""
-    z = initial_noise(0, range(4), SHAPE)
+    z = ImageNoise(0, range(4), SHAPE)()
     ours = {n: last(denoise(unet, CosineSchedule(), "x", n, z, "clean")) for n in (1, 4)}
     noisy = last(denoise(unet, CosineSchedule(), "x", 4, z))
     assert (noisy - run_diffusers(diffusers_scheduler("x", 4), unet, z, clipped=False)).abs().max() > 0.05
@@ -235,15 +235,19 @@ def test_student_folder_samples_as_its_network(unet: Any, tmp_path: Path) -> Non
     save_student(tmp_path / "student", unet, "x", 2, 1024)
     student = load_student(tmp_path / "student")
     assert student.shape == SHAPE and student.steps == 2 and not student.model.training
-    assert torch.equal(student.sample(range(3), 5), sample(unet, CosineSchedule(), "x", 2, range(3), 5, SHAPE))
-    assert torch.equal(student.sample([1], 5, steps=4), sample(unet, CosineSchedule(), "x", 4, [1], 5, SHAPE))
+    for steps in (2, 4):
+        z = last(denoise(unet, CosineSchedule(), "x", steps, ImageNoise(5, range(3), SHAPE)()))
+        assert torch.equal(student.sample(range(3), 5, steps=None if steps == 2 else steps), to_uint8(z))
 
 
 def test_bad_input_is_one_clear_line(unet: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="3 sampling steps do not divide"):
-        sample(unet, CosineSchedule(), "x", 3, [0], 0, SHAPE)
+        Student(Path(), unet, CosineSchedule(), "x", 3).sample([0], 0)
     with pytest.raises(TrainingError, match="not finite"):
-        sample(lambda z, t: z * math.nan, CosineSchedule(), "x", 1, [0], 0, SHAPE)
+        broken = make_unet()
+        with torch.no_grad():
+            broken.conv_out.bias.fill_(math.nan)
+        Student(Path(), broken, CosineSchedule(), "x", 1).sample([0], 0)
     with pytest.raises(InputError, match="holds no network"):
         load_student(tmp_path)
     folder = tmp_path / "student"
@@ -265,10 +269,8 @@ def test_bad_input_is_one_clear_line(unet: Any, tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_images_on_the_gpu_do_not_depend_on_the_batch() -> None:
-    model, schedule = make_unet(3, 32).cuda(), CosineSchedule().cuda()
-    shape = (3, 32, 32)
-    options: Any = {"device": "cuda", "prediction": "x", "steps": 4, "indices": range(64), "seed": 0, "shape": shape}
-    whole = sample(model, schedule, **options)
+    student = Student(Path(), make_unet(3, 32).cuda(), CosineSchedule().cuda(), "x", 4)
+    whole = student.sample(range(64), 0)
     for batch_size in (1, 7):
-        other = sample(model, schedule, batch_size=batch_size, **options)
+        other = student.sample(range(64), 0, batch_size=batch_size)
         assert (whole.int() - other.int()).abs().max() <= 1

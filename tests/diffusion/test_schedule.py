@@ -89,8 +89,6 @@ def test_predictions_agree_with_their_definitions() -> None:
     v = torch.stack([A[i] * e - S[i] * y for i, e, y in zip(t.tolist(), noise, x, strict=True)])
     torch.testing.assert_close(SCHEDULE.predict_x(v, z, t, "v"), x, rtol=0, atol=1e-13)
     assert torch.equal(SCHEDULE.predict_x(x, z, t, "x"), x)
-    with pytest.raises(ValueError, match=r"'eps'.*'x' or 'v'"):
-        SCHEDULE.predict_x(x, z, t, "eps")  # type: ignore[arg-type]
 
 
 def test_weights_are_those_of_the_larger_error_and_of_v() -> None:
@@ -105,8 +103,6 @@ def test_weights_are_those_of_the_larger_error_and_of_v() -> None:
         torch.testing.assert_close(weights["snr_trunc"] * x_error, torch.maximum(x_error, eps_error), rtol=1e-9, atol=0)
         torch.testing.assert_close(weights["snr_plus_1"] * x_error, v_error, rtol=1e-9, atol=0)
         assert weights["none"] == 1
-    with pytest.raises(ValueError, match="unknown weight"):
-        SCHEDULE.weight(t, "snr")  # type: ignore[arg-type]
 
 
 def test_half_precision_is_lifted_and_nothing_is_saved_with_a_network() -> None:
@@ -114,5 +110,3 @@ def test_half_precision_is_lifted_and_nothing_is_saved_with_a_network() -> None:
     assert SCHEDULE.ddim(z, z, t, t - 512).dtype == torch.float32
     assert SCHEDULE.predict_x(z, z, t, "v").dtype == torch.float32
     assert not SCHEDULE.state_dict()
-    with pytest.raises(ValueError, match="at least one time"):
-        CosineSchedule(0)

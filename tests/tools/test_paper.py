@@ -303,13 +303,12 @@ def check_command(argv: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr("segmentation.training.train", train)
         return main(rest)
     if script == "diffusion/tools/train.py":
-        if rest[0] == "progressive":
-            from diffusion.progressive.config import parse_command as parse_progressive
+        from diffusion.dit.config import DiTTrainingConfig
+        from diffusion.progressive.config import ProgressiveConfig
+        from diffusion.training import parse_config
 
-            return parse_progressive(rest[1:])
-        from diffusion.dit.config import parse_command as parse_dit
-
-        return parse_dit(rest[1:])
+        kind: Any = ProgressiveConfig if rest[0] == "progressive" else DiTTrainingConfig
+        return parse_config(kind, rest[1:])
     if script == "diffusion/tools/evaluate.py":
         from diffusion.tools.evaluate import parse_options
     elif script == "diffusion/tools/visualize.py":

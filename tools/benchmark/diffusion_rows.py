@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,11 +54,11 @@ def step_ratio(with_adm: bool, settings: Settings) -> Values:
 
 def sampling_ratio(settings: Settings) -> Values:
     """Images per second of sampling in 4 steps, noise and uint8 included, over those of 4 bare forwards."""
-    from diffusion.sampling import sample
+    from diffusion.sampling import Student
     from diffusion.schedule import CosineSchedule
 
     network, count = make_unet(settings).eval(), 2 * settings.pick(2, 8, 128)
-    schedule = CosineSchedule().to(settings.device)
+    student = Student(Path(), network, CosineSchedule().to(settings.device), "x", STEPS)
     z = torch.randn(count, 3, 32, 32, device=settings.device)
     t = torch.full((count,), 512, device=settings.device)
 
@@ -67,7 +68,7 @@ def sampling_ratio(settings: Settings) -> Values:
             network(z, t)
 
     def whole() -> None:
-        sample(network, schedule, "x", STEPS, range(count), 0, (3, 32, 32), batch_size=count, device=settings.device)
+        student.sample(range(count), 0, batch_size=count)
 
     on = f"{count} images of 32 px in {STEPS} steps, bare : whole"
     return settings.ratio(settings.timer(bare), settings.timer(whole), on, "ms", 1e3)
