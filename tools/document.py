@@ -34,7 +34,7 @@ from core.errors import InputError
 from tools.compare import difference_rows, score_rows
 from tools.groups import compare_runs
 from tools.ours import gather, grids, numbers
-from tools.paper import load_table
+from tools.paper import find_table, load_tables
 from tools.runs import Run, read_run, seeds_of
 from tools.stats import markdown, paired, spread
 
@@ -141,7 +141,7 @@ def compare_block(folder: Path, spec: Mapping[str, Any]) -> str:
 
 def paper_block(folder: Path, spec: Mapping[str, Any]) -> str:
     """The block ``paper``."""
-    table, scale = load_table(spec["table"]), spec.get("scale", "proxy")
+    table, scale = find_table(spec["table"], load_tables()), spec.get("scale", "proxy")
     found = numbers(table, scale, gather(table, scale, folder, folder.parent)[0])
     if not any(one.by_seed for one in found):
         raise ValueError(f"no run of {spec['table']} is kept")

@@ -64,15 +64,6 @@ def make_place(out: str, data: Sequence[str] = ()) -> Place:
     return Place(seen_from_root(out), folder, sets)
 
 
-def find_table(name: str, tables: Mapping[str, Table]) -> Table:
-    """By its name, or a table by its number alone. Raises: InputError."""
-    asked = f"table{int(name):02d}" if name.isdecimal() else name
-    if asked not in tables:
-        near = [] if name.isdecimal() else difflib.get_close_matches(asked, tables, n=1)
-        raise InputError(f"no table {name}: " + (f"did you mean {near[0]}?" if near else "list names them"))
-    return tables[asked]
-
-
 def select(
     table: Table,
     scale: Scale,
@@ -115,7 +106,7 @@ def make_job(table: Table, run_id: str, scale: Scale, seed: int, place: Place) -
         folder=ROOT / folder,
         commands=[[place.located(word) for word in command] for command in setting.commands(seed, place.out)],
         finished=partial(is_finished, table, run_id, ROOT / folder),
-        needs=tuple(f"{needed}/{scale}/{other}-{seed}" for needed, other in setting.needs),
+        needs=tuple(f"{needed}/{scale}/{other}-{seed}" for needed, other in setting.needs.values()),
     )
 
 
@@ -156,7 +147,7 @@ class Plan:
         if (table, run_id, seed) in origins:
             return
         origins.append((table, run_id, seed))
-        for name, needed in table.setting(run_id, self.scale).needs:
+        for name, needed in table.setting(run_id, self.scale).needs.values():
             self.add(self.tables[name], needed, seed)
         same = self.jobs.get(job.name)
         if same is not None:  # another table's too, which may draw or score it in another way

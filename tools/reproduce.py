@@ -26,8 +26,8 @@ from core.errors import InputError
 from core.training.command import LineParser, run_command
 from tools import report
 from tools.ours import finished_runs
-from tools.paper import PAPER, ROOT, SCALES, Cell, Setting, load_tables
-from tools.plan import Place, Plan, find_table, known_jobs, make_job, make_place, select
+from tools.paper import PAPER, ROOT, SCALES, Cell, Setting, find_table, load_tables
+from tools.plan import Place, Plan, known_jobs, make_job, make_place, select
 from tools.processes import Job, conclude, gpus, readable, run_jobs, slots, state
 from tools.runs import KEPT, Run, keep, read_run, runs_in, seeds_of
 from tools.stats import columns

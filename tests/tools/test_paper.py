@@ -18,7 +18,7 @@ from written import write_run
 
 from core.errors import InputError
 from core.training.run import flatten
-from tools.paper import ROOT, SCALES, Cell, Setting, Table, load_table, load_tables
+from tools.paper import ROOT, SCALES, Cell, Setting, Table, find_table, load_tables
 from tools.runs import read_run, seeds_of
 
 TABLES = load_tables()
@@ -41,7 +41,7 @@ def test_a_table_is_whole(table: Table) -> None:
         assert columns == list(table.columns), f"{row}: a cell for each column, in their order"
     used = {cell.run for cell in table.cells} - {None}
     for run_id, run in table.runs.items():
-        needed = {other for one in table.runs.values() for s in one.values() for _, other in s.needs}
+        needed = {other for one in table.runs.values() for s in one.values() for _, other in s.needs.values()}
         assert run_id in used | needed, f"no cell reads {run_id}"
         assert run_id not in used or set(run) == set(SCALES), f"{run_id} is of {', '.join(run)} alone"
     assert set(table.needs) == (set(SCALES) if table.runs else set())
@@ -57,7 +57,7 @@ def test_what_a_run_names_is_there(table: Table) -> None:
             assert (ROOT / setting.recipe).is_file()
             for command in setting.commands(0, "out"):
                 assert (ROOT / command[0]).is_file()
-            for name, other in setting.needs:
+            for name, other in setting.needs.values():
                 assert scale in TABLES[name].runs[other]
             if setting.results is not None:
                 assert seeds_of(ROOT / "results" / setting.results), f"no kept runs {setting.results}"
@@ -113,7 +113,7 @@ def test_a_run_is_scored_after_it_and_starts_from_what_it_needs() -> None:
     assert train[train.index("--teacher") + 1] == "out/table06/proxy/shared-2/round-0008/student"
     assert score[:2] == ["diffusion/tools/evaluate.py", "out/table06/proxy/pd+adm-2"]
     assert score[-1] == "out/table06/proxy/pd+adm-2/evaluation.json"
-    assert table.setting("pd+adm", "proxy").needs == (("table06", "shared"),)
+    assert table.setting("pd+adm", "proxy").needs == {"shared": ("table06", "shared")}
 
 
 def test_a_shared_run_has_one_folder() -> None:
@@ -123,7 +123,7 @@ def test_a_shared_run_has_one_folder() -> None:
     assert table.setting("vanilla", "proxy").folder(0, "out") == Path("out/table01/proxy/resnet-vanilla-0")
     (command,) = table.setting("shake", "proxy").commands(0, "out")
     assert command[command.index("--networks.teacher.weights") + 1] == "out/table01/proxy/resnet-vanilla-0"
-    assert table.setting("shake", "proxy").needs == (("table01", "resnet-vanilla"),)
+    assert table.setting("shake", "proxy").needs == {"vanilla": ("table01", "resnet-vanilla")}
 
 
 # --- the schema -------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def write(folder: Path, values: dict[str, Any] | None = None, name: str = "table
 
 
 def test_a_run_is_its_base_with_its_own_on_top(tmp_path: Path) -> None:
-    table = load_table("table01", write(tmp_path))
+    table = load_tables(write(tmp_path))["table01"]
     assert table.setting("x", "paper").overrides == {"method": "m", "a": 1, "c": None, "d": [1, 2], "e.f": True}
     assert table.setting("y", "paper").overrides == {"a": 1, "c": None}
     (paper,) = table.setting("x", "paper").commands(0, "o")
@@ -174,7 +174,7 @@ def test_same_as_takes_the_run_of_another_table(tmp_path: Path) -> None:
     runs["own"]["proxy"] = {"same_as": "table01/y"}
     rows = [{"name": "n", "run": "z", "cells": [{"column": "k"}]}]
     write(tmp_path)
-    table = load_table("table02", write(tmp_path, name="table02", table=2, bases={}, runs=runs, rows=rows))
+    table = load_tables(write(tmp_path, name="table02", table=2, bases={}, runs=runs, rows=rows))["table02"]
     assert table.setting("z", "paper").table == "table01"
     assert [command[0] for command in table.setting("z", "proxy").commands(0, "o")][1:] == ["s.py", "w.py"]
     assert table.setting("own", "paper").folder(0, "o") == Path("o/table02/paper/own-0")
@@ -191,7 +191,7 @@ def test_cells_take_from_their_row_before_their_column(tmp_path: Path) -> None:
             "cells": [{"column": "k"}, {"column": "l", "read": "own", "run": "y"}],
         }
     ]
-    first, second = load_table("table01", write(tmp_path, columns=columns, rows=rows)).cells
+    first, second = load_tables(write(tmp_path, columns=columns, rows=rows))["table01"].cells
     assert (first.run, first.read, first.at, first.metric.name) == ("x", "last.row", 0.5, "of column")
     assert (second.run, second.read, second.at, second.metric.name) == ("y", "own", None, "mIoU")
 
@@ -232,8 +232,8 @@ def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "table01.yaml").write_text("- a")
     with pytest.raises(InputError, match="is no table"):
         load_tables(tmp_path)
-    with pytest.raises(InputError, match="no table99"):
-        load_table("table99")
+    with pytest.raises(InputError, match="no table table99"):
+        find_table("table99", TABLES)
     with pytest.raises(InputError, match="no run nobody"):
         TABLES["table01"].setting("nobody", "paper")
 
