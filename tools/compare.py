@@ -24,7 +24,7 @@ from core.errors import InputError
 from core.files import make_folder, save_json, write_atomically
 from core.training.command import LineParser, run_command
 from tools.groups import PERCENT, Comparison, Group, chosen_by, compare_runs, lower_is_better, named, score
-from tools.runs import Run, read_run, runs_in
+from tools.runs import Run, read_runs
 from tools.stats import Grid, markdown, mean_std, spread
 
 if TYPE_CHECKING:
@@ -34,10 +34,9 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError."""
     options = make_parser().parse_args(argv)
-    paths = dict.fromkeys(path for word in options.runs for path in runs_in(word))
-    runs = [read_run(path) for path in paths]
-    left_out = [] if options.partial else [run for run in runs if not run.finished]
-    runs = [run for run in runs if run not in left_out]
+    given = read_runs(options.runs)
+    runs = [run for run in given if run.finished or options.partial]
+    left_out = [run for run in given if run not in runs]
     if not runs:
         names = ", ".join(str(run.path) for run in left_out)
         raise InputError(f"not one run is finished ({names}): --partial takes them as far as they are")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,35 +64,30 @@ def make_place(out: str, data: Sequence[str] = ()) -> Place:
 
 
 def select(
-    table: Table,
-    scale: Scale,
-    rows: Sequence[str] | None,
-    columns: Sequence[str] | None,
-    runs: Sequence[str] | None,
-    *,
-    several: bool = False,
+    table: Table, scale: Scale, asked: Mapping[str, Sequence[str] | None], *, several: bool = False
 ) -> list[str]:
     """The runs, at this scale, of the cells in these rows and columns, in the table's order.
 
-    Raises: InputError for what is in none of them (of several tables, one may lack it).
+    ``asked``: names or patterns of "row", "column" and "run"; None for all. Raises: InputError for what is in none of
+    them (of several tables, one may lack it).
     """
-    wanted: dict[str, list[str]] = {}
-    for kind, asked, there in (
-        ("row", rows, table.rows),
-        ("column", columns, list(table.columns)),
-        ("run", runs, list(table.runs)),
-    ):
-        wanted[kind] = there if asked is None else []
-        for pattern in asked or ():
-            found = [name for name in there if name == pattern] or fnmatch.filter(there, pattern)
+    wanted: dict[str, list[str]] = {"row": table.rows, "column": list(table.columns), "run": list(table.runs)}
+    for kind, there in list(wanted.items()):
+        patterns = asked[kind]
+        if patterns is not None:
+            wanted[kind] = []
+        for pattern in patterns or ():
+            found = [pattern] if pattern in there else fnmatch.filter(there, pattern)
             if not found and not several:
                 near = difflib.get_close_matches(pattern, there, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, there)) or 'none'}"
                 raise InputError(f"{table.name} has no {kind} {pattern!r}: {hint}")
             wanted[kind] += found
-    in_cells = {c.run for c in table.cells if c.row in wanted["row"] and c.column in wanted["column"]}
-    # A run that no cell reads is there for others, and may be named all the same.
-    named = set(wanted["run"]) if runs is not None and rows is None and columns is None else in_cells
+    named = {c.run for c in table.cells if c.row in wanted["row"] and c.column in wanted["column"]}
+    if (
+        asked["row"] is asked["column"] is None and asked["run"] is not None
+    ):  # one that no cell reads is there for others
+        named = set(wanted["run"])
     return [r for r, settings in table.runs.items() if r in named and r in wanted["run"] and scale in settings]
 
 
@@ -122,13 +116,11 @@ def known_jobs(table: Table, scale: Scale, place: Place) -> list[Job]:
     """A table's runs of seed 0, and of any other seed that has been begun."""
     found = []
     for run_id, settings in table.runs.items():
-        if scale not in settings:
-            continue
-        beside = ROOT / settings[scale].stem(place.out).parent
-        names = [path.name for path in beside.iterdir()] if beside.is_dir() else []
-        begun = (re.fullmatch(rf"{re.escape(settings[scale].run)}-(\d+)(\.log)?", name) for name in names)
-        seeds = {0} | {int(match[1]) for match in begun if match}
-        found += [make_job(table, run_id, scale, seed, place) for seed in sorted(seeds)]
+        if scale in settings:
+            stem = ROOT / settings[scale].stem(place.out)
+            begun = (path.name.removesuffix(".log").rpartition("-") for path in stem.parent.glob("*"))
+            seeds = {0} | {int(seed) for name, _, seed in begun if name == stem.name and seed.isdecimal()}
+            found += [make_job(table, run_id, scale, seed, place) for seed in sorted(seeds)]
     return found
 
 

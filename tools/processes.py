@@ -159,16 +159,6 @@ def run_jobs(
 
 
 @dataclass
-class _Running:
-    """A job that has been started, the rest of its work, and the process of its current command."""
-
-    job: Job
-    slot: Mapping[str, str]
-    work: Generator[Process, None, Outcome]
-    process: Process = field(init=False)
-
-
-@dataclass
 class _Pool:
     """Jobs that wait, run and have ended."""
 
@@ -177,44 +167,45 @@ class _Pool:
     folder: Path
     say: Callable[[str], None]
     stop: Stop
-    running: dict[str, _Running] = field(default_factory=dict)
+    running: dict[str, tuple[Process, Iterator[Process]]] = field(default_factory=dict)
+    """By name of the job: the process of its current command, and the rest of its work."""
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def start(self) -> None:
         """Starts what can be started."""
         for job in list(self.waiting):
             pending = {*self.running, *(other.name for other in self.waiting)}
-            if not self.free or not pending.isdisjoint(job.needs):
-                continue
-            self.waiting.remove(job)
-            slot = self.free.pop()
-            self._go_on(_Running(job, slot, self._work(job, slot)))
+            if self.free and pending.isdisjoint(job.needs):
+                self.waiting.remove(job)
+                self._go_on(job.name, self._follow(job, self.free.pop()))
 
     def collect(self) -> None:
         """Goes on with the jobs whose processes have ended."""
-        for one in [one for one in self.running.values() if one.process.poll() is not None]:
-            self._go_on(one)
+        for name, (process, work) in list(self.running.items()):
+            if process.poll() is not None:
+                self._go_on(name, work)
 
     def end_processes(self, end: Callable[[Process], None], *, wait: bool = False) -> None:
         """Ends what runs. To terminate is to ask to save and leave; a process ends its workers itself."""
-        for one in self.running.values():
-            if one.process.poll() is None:
-                end(one.process)
-        for one in self.running.values() if wait else ():
-            one.process.wait()
+        for process, _ in self.running.values():
+            if process.poll() is None:
+                end(process)
+        for process, _ in self.running.values() if wait else ():
+            process.wait()
 
-    def _go_on(self, one: _Running) -> None:
-        try:
-            one.process = next(one.work)
-            self.running[one.job.name] = one
-        except StopIteration as end:
-            self.running.pop(one.job.name, None)
-            self.free.append(one.slot)
-            self.outcomes[one.job.name] = outcome = end.value
-            count = len(self.outcomes) + len(self.running) + len(self.waiting)
-            took = f" in {readable(outcome.seconds)}" if outcome.seconds is not None else ""
-            reason = f": {outcome.reason}" if outcome.reason else ""
-            self.say(f"[{len(self.outcomes)}/{count}] {outcome.state}{took}: {one.job.name}{reason}")
+    def _go_on(self, name: str, work: Iterator[Process]) -> None:
+        self.running.pop(name, None)
+        if (process := next(work, None)) is not None:
+            self.running[name] = (process, work)
+
+    def _follow(self, job: Job, slot: Mapping[str, str]) -> Iterator[Process]:
+        """A job's work, its outcome noted and told."""
+        self.outcomes[job.name] = outcome = yield from self._work(job, slot)
+        self.free.append(slot)
+        count = len(self.outcomes) + len(self.running) + len(self.waiting)
+        took = f" in {readable(outcome.seconds)}" if outcome.seconds is not None else ""
+        reason = f": {outcome.reason}" if outcome.reason else ""
+        self.say(f"[{len(self.outcomes)}/{count}] {outcome.state}{took}: {job.name}{reason}")
 
     def _work(self, job: Job, slot: Mapping[str, str]) -> Generator[Process, None, Outcome]:
         """Starts one command after the other: yields the process of each, and goes on when that has ended."""

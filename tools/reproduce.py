@@ -13,6 +13,7 @@ The same command again skips what is finished and resumes what was cut off. `--d
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shlex
 import sys
@@ -22,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
 from core.errors import InputError
 from core.training.command import LineParser, run_command
 from tools import report
@@ -29,7 +32,7 @@ from tools.ours import finished_runs
 from tools.paper import PAPER, ROOT, SCALES, Cell, Setting, find_table, load_tables
 from tools.plan import Place, Plan, known_jobs, make_job, make_place, select
 from tools.processes import Job, conclude, gpus, readable, run_jobs, slots, state
-from tools.runs import KEPT, Run, keep, read_run, runs_in, seeds_of
+from tools.runs import KEPT, Run, keep, read_runs, seeds_of
 from tools.stats import columns
 
 OUT = Path("runs/reproduce")
@@ -70,11 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
     option("--rows", nargs="+", metavar="ROW", help="only these, by name or pattern ('ResNet-32x4*')")
     option("--columns", nargs="+", metavar="COLUMN", help="only these, by name or pattern")
     option("--runs", nargs="+", metavar="RUN", help="only these, as show names them, or by pattern")
-    option("--seeds", nargs="+", type=_number(0), default=[0], metavar="SEED", help="0 unless given")
+    option("--seeds", nargs="+", type=NonNegativeInt, default=[0], metavar="SEED", help="0 unless given")
     option("--scale", choices=SCALES, default="proxy", help="the paper's own setting, or the small one; proxy")
     data = "where the data sets lie; data. One: NAME=FOLDER"
     option("--data", nargs="+", default=[], metavar="[NAME=]FOLDER", help=data)
-    option("--jobs", type=_number(1), metavar="N", help="runs at a time; one a GPU, or one on the CPU")
+    option("--jobs", type=PositiveInt, metavar="N", help="runs at a time; one a GPU, or one on the CPU")
     option("--cluster", choices=["slurm"], help="queue every run as a job of this cluster, through submitit")
     slurm = "what a job asks for: partition=gpu time=1440 ..."
     option("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help=slurm)
@@ -100,15 +103,6 @@ def make_parser() -> argparse.ArgumentParser:
     document = "write docs/results.md, or FILE, from the kept results, and nothing else"
     option("--document", nargs="?", type=Path, const=ROOT / "docs/results.md", metavar="FILE", help=document)
     return parser
-
-
-def _number(least: int) -> Any:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
-        return int(text)
-
-    return number
 
 
 # --- the commands: each returns the exit code -------------------------------------------------------------------------
@@ -157,11 +151,10 @@ def run_tables(options: argparse.Namespace) -> int:
     chosen = {table.name: table for table in (find_table(name, tables) for name in options.table)}
     plan = Plan(tables, options.scale, place)
     for table in chosen.values():
-        several = len(chosen) > 1
-        runs = select(table, options.scale, options.rows, options.columns, options.runs, several=several)
-        for seed in dict.fromkeys(options.seeds):
-            for run_id in runs:
-                plan.add(table, run_id, seed)
+        asked = {"row": options.rows, "column": options.columns, "run": options.runs}
+        runs = select(table, options.scale, asked, several=len(chosen) > 1)
+        for seed, run_id in itertools.product(dict.fromkeys(options.seeds), runs):
+            plan.add(table, run_id, seed)
     if not plan.jobs:
         raise InputError(f"nothing to run for {', '.join(chosen)} at the scale {options.scale}: show says why")
     plan.check_sets()
@@ -205,7 +198,7 @@ def tell_status(options: argparse.Namespace) -> int:
 
 
 def keep_runs(options: argparse.Namespace) -> int:
-    runs = [read_run(path) for path in dict.fromkeys(path for word in options.runs for path in runs_in(word))]
+    runs = read_runs(options.runs)
     unfinished = next((run for run in runs if not run.finished and "summary" in run.files), None)
     if unfinished is not None and not options.partial:
         raise InputError(f"{unfinished.path} is not finished: --partial keeps it as far as it is")
@@ -224,20 +217,16 @@ def dry_run(plan: Plan) -> int:
     unknown: list[str] = []
     for name, job in plan.jobs.items():
         table, run_id, _ = plan.origins[name][0]
-        run = None if job.finished() else run_before(table.setting(run_id, plan.scale), plan.place, here)
         if job.finished():
-            print(f"# {name}: finished")
-        elif run is None:
-            print(f"# {name}: time unknown")
-            unknown.append(name)
-        else:
+            said = "finished"
+        elif run := run_before(table.setting(run_id, plan.scale), plan.place, here):
             device = device_of(run)
             together[device] = together.get(device, 0.0) + run.seconds
-            print(
-                f"# {name}: {duration(run.seconds, device)} ({run.start['device_name']}, {os.path.relpath(run.path)})"
-            )
-        for command in job.commands:
-            print(told(command))
+            said = f"{duration(run.seconds, device)} ({run.start['device_name']}, {os.path.relpath(run.path)})"
+        else:
+            said = "time unknown"
+            unknown.append(name)
+        print(f"# {name}: {said}", *map(told, job.commands), sep="\n")
     parts = [duration(seconds, device) for device, seconds in together.items()]
     parts += [f"{counted(unknown, 'run')} of unknown time"] if unknown else []
     print(f"# together: {' and '.join(parts) or 'nothing to do'}; evaluation is not counted")
