@@ -117,11 +117,10 @@ def score_rows(compared: Comparison) -> Grid:
 def difference_rows(compared: Comparison) -> Grid:
     """The table of differences, its head first."""
     rows = [["group", "role", "n", "difference", "95 % interval", "verdict"]]
-    for one in compared.versus:
-        d = one.difference
-        mean = f"{d.mean:+.2f}" if d.mean is not None else "-"
-        between = f"{d.interval[0]:+.2f} to {d.interval[1]:+.2f}" if d.interval is not None else "-"
-        rows.append([one.group, one.role, str(len(d.by_seed)), mean, between, d.verdict(str(compared.baseline))])
+    for place, found in compared.versus.items():
+        mean = f"{found.mean:+.2f}" if found.mean is not None else "-"
+        between = f"{found.interval[0]:+.2f} to {found.interval[1]:+.2f}" if found.interval is not None else "-"
+        rows.append([*place, str(len(found.by_seed)), mean, between, found.verdict(str(compared.baseline))])
     return rows
 
 
@@ -149,9 +148,9 @@ def as_json(compared: Comparison, left_out: Sequence[Run]) -> dict[str, Any]:
         for group in compared.groups
     ]
     differences = [
-        {"group": one.group, "role": one.role, "baseline": compared.baseline, "n": len(one.difference.by_seed),
-         **asdict(one.difference), "verdict": one.difference.verdict(str(compared.baseline))}
-        for one in compared.versus
+        {"group": group, "role": role, "baseline": compared.baseline, "n": len(found.by_seed), **asdict(found),
+         "verdict": found.verdict(str(compared.baseline))}
+        for (group, role), found in compared.versus.items()
     ]  # fmt: skip
     left = [str(run.path) for run in left_out]
     return {"command": sys.argv, "groups": groups, "differences": differences, "left_out": left}

@@ -42,14 +42,11 @@ def finished_runs(setting: Setting, runs: Path, results: Path) -> tuple[list[tup
     for stem in (setting.stem(runs), *setting.kept_stems(results)):
         for seed, path in seeds_of(stem).items():
             try:
-                run = read_run(path)
+                if not (run := read_run(path)).finished:
+                    raise InputError(f"{path} is not finished")
+                found.append((seed, run))
             except InputError as error:
                 why[seed] = str(error)
-                continue
-            if run.finished:
-                found.append((seed, run))
-            else:
-                why[seed] = f"{path} is not finished"
     return found, why
 
 

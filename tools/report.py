@@ -16,7 +16,7 @@ import io
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -74,8 +74,9 @@ def main(options: argparse.Namespace) -> int:
     left: list[str] = []
     for table in load_tables(options.tables).values():
         found = [paper_part(table, scale, options.runs, options.results) for scale in SCALES]
-        parts += [part for part, _ in found if part is not None]
-        if not any(part for part, _ in found):
+        made = [part for part, _ in found if part is not None]
+        parts += made
+        if not made:
             left.append(
                 f"{table.label} ({', '.join([table.title, *(why for _, reasons in found for why in reasons)])})"
             )
@@ -93,10 +94,7 @@ def main(options: argparse.Namespace) -> int:
 def paper_part(table: Table, scale: Scale, runs: Path, results: Path) -> tuple[Part | None, list[str]]:
     """What was run for a table at one scale, None where nothing is finished; and why other runs do not count."""
     members, left = gather(table, scale, runs, results)
-    by_recipe: dict[str, dict[str, Mapping[int, Run]]] = {}
-    for run_id, of in members.items():
-        by_recipe.setdefault(table.setting(run_id, scale).recipe, {})[run_id] = of
-    recipes = sorted(by_recipe)
+    recipes = sorted({table.setting(run_id, scale).recipe for run_id in members})
     words = [f"**Proxy**: {', '.join(recipes)} instead of the paper's setting."] if scale == "proxy" else []
     words += [table.notes] if table.notes else []
     missing = sorted({cell.run for cell in table.cells if cell.run is not None and cell.run not in members})
@@ -109,7 +107,8 @@ def paper_part(table: Table, scale: Scale, runs: Path, results: Path) -> tuple[P
         return None, left
     for recipe in recipes if found else []:
         proxy = "proxy " if scale == "proxy" else ""
-        pictures |= {f"{title}, {proxy}{recipe}": png for title, png in curves(by_recipe[recipe]).items()}
+        of = {run_id: runs for run_id, runs in members.items() if table.setting(run_id, scale).recipe == recipe}
+        pictures |= {f"{title}, {proxy}{recipe}": png for title, png in curves(of).items()}
     made = {**grids(table, scale, found), **attention(members)}
     return Part(table, scale, words, found, made, members, pictures), left
 
@@ -119,44 +118,32 @@ def paper_part(table: Table, scale: Scale, runs: Path, results: Path) -> tuple[P
 
 def attention(members: Members) -> dict[str, Grid]:
     """Both attention weights within an image, as in Table 17, and the mean similarity S: at the end, over seeds."""
-    rows = []
+    rows, rounds = [["run", "consensus", "divergence", "S"]], [["run, round", "S", "extremes", "deviation"]]
+    keys = ("similarity", "similarity_min", "similarity_max", "attention_std")
     for run_id, runs in members.items():
-
-        def mean(name: str, runs: Mapping[int, Run] = runs) -> float | None:
-            found = (run.number(f"last.attention/{name}") for run in runs.values())
-            return mean_std(value for value in found if value is not None)[0]
-
         told = []
-        for kind in ("consensus", "divergence"):
-            low, high, variance = (mean(f"{kind}_{what}") for what in ("min", "max", "variance"))
-            told.append("" if low is None else f"{low:.3f} .. {high:.3f} ({variance:.4f})")
-        similarity = mean("similarity")
-        told.append("" if similarity is None else f"{similarity:.3f}")
-        if any(told):
-            rows.append([run_id, *told])
-    rounds = [row for run_id, runs in members.items() for row in _rounds(run_id, runs)]
+        for form, names in (
+            ("{:.3f} .. {:.3f} ({:.4f})", ("consensus_min", "consensus_max", "consensus_variance")),
+            ("{:.3f} .. {:.3f} ({:.4f})", ("divergence_min", "divergence_max", "divergence_variance")),
+            ("{:.3f}", ("similarity",)),
+        ):
+            found = [[run.number(f"last.attention/{name}") for run in runs.values()] for name in names]
+            means = [mean_std(value for value in values if value is not None)[0] for values in found]
+            told.append("" if None in means else form.format(*means))
+        rows += [[run_id, *told]] if any(told) else []
+        chains = [run.files.get("rounds", {}) for run in runs.values()]
+        for name in sorted({name for chain in chains for name in chain}, reverse=True):
+            last = [chain[name].get("last", {}) for chain in chains if name in chain]
+            if all(f"adm/{key}" in line for line in last for key in keys):
+                mean, low, high, deviation = (fmean(line[f"adm/{key}"] for line in last) for key in keys)
+                rounds.append([f"{run_id}, {name}", f"{mean:.3f}", f"{low:.3f} .. {high:.3f}", f"{deviation:.4f}"])
     made = {
-        "Attention at the end, means over seeds: minimum .. maximum (variance) within an image": [
-            ["run", "consensus", "divergence", "S"],
-            *rows,
-        ],
-        "Last log point of each round, means over seeds: S, its extremes, the attention's deviation within an image": [
-            ["run, round", "S", "extremes", "deviation"],
-            *rounds,
-        ],
+        "Attention at the end, means over seeds: minimum .. maximum (variance) within an image": rows,
+        "Last log point of each round, means over seeds: S, its extremes, the attention's deviation within an image": (
+            rounds
+        ),
     }
     return {caption: grid for caption, grid in made.items() if len(grid) > 1}
-
-
-def _rounds(run_id: str, runs: Mapping[int, Run]) -> Iterator[list[str]]:
-    """The similarity of student and teacher in the rounds of a chain of diffusion models."""
-    keys = ("similarity", "similarity_min", "similarity_max", "attention_std")
-    chains = [run.files.get("rounds", {}) for run in runs.values()]
-    for name in sorted({name for chain in chains for name in chain}, reverse=True):
-        last = [chain[name].get("last", {}) for chain in chains if name in chain]
-        if all(f"adm/{key}" in line for line in last for key in keys):
-            mean, low, high, deviation = (fmean(line[f"adm/{key}"] for line in last) for key in keys)
-            yield [f"{run_id}, {name}", f"{mean:.3f}", f"{low:.3f} .. {high:.3f}", f"{deviation:.4f}"]
 
 
 def curves(members: Members) -> dict[str, bytes]:
@@ -195,8 +182,7 @@ def small(file: Path) -> bytes:
 
     with Image.open(file) as image:
         picture = image.convert("RGB")
-        if picture.width > WIDTH:
-            picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
+        picture.thumbnail((WIDTH, picture.height), Image.Resampling.LANCZOS, reducing_gap=None)
         out = io.BytesIO()
         picture.save(out, "PNG", optimize=True)
     return out.getvalue()
