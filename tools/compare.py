@@ -23,7 +23,7 @@ from core.analysis.figures import save_figure
 from core.errors import InputError
 from core.files import make_folder, save_json, write_atomically
 from core.training.command import LineParser, run_command
-from tools.groups import PERCENT, Comparison, Group, chosen_by, compare_runs, lower_is_better, named, score
+from tools.groups import PERCENT, Comparison, Group, compare_runs, lower_is_better, named, score
 from tools.runs import Run, read_runs
 from tools.stats import Grid, markdown, mean_std, spread
 
@@ -54,15 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = LineParser(prog="compare.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folders, folders of them, kept runs or experiments of results/"
-    )
-    parser.add_argument(
-        "--baseline", help="a method, or a group's label: paired differences from it, at equal settings"
-    )
-    parser.add_argument("--measure", help="what is compared, as top5 or IS; top1, mIoU or the FID unless given")
-    parser.add_argument("--out", metavar="FOLDER", help="where to write compare.json, compare.md and compare.png")
-    parser.add_argument("--partial", action="store_true", help="take unfinished runs too, as far as they are")
+    option = parser.add_argument
+    option("runs", nargs="+", metavar="RUN", help="run folders, folders of them, kept runs or experiments of results/")
+    option("--baseline", help="a method, or a group's label: paired differences from it, at equal settings")
+    option("--measure", help="what is compared, as top5 or IS; top1, mIoU or the FID unless given")
+    option("--out", metavar="FOLDER", help="where to write compare.json, compare.md and compare.png")
+    option("--partial", action="store_true", help="take unfinished runs too, as far as they are")
     return parser
 
 
@@ -75,7 +72,7 @@ def render(compared: Comparison, left_out: Sequence[Run]) -> str:
         "seeds.",
         markdown(score_rows(compared), aligned=True),
     ]
-    if any(chosen_by(run).endswith(" on test") for run in compared.runs):
+    if any(told.endswith(" on test") for group in compared.groups for told in group.chosen_by):
         parts.append("Best was chosen by test accuracy, which flatters it: read last.")
     if compared.versus:
         parts.append(
@@ -109,7 +106,7 @@ def score_rows(compared: Comparison) -> Grid:
     rows = [["group", "n", *heads, *(["best chosen by"] if compared.has_best else [])]]
     for group in compared.groups:
         cells = [spread(compared.scores(group, role, which).values()) for role in compared.roles for which in kinds]
-        chosen = [", ".join(sorted({chosen_by(run) for run in group.runs.values()}))] if compared.has_best else []
+        chosen = [", ".join(group.chosen_by)] if compared.has_best else []
         rows.append([group.label, str(len(group.runs)), *cells, *chosen])
     return rows
 
@@ -131,22 +128,18 @@ def as_json(compared: Comparison, left_out: Sequence[Run]) -> dict[str, Any]:
         mean, std = mean_std(values.values())
         return {"n": len(values), "mean": mean, "std": std, "by_seed": values}
 
-    groups = [
-        {
-            "label": group.label,
-            "config": group.config,
-            "runs": [
-                {"path": str(run.path), "seed": s, "finished": run.finished, "commit": run.start.get("commit")}
-                for s, run in group.runs.items()
-            ],
-            "best_chosen_by": sorted({chosen_by(run) for run in group.runs.values()}),
-            compared.measure: {
-                role: {which: described(compared.scores(group, role, which)) for which in ("last", "best")}
-                for role in compared.roles
-            },
+    groups = []
+    for group in compared.groups:
+        runs = [
+            {"path": str(run.path), "seed": seed, "finished": run.finished, "commit": run.start.get("commit")}
+            for seed, run in group.runs.items()
+        ]
+        known = {"label": group.label, "config": group.config, "runs": runs, "best_chosen_by": group.chosen_by}
+        scores = {
+            role: {which: described(compared.scores(group, role, which)) for which in ("last", "best")}
+            for role in compared.roles
         }
-        for group in compared.groups
-    ]
+        groups.append({**known, compared.measure: scores})
     differences = [
         {"group": group, "role": role, "baseline": compared.baseline, "n": len(found.by_seed), **asdict(found),
          "verdict": found.verdict(str(compared.baseline))}

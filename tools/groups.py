@@ -30,9 +30,18 @@ PERCENT = (*MEASURES, "top5", "aAcc", "ece")
 class Group:
     """Runs of one experiment, by seed. ``config``: what decides it."""
 
-    runs: Mapping[Any, Run]
+    runs: dict[Any, Run]
     config: Mapping[str, Any]
     label: str = ""
+
+    @property
+    def chosen_by(self) -> list[str]:
+        """By what and on which split the best evaluations were chosen."""
+        told = set()
+        for summary in (run.summary for run in self.runs.values()):
+            best = summary.get("best")
+            told.add(f"{best.get('selected_by')} on {summary.get('selected_on', best.get('split'))}" if best else "-")
+        return sorted(told)
 
 
 @dataclass(frozen=True)
@@ -102,12 +111,6 @@ def measure_of(run: Run) -> str:
     return next((measure for measure in [*MEASURES, *of_images] if measure in held), "top1")
 
 
-def chosen_by(run: Run) -> str:
-    """By what and on which split a run's best evaluation was chosen."""
-    best = run.summary.get("best")
-    return f"{best.get('selected_by')} on {run.summary.get('selected_on', best.get('split'))}" if best else "-"
-
-
 def named(measure: str) -> str:
     return MEASURES.get(measure, measure)
 
@@ -148,15 +151,14 @@ def make_groups(runs: Sequence[Run]) -> list[Group]:
 
     Raises: InputError where two runs of one group have the same seed: it would count twice.
     """
-    found: dict[str, dict[Any, Run]] = {}
+    found: dict[str, Group] = {}
     for run in runs:
-        members = found.setdefault(repr(sorted(experiment(run).items())), {})
-        if run.seed in members:
-            raise InputError(
-                f"{members[run.seed].path} and {run.path} are one experiment with one seed: give one of them"
-            )
-        members[run.seed] = run
-    groups = [Group(members, experiment(next(iter(members.values())))) for members in found.values()]
+        config = experiment(run)
+        group = found.setdefault(repr(sorted(config.items())), Group({}, config))
+        if same := group.runs.get(run.seed):
+            raise InputError(f"{same.path} and {run.path} are one experiment with one seed: give one of them")
+        group.runs[run.seed] = run
+    groups = list(found.values())
     return [replace(group, label=label(group, groups)) for group in groups]
 
 

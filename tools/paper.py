@@ -45,7 +45,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from core.errors import InputError
-from tools.runs import Loader, Run
+from tools.runs import Loader, Run, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "tools/paper"
@@ -70,7 +70,6 @@ class Metric:
     unit: str = ""
     higher_is_better: bool = True
     proxy: str | None = None
-    """What the proxy's number is, where that is another measure."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,6 @@ class Setting:
     needs: Mapping[str, tuple[str, str]]
     """(table, id) of the runs that must be finished before, of the same scale and seed, by how the texts call them."""
     results: str | None = None
-    """``FOLDER/NAME`` where ``results/FOLDER/NAME-<seed>`` may be this run."""
 
     def stem(self, out: Path | str) -> Path:
         """``<stem>-<seed>`` is the run folder below ``out``."""
@@ -164,7 +162,6 @@ class Table:
     runs: Mapping[str, Mapping[Scale, Setting]]
     """By id, at the scales that it can be run at."""
     baselines: Mapping[str, str]
-    """By run the one that it adds to."""
     needs: Mapping[str, str]
 
     @property
@@ -188,20 +185,15 @@ class Table:
         ]
         return max(same, key=lambda other: other.row == cell.row, default=None)
 
-    def setting(self, run_id: str, scale: Scale) -> Setting:
-        """Raises: InputError where there is no such run, or none at this scale."""
-        if run_id not in self.runs:
-            raise InputError(f"{self.name} has no run {run_id}: {', '.join(self.runs) or 'nothing is run for it'}")
-        if scale not in self.runs[run_id]:
-            raise InputError(f"{self.name} has no run {run_id} of the scale {scale}")
-        return self.runs[run_id][scale]
-
-    def complete(self, run_id: str, run: Run) -> bool:
-        """Whether a run has ended, and has every number and picture that the table takes from it."""
+    def complete(self, run_id: str, folder: Path) -> bool:
+        """Whether a run has ended in this folder, and left every number and picture that the table takes from it."""
+        try:
+            run = read_run(folder)
+        except InputError:  # not or only begun, or damaged
+            return False
         own = [cell for cell in self.cells if cell.run == run_id]
-        return run.finished and all(
-            cell.value(run) is not None if cell.show is None else (run.path / cell.show).is_file() for cell in own
-        )
+        there = (cell.value(run) is not None if cell.show is None else (folder / cell.show).is_file() for cell in own)
+        return folder.is_dir() and run.finished and all(there)
 
 
 def find_table(name: str, tables: Mapping[str, Table]) -> Table:

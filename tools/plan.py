@@ -12,7 +12,6 @@ from pathlib import Path
 from core.errors import InputError
 from tools.paper import ROOT, Scale, Table
 from tools.processes import Job
-from tools.runs import read_run
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,11 @@ class Place:
         path = Path(value)
         if path.parts[:1] not in (("data",), ("weights",)) or path.is_relative_to(self.out):
             return word
-        for name, folder in self.sets.items():
-            for begin in (Path("data", name), Path(name)):
-                if path.is_relative_to(begin):
-                    return f"{key}{equals}{folder / path.relative_to(begin)}"
-        return f"{key}{equals}{self.data / path.relative_to('data')}" if path.parts[0] == "data" else word
+        moved = [(Path(above, name), folder) for name, folder in self.sets.items() for above in ("data", "")]
+        for begin, folder in [*moved, (Path("data"), self.data)]:
+            if path.is_relative_to(begin):
+                return f"{key}{equals}{folder / path.relative_to(begin)}"
+        return word
 
     def inputs(self, job: Job) -> Iterator[Path]:
         """The data and weights that a job's commands name."""
@@ -92,24 +91,16 @@ def select(
 
 
 def make_job(table: Table, run_id: str, scale: Scale, seed: int, place: Place) -> Job:
-    """Raises: InputError where there is no such run."""
-    setting = table.setting(run_id, scale)
+    """A run of a table at one scale."""
+    setting = table.runs[run_id][scale]
     folder = setting.folder(seed, place.out)
     return Job(
         name=f"{setting.table}/{scale}/{folder.name}",
         folder=ROOT / folder,
         commands=[[place.located(word) for word in command] for command in setting.commands(seed, place.out)],
-        finished=partial(is_finished, table, run_id, ROOT / folder),
+        finished=partial(table.complete, run_id, ROOT / folder),
         needs=tuple(f"{needed}/{scale}/{other}-{seed}" for needed, other in setting.needs.values()),
     )
-
-
-def is_finished(table: Table, run_id: str, folder: Path) -> bool:
-    """Whether the run has ended, and all that the table reads or shows of it is there."""
-    try:
-        return folder.is_dir() and table.complete(run_id, read_run(folder))
-    except InputError:  # only begun, or damaged
-        return False
 
 
 def known_jobs(table: Table, scale: Scale, place: Place) -> list[Job]:
@@ -139,7 +130,7 @@ class Plan:
         if (table, run_id, seed) in origins:
             return
         origins.append((table, run_id, seed))
-        for name, needed in table.setting(run_id, self.scale).needs.values():
+        for name, needed in table.runs[run_id][self.scale].needs.values():
             self.add(self.tables[name], needed, seed)
         same = self.jobs.get(job.name)
         if same is not None:  # another table's too, which may draw or score it in another way
@@ -159,7 +150,7 @@ class Plan:
         """Raises: InputError where a folder or file that one of these jobs reads is not there."""
         for name in names:
             table, run_id, _ = self.origins[name][0]
-            download = table.setting(run_id, self.scale).overrides.get("data.download") is True
+            download = table.runs[run_id][self.scale].overrides.get("data.download") is True
             for path in self.place.inputs(self.jobs[name]):
                 if (ROOT / path).exists() or (path == self.place.data and download):
                     continue

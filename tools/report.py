@@ -1,10 +1,6 @@
 """Reports what was run for the paper's tables beside the paper's numbers: Markdown, CSV and a page of its own.
 
-    python tools/reproduce.py report                            # runs/reproduce and what results/ keeps
-    python tools/reproduce.py report --document                 # docs/results.md from results/ alone
-
-A run of the small setting is a proxy and called so: other data, networks and durations than the paper's, so that its
-difference from the paper says nothing of the paper; what the methods differ by may be compared. Needs no torch.
+It is ``reproduce.py report``: of runs/reproduce and what results/ keeps. Needs no torch.
 """
 
 from __future__ import annotations
@@ -37,7 +33,7 @@ INTRODUCTION = (
     "A **proxy** is a small stand-in with other data, networks and durations than the paper's: its difference from the "
     "paper says nothing of how well the paper is reproduced."
 )
-Members = Mapping[str, Mapping[int, Run]]
+Members = Mapping[str, dict[int, Run]]
 """A table's finished runs, by id and seed."""
 
 
@@ -94,7 +90,7 @@ def main(options: argparse.Namespace) -> int:
 def paper_part(table: Table, scale: Scale, runs: Path, results: Path) -> tuple[Part | None, list[str]]:
     """What was run for a table at one scale, None where nothing is finished; and why other runs do not count."""
     members, left = gather(table, scale, runs, results)
-    recipes = sorted({table.setting(run_id, scale).recipe for run_id in members})
+    recipes = sorted({table.runs[run_id][scale].recipe for run_id in members})
     words = [f"**Proxy**: {', '.join(recipes)} instead of the paper's setting."] if scale == "proxy" else []
     words += [table.notes] if table.notes else []
     missing = sorted({cell.run for cell in table.cells if cell.run is not None and cell.run not in members})
@@ -107,7 +103,7 @@ def paper_part(table: Table, scale: Scale, runs: Path, results: Path) -> tuple[P
         return None, left
     for recipe in recipes if found else []:
         proxy = "proxy " if scale == "proxy" else ""
-        of = {run_id: runs for run_id, runs in members.items() if table.setting(run_id, scale).recipe == recipe}
+        of = {run_id: runs for run_id, runs in members.items() if table.runs[run_id][scale].recipe == recipe}
         pictures |= {f"{title}, {proxy}{recipe}": png for title, png in curves(of).items()}
     made = {**grids(table, scale, found), **attention(members)}
     return Part(table, scale, words, found, made, members, pictures), left

@@ -31,7 +31,7 @@ from tools import report
 from tools.ours import finished_runs
 from tools.paper import PAPER, ROOT, SCALES, Cell, Setting, find_table, load_tables
 from tools.plan import Place, Plan, known_jobs, make_job, make_place, select
-from tools.processes import Job, conclude, gpus, readable, run_jobs, slots, state
+from tools.processes import Job, conclude, gpus, make_executor, readable, run_jobs, slots, state, submit
 from tools.runs import KEPT, Run, keep, read_runs, seeds_of
 from tools.stats import columns
 
@@ -95,9 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
     option = add("report", report.main, text, (report.__doc__ or "").partition("\n")[0])
     runs = "where reproduce.py run has put its runs; %(default)s"
     option("--runs", type=Path, default=OUT, metavar="FOLDER", help=runs)
-    option(
-        "--results", type=Path, default=ROOT / "results", metavar="FOLDER", help="kept results; those of the repository"
-    )
+    kept = "kept results; those of the repository"
+    option("--results", type=Path, default=ROOT / "results", metavar="FOLDER", help=kept)
     option("--out", type=Path, default=OUT / "report", metavar="FOLDER", help="where the report goes; %(default)s")
     places(option, out=False)
     document = "write docs/results.md, or FILE, from the kept results, and nothing else"
@@ -179,21 +178,18 @@ def run_tables(options: argparse.Namespace) -> int:
 def tell_status(options: argparse.Namespace) -> int:
     tables, place = load_tables(options.tables), make_place(options.out)
     chosen = [find_table(name, tables) for name in options.table]
-    begun = False
+    lines = []
     for table in chosen or tables.values():
         for scale in SCALES:
             found = {job.name: state(job) for job in known_jobs(table, scale, place)}
             seen = Counter(word for word in found.values() if word != "not started")
             if not seen and not chosen:
                 continue
-            begun = True
             runs = [settings for settings in table.runs.values() if scale in settings]
             in_words = ", ".join(f"{count} {word}" for word, count in sorted(seen.items())) or "nothing run yet"
-            print(f"{table.name} {scale}: {counted(runs, 'run')} a seed; {in_words}")
-            for name, word in found.items() if chosen else ():
-                print(f"  {word:12} {name}")
-    if not begun:
-        print(f"nothing run yet in {options.out}")
+            lines.append(f"{table.name} {scale}: {counted(runs, 'run')} a seed; {in_words}")
+            lines += [f"  {word:12} {name}" for name, word in found.items()] if chosen else []
+    print("\n".join(lines) or f"nothing run yet in {options.out}")
     return 0
 
 
@@ -219,7 +215,7 @@ def dry_run(plan: Plan) -> int:
         table, run_id, _ = plan.origins[name][0]
         if job.finished():
             said = "finished"
-        elif run := run_before(table.setting(run_id, plan.scale), plan.place, here):
+        elif run := run_before(table.runs[run_id][plan.scale], plan.place, here):
             device = device_of(run)
             together[device] = together.get(device, 0.0) + run.seconds
             said = f"{duration(run.seconds, device)} ({run.start['device_name']}, {os.path.relpath(run.path)})"
@@ -251,8 +247,6 @@ def duration(seconds: float, device: str) -> str:
 
 def queue(options: argparse.Namespace, todo: Mapping[str, Job], plan: Plan) -> int:
     """Queues every run as a job that calls this tool for that run alone, and so locks, skips and resumes as ever."""
-    from tools.slurm import make_executor, submit
-
     place = plan.place
     executor = make_executor(ROOT / place.out / "slurm", options.slurm)
     rest = ["--scale", plan.scale, "--out", str(place.out), "--jobs", "1"]

@@ -111,9 +111,7 @@ def _look_up(document: Any, key: str) -> Any:
     """The value under a dotted key, whose parts may hold dots themselves; None where there is none."""
     if not key:
         return document
-    if not isinstance(document, Mapping):
-        return None
-    parts = key.split(".")
+    parts = key.split(".") if isinstance(document, Mapping) else []
     for n in range(len(parts), 0, -1):
         name, rest = ".".join(parts[:n]), ".".join(parts[n:])
         if name in document and (found := _look_up(document[name], rest)) is not None:
