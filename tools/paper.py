@@ -19,8 +19,8 @@ A file:
     rows: [{name: ..., cells: [CELL, ...]}]
 
 RUN: ``base: ID`` (merged below it), ``method``, ``all_scales: {flag: value}`` at either scale, and for the paper's
-scale ``recipe``, ``overrides: {flag: value}``, ``after: [COMMAND, ...]`` (what to call when it is trained), ``task``,
-``command``; ``proxy:`` holds the same keys for the small run, and ``results: FOLDER/NAME`` where such runs are kept as
+scale ``recipe``, ``overrides: {flag: value}``, ``after: [COMMAND, ...]`` (what to call when it is trained) and
+``task``; ``proxy:`` holds the same keys for the small run, and ``results: FOLDER/NAME`` where such runs are kept as
 ``results/FOLDER/NAME-<seed>``. ``same_as: tableNN/ID``, of a run or of its proxy alone, is a run of another table, with
 what ``after`` adds. ``{run}`` in a text is the run's folder, ``{run:ID}`` that of another run of the same scale and
 seed, which must be finished before.
@@ -55,7 +55,7 @@ SEGMENTATION_FLAGS = ("method", "amp", "data_root")  # of its train.py; all else
 Scale = Literal["paper", "proxy"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 
-_SETTING = {"recipe", "overrides", "after", "task", "command", "same_as", "results"}
+_SETTING = {"recipe", "overrides", "after", "task", "same_as", "results"}
 _RUN = {"base", "method", "all_scales", "proxy", *_SETTING} - {"results"}
 _INHERITED = {"run", "read", "where", "at", "metric"}  # what cells take from their row or column
 _REQUIRED = ("title", "task", "metric", "columns", "rows")
@@ -323,13 +323,12 @@ def _setting(name: str, run_id: str, scale: Scale, raw: Mapping[str, dict[str, A
             raise InputError(f"{named}: {{run:{needed}}}, and there is no such run")
         needs[needed] = (found.table, found.run)
     task = values.get("task") or run.get("task") or raw[name]["task"]
-    command = values.get("command") or run.get("command") or raw[name].get("command")
     return Setting(
         table=name,
         run=run_id,
         scale=scale,
         task=task,
-        command=command if task == "diffusion" else None,
+        command=raw[name].get("command") if task == "diffusion" else None,
         recipe=values["recipe"],
         overrides=overrides,
         after=after,

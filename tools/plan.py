@@ -50,16 +50,13 @@ def make_place(out: str, data: Sequence[str] = ()) -> Place:
     def seen_from_root(path: str) -> Path:
         return Path(path) if here else Path(path).absolute()
 
-    folder, sets = Path("data"), {}
+    folders = {"": Path("data")}
     for word in data:
-        name, equals, path = word.partition("=")
-        if equals and not (name and path):
+        name, _, path = word.partition("=") if "=" in word else ("", "", word)
+        if "=" in word and not (name and path):
             raise InputError(f"--data {word}: write FOLDER, or NAME=FOLDER for one data set")
-        if equals:
-            sets[name] = seen_from_root(path)
-        else:
-            folder = seen_from_root(word)
-    return Place(seen_from_root(out), folder, sets)
+        folders[name] = seen_from_root(path)
+    return Place(seen_from_root(out), folders.pop(""), folders)
 
 
 def select(

@@ -108,10 +108,8 @@ def slots(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
     count = jobs or len(devices) or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))
-    shared = {"OMP_NUM_THREADS": threads}
-    return [
-        {**shared, "CUDA_VISIBLE_DEVICES": devices[k % len(devices)]} if devices else dict(shared) for k in range(count)
-    ]
+    dealt = [{"CUDA_VISIBLE_DEVICES": devices[k % len(devices)]} if devices else {} for k in range(count)]
+    return [{"OMP_NUM_THREADS": threads, **device} for device in dealt]
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from core.errors import InputError
 from core.training.command import LineParser, run_command
 from tools import report
 from tools.ours import finished_runs
-from tools.paper import PAPER, ROOT, SCALES, Cell, Setting, find_table, load_tables
+from tools.paper import PAPER, ROOT, SCALES, Setting, find_table, load_tables
 from tools.plan import Place, Plan, known_jobs, make_job, make_place, select
 from tools.processes import Job, conclude, gpus, make_executor, readable, run_jobs, slots, state, submit
 from tools.runs import KEPT, Run, keep, read_runs, seeds_of
@@ -120,8 +120,8 @@ def show_table(options: argparse.Namespace) -> int:
     print(f"{table.label}: {table.title} ({table.task}; {table.metric.name}{unit})")
     if table.notes:
         print(f"\n{table.notes}")
-    cells = {(cell.row, cell.column): printed(cell) for cell in table.cells}
-    lines = [[row, *(cells.get((row, column), "") for column in table.columns)] for row in table.rows]
+    cells = {(c.row, c.column): f"{'-' if c.paper is None else f'{c.paper:g}'} {c.label or ''}" for c in table.cells}
+    lines = [[row, *(cells.get((row, column), "").strip() for column in table.columns)] for row in table.rows]
     print(f"\n{columns([['paper', *table.columns], *lines])}")
     print(f"\nRuns, {scale} scale:" if table.runs else "\nNothing is run for it.")
     for run_id, settings in table.runs.items():
@@ -274,11 +274,6 @@ def counted(things: Sized, name: str) -> str:
 def told(command: Sequence[str]) -> str:
     """A command as one would type it."""
     return shlex.join(["python", *command])
-
-
-def printed(cell: Cell) -> str:
-    """What the paper prints in a cell."""
-    return ("-" if cell.paper is None else f"{cell.paper:g}") + (f" {cell.label}" if cell.label else "")
 
 
 if __name__ == "__main__":

@@ -55,13 +55,11 @@ def make_batch(settings: Settings) -> tuple[torch.Tensor, list[Any]]:
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
-    samples, device = [], settings.device
     batch, crop = shape(settings)
-    for _ in range(batch):
-        labels = torch.randint(0, CLASSES, (1, *crop), device=device)
-        labels[:, : crop[0] // 4] = 255
-        samples.append(SegDataSample(gt_sem_seg=PixelData(data=labels)))
-    return torch.randn(batch, 3, *crop, device=device), samples
+    labels = torch.randint(0, CLASSES, (batch, 1, *crop), device=settings.device)
+    labels[:, :, : crop[0] // 4] = 255
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=one)) for one in labels]
+    return torch.randn(batch, 3, *crop, device=settings.device), samples
 
 
 def make_step(architecture: str, settings: Settings, method: str) -> Step:

@@ -163,8 +163,9 @@ class Settings:
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def own_step(distiller: Distiller, optimizer: torch.optim.Optimizer, batch: Batch, *, bf16: bool = False) -> Step:
+def own_step(distiller: Distiller, batch: Batch, optimizer: Callable[..., Any] = sgd, *, bf16: bool = False) -> Step:
     """Training's own step on one batch: with the method's own views, backward and optimiser."""
+    optim = optimizer(distiller.parameter_groups())
     device = next(distiller.parameters()).device
     accelerator = SimpleNamespace(device=device, scaler=None, no_sync=lambda module: contextlib.nullcontext())
     losses = LossBuffer(device, lambda values: values, "")
@@ -174,7 +175,7 @@ def own_step(distiller: Distiller, optimizer: torch.optim.Optimizer, batch: Batc
             return distiller(*arguments)
 
     def step() -> None:
-        train_step(forward, distiller, optimizer, batch, PROGRESS, accelerator, losses)
+        train_step(forward, distiller, optim, batch, PROGRESS, accelerator, losses)
         losses.close_step(0)
         losses.rows.clear()
 

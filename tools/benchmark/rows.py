@@ -93,7 +93,7 @@ def make_step(
     batch = pair.batch_for(settings)
     if distiller.method.views == "separate":
         batch["image"] = torch.stack([batch["image"]] * len(distiller.networks), dim=1)  # [B, V, C, H, W]
-    return own_step(distiller, sgd(distiller.parameter_groups()), batch, bf16=variant == "bf16")
+    return own_step(distiller, batch, bf16=variant == "bf16")
 
 
 def make_bare_step(pair: Pair, settings: Settings, student_of: type[Method] | None = None) -> Step:
