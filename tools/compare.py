@@ -67,19 +67,15 @@ def render(compared: Comparison, left_out: Sequence[Run]) -> str:
     """The tables and what must be known to read them, as Markdown that is legible as it is."""
     measure, percent = named(compared.measure), compared.measure in PERCENT
     better = ", lower is better" if lower_is_better(compared.measure) else ""
-    parts = [
-        f"{measure.replace('top', 'Top')}{' in percent' if percent else better}: mean ± sample standard deviation over "
-        "seeds.",
-        markdown(score_rows(compared), aligned=True),
-    ]
+    what = f"{measure.replace('top', 'Top')}{' in percent' if percent else better}"
+    parts = [f"{what}: mean ± sample standard deviation over seeds.", markdown(score_rows(compared), aligned=True)]
     if any(told.endswith(" on test") for group in compared.groups for told in group.chosen_by):
         parts.append("Best was chosen by test accuracy, which flatters it: read last.")
     if compared.versus:
-        parts.append(
-            f"Difference of the {'last ' if compared.has_best else ''}{measure} from {compared.baseline}"
-            f"{', in points' if percent else better}, paired by seed; t interval"
-            + (f", not corrected for {len(compared.versus)} comparisons." if len(compared.versus) > 1 else ".")
-        )
+        what = f"{'last ' if compared.has_best else ''}{measure} from {compared.baseline}"
+        points = ", in points" if percent else better
+        several = f", not corrected for {len(compared.versus)} comparisons" if len(compared.versus) > 1 else ""
+        parts.append(f"Difference of the {what}{points}, paired by seed; t interval{several}.")
         parts.append(markdown(difference_rows(compared), aligned=True))
     unfinished = [run for run in compared.runs if not run.finished]
     if unfinished:

@@ -38,9 +38,8 @@ from tools.paper import find_table, load_tables
 from tools.runs import Run, read_run, seeds_of
 from tools.stats import markdown, paired, spread
 
-NOTE = (
-    "<!-- Made by `python tools/reproduce.py report --document` from results/: edit the notes.md there, not this. -->"
-)
+COMMAND = "python tools/reproduce.py report --document"
+NOTE = f"<!-- Made by `{COMMAND}` from results/: edit the notes.md there, not this. -->"
 BLOCK = re.compile(r"^```(table|compare|paper|benchmark|sections)\n(.*?)^```\n", flags=re.M | re.S)
 
 

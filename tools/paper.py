@@ -307,9 +307,8 @@ def _setting(name: str, run_id: str, scale: Scale, raw: Mapping[str, dict[str, A
     values = run if scale == "paper" else _known(f"{named}, proxy", run.get("proxy") or {}, _SETTING)
     if same := values.get("same_as") or ("recipe" not in values and run.get("same_as")):
         table, _, other = same.partition("/")
-        _refuse(
-            named, (other not in (raw.get(table, {}).get("runs") or {}), f"same_as {same}, and there is no such run")
-        )
+        known = raw.get(table, {}).get("runs") or {}
+        _refuse(named, (other not in known, f"same_as {same}, and there is no such run"))
         found = _setting(table, other, scale, raw)
         return found and replace(found, after=(*found.after, *(values.get("after") or run.get("after") or ())))
     if "recipe" not in values:

@@ -80,10 +80,8 @@ def select(
                 raise InputError(f"{table.name} has no {kind} {pattern!r}: {hint}")
             wanted[kind] += found
     named = {c.run for c in table.cells if c.row in wanted["row"] and c.column in wanted["column"]}
-    if (
-        asked["row"] is asked["column"] is None and asked["run"] is not None
-    ):  # one that no cell reads is there for others
-        named = set(wanted["run"])
+    if asked["row"] is asked["column"] is None and asked["run"] is not None:
+        named = set(wanted["run"])  # one that no cell reads is there for others
     return [r for r, settings in table.runs.items() if r in named and r in wanted["run"] and scale in settings]
 
 
@@ -149,9 +147,7 @@ class Plan:
             table, run_id, _ = self.origins[name][0]
             download = table.runs[run_id][self.scale].overrides.get("data.download") is True
             for path in self.place.inputs(self.jobs[name]):
-                if (ROOT / path).exists() or (path == self.place.data and download):
-                    continue
-                needs = f"; {table.label} needs {table.needs[self.scale]}" if self.scale in table.needs else ""
-                raise InputError(
-                    f"{name} reads {path}, which is not there: --data says where, --rows leaves runs out{needs}"
-                )
+                if not (ROOT / path).exists() and not (path == self.place.data and download):
+                    needs = f"; {table.label} needs {table.needs[self.scale]}" if self.scale in table.needs else ""
+                    hint = f"--data says where, --rows leaves runs out{needs}"
+                    raise InputError(f"{name} reads {path}, which is not there: {hint}")

@@ -73,9 +73,8 @@ def main(options: argparse.Namespace) -> int:
         made = [part for part, _ in found if part is not None]
         parts += made
         if not made:
-            left.append(
-                f"{table.label} ({', '.join([table.title, *(why for _, reasons in found for why in reasons)])})"
-            )
+            reasons = [why for _, others in found for why in others]
+            left.append(f"{table.label} ({', '.join([table.title, *reasons])})")
     if not parts:
         raise InputError(f"no run of the paper's tables in {options.runs} or {options.results}: reproduce.py run")
     last = [f"Nothing is finished for: {'; '.join(left)}."] if left else []
@@ -133,13 +132,11 @@ def attention(members: Members) -> dict[str, Grid]:
             if all(f"adm/{key}" in line for line in last for key in keys):
                 mean, low, high, deviation = (fmean(line[f"adm/{key}"] for line in last) for key in keys)
                 rounds.append([f"{run_id}, {name}", f"{mean:.3f}", f"{low:.3f} .. {high:.3f}", f"{deviation:.4f}"])
-    made = {
-        "Attention at the end, means over seeds: minimum .. maximum (variance) within an image": rows,
-        "Last log point of each round, means over seeds: S, its extremes, the attention's deviation within an image": (
-            rounds
-        ),
-    }
-    return {caption: grid for caption, grid in made.items() if len(grid) > 1}
+    attention = "Attention at the end, means over seeds: minimum .. maximum (variance) within an image"
+    similarity = (
+        "Last log point of each round, means over seeds: S, its extremes, the attention's deviation within an image"
+    )
+    return {caption: grid for caption, grid in ((attention, rows), (similarity, rounds)) if len(grid) > 1}
 
 
 def curves(members: Members) -> dict[str, bytes]:

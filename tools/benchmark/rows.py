@@ -239,17 +239,14 @@ def loader_ratio(settings: Settings) -> Values:
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 ADM_DML = "DML + ADM / DML"
-ROWS = {
-    "step_resnet34_18": Measure(
-        f"time of a step, {ADM_DML}", partial(step_ratio, make_step, IMAGENET, adm=IMAGENET_ADM), 1.02
-    ),
-    "step_resnet32x4_8x4": Measure(
-        f"time of a step, {ADM_DML}", partial(step_ratio, make_step, CIFAR, adm=CIFAR.adm), 1.02
-    ),
+ROWS: dict[str, Measure] = {}
+for _name, _pair in PAIRS.items():
+    _of = partial(step_ratio, make_step, _pair, adm=_pair.adm)
+    ROWS[f"step_{_name}"] = Measure(f"time of a step, {ADM_DML}", _of, 1.02)
+_of = partial(memory_ratio, CIFAR, gamma=0.0)
+ROWS |= {
     "memory_resnet34_18": Measure(f"peak memory, {ADM_DML}", partial(memory_ratio, IMAGENET), 1.02),
-    "memory_resnet32x4_8x4_adm": Measure(
-        f"peak memory, {ADM_DML}, gamma 0", partial(memory_ratio, CIFAR, gamma=0.0), 1.02
-    ),
+    "memory_resnet32x4_8x4_adm": Measure(f"peak memory, {ADM_DML}, gamma 0", _of, 1.02),
     "memory_resnet32x4_8x4_feature": Measure(f"peak memory, {ADM_DML}, gamma 1", partial(memory_ratio, CIFAR), 1.09),
     "fit_cifar": Measure("images/s, fit() / bare loop", fit_ratio, 0.97, at_least=True),
     "fit_overhead_ms": Measure("time of a step, fit() - bare loop", fit_overhead, 0.10, unit="ms"),
@@ -285,9 +282,7 @@ if importlib.util.find_spec("diffusers"):
 GPU_ROWS = {}
 for (_name, _pair), _variant in itertools.product(PAIRS.items(), ("bf16", "channels_last", "compile")):
     _what = f"time of a step in {_variant}, DML + ADM"
-    for _row, _than, _other in (
-        ("step", "DML", {"variant": _variant}),
-        ("speed", "the same in fp32", {"adm": _pair.adm}),
-    ):
-        _of = partial(step_ratio, partial(make_step, **_other), _pair, adm=_pair.adm, variant=_variant)
+    _own: dict[str, Any] = {"adm": _pair.adm, "variant": _variant}
+    for _row, _than, _other in (("step", "DML", "variant"), ("speed", "the same in fp32", "adm")):
+        _of = partial(step_ratio, partial(make_step, **{_other: _own[_other]}), _pair, **_own)
         GPU_ROWS[f"{_row}_{_name}_{_variant}"] = Measure(f"{_what} / {_than}", _of)
