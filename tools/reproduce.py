@@ -23,8 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-
 from core.errors import InputError
 from core.training.command import LineParser, run_command
 from tools import report
@@ -50,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from jsonargparse.typing import NonNegativeInt, PositiveInt
+
     parser = LineParser(prog="reproduce.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

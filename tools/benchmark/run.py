@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 
 from core.errors import InputError, unknown
 from core.files import save_json
@@ -30,6 +29,8 @@ from tools.benchmark.rows import GPU_ROWS, ROWS
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from jsonargparse.typing import PositiveInt
+
     epilog = f"rows: {' '.join(ROWS)}\n\non a GPU also: {' '.join(GPU_ROWS)}"
     raw = argparse.RawDescriptionHelpFormatter
     parser = LineParser(description=__doc__, epilog=epilog, formatter_class=raw, allow_abbrev=False)
