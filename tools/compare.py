@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from core.errors import InputError
 from core.files import make_folder, save_figure, save_json, write_atomically
 from core.training.command import LineParser, run_command
-from tools.groups import PERCENT, Comparison, Group, chosen_by, compare_runs, lower_is_better, named, score
-from tools.runs import Run, read_run, runs_in
+from tools.groups import PERCENT, Comparison, Group, compare_runs, lower_is_better, named, score
+from tools.runs import Run, read_runs
 from tools.stats import Grid, markdown, mean_std, spread
 
 if TYPE_CHECKING:
@@ -33,10 +33,9 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError."""
     options = make_parser().parse_args(argv)
-    paths = dict.fromkeys(path for word in options.runs for path in runs_in(word))
-    runs = [read_run(path) for path in paths]
-    left_out = [] if options.partial else [run for run in runs if not run.finished]
-    runs = [run for run in runs if run not in left_out]
+    given = read_runs(options.runs)
+    runs = [run for run in given if run.finished or options.partial]
+    left_out = [run for run in given if run not in runs]
     if not runs:
         names = ", ".join(str(run.path) for run in left_out)
         raise InputError(f"not one run is finished ({names}): --partial takes them as far as they are")
@@ -54,15 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = LineParser(prog="compare.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folders, folders of them, kept runs or experiments of results/"
-    )
-    parser.add_argument(
-        "--baseline", help="a method, or a group's label: paired differences from it, at equal settings"
-    )
-    parser.add_argument("--measure", help="what is compared, as top5 or IS; top1, mIoU or the FID unless given")
-    parser.add_argument("--out", metavar="FOLDER", help="where to write compare.json, compare.md and compare.png")
-    parser.add_argument("--partial", action="store_true", help="take unfinished runs too, as far as they are")
+    option = parser.add_argument
+    option("runs", nargs="+", metavar="RUN", help="run folders, folders of them, kept runs or experiments of results/")
+    option("--baseline", help="a method, or a group's label: paired differences from it, at equal settings")
+    option("--measure", help="what is compared, as top5 or IS; top1, mIoU or the FID unless given")
+    option("--out", metavar="FOLDER", help="where to write compare.json, compare.md and compare.png")
+    option("--partial", action="store_true", help="take unfinished runs too, as far as they are")
     return parser
 
 
@@ -70,19 +66,15 @@ def render(compared: Comparison, left_out: Sequence[Run]) -> str:
     """The tables and what must be known to read them, as Markdown that is legible as it is."""
     measure, percent = named(compared.measure), compared.measure in PERCENT
     better = ", lower is better" if lower_is_better(compared.measure) else ""
-    parts = [
-        f"{measure.replace('top', 'Top')}{' in percent' if percent else better}: mean ± sample standard deviation over "
-        "seeds.",
-        markdown(score_rows(compared), aligned=True),
-    ]
-    if any(chosen_by(run).endswith(" on test") for run in compared.runs):
+    what = f"{measure.replace('top', 'Top')}{' in percent' if percent else better}"
+    parts = [f"{what}: mean ± sample standard deviation over seeds.", markdown(score_rows(compared), aligned=True)]
+    if any(told.endswith(" on test") for group in compared.groups for told in group.chosen_by):
         parts.append("Best was chosen by test accuracy, which flatters it: read last.")
     if compared.versus:
-        parts.append(
-            f"Difference of the {'last ' if compared.has_best else ''}{measure} from {compared.baseline}"
-            f"{', in points' if percent else better}, paired by seed; t interval"
-            + (f", not corrected for {len(compared.versus)} comparisons." if len(compared.versus) > 1 else ".")
-        )
+        what = f"{'last ' if compared.has_best else ''}{measure} from {compared.baseline}"
+        points = ", in points" if percent else better
+        several = f", not corrected for {len(compared.versus)} comparisons" if len(compared.versus) > 1 else ""
+        parts.append(f"Difference of the {what}{points}, paired by seed; t interval{several}.")
         parts.append(markdown(difference_rows(compared), aligned=True))
     unfinished = [run for run in compared.runs if not run.finished]
     if unfinished:
@@ -109,7 +101,7 @@ def score_rows(compared: Comparison) -> Grid:
     rows = [["group", "n", *heads, *(["best chosen by"] if compared.has_best else [])]]
     for group in compared.groups:
         cells = [spread(compared.scores(group, role, which).values()) for role in compared.roles for which in kinds]
-        chosen = [", ".join(sorted({chosen_by(run) for run in group.runs.values()}))] if compared.has_best else []
+        chosen = [", ".join(group.chosen_by)] if compared.has_best else []
         rows.append([group.label, str(len(group.runs)), *cells, *chosen])
     return rows
 
@@ -117,11 +109,10 @@ def score_rows(compared: Comparison) -> Grid:
 def difference_rows(compared: Comparison) -> Grid:
     """The table of differences, its head first."""
     rows = [["group", "role", "n", "difference", "95 % interval", "verdict"]]
-    for one in compared.versus:
-        d = one.difference
-        mean = f"{d.mean:+.2f}" if d.mean is not None else "-"
-        between = f"{d.interval[0]:+.2f} to {d.interval[1]:+.2f}" if d.interval is not None else "-"
-        rows.append([one.group, one.role, str(len(d.by_seed)), mean, between, d.verdict(str(compared.baseline))])
+    for place, found in compared.versus.items():
+        mean = f"{found.mean:+.2f}" if found.mean is not None else "-"
+        between = f"{found.interval[0]:+.2f} to {found.interval[1]:+.2f}" if found.interval is not None else "-"
+        rows.append([*place, str(len(found.by_seed)), mean, between, found.verdict(str(compared.baseline))])
     return rows
 
 
@@ -132,26 +123,22 @@ def as_json(compared: Comparison, left_out: Sequence[Run]) -> dict[str, Any]:
         mean, std = mean_std(values.values())
         return {"n": len(values), "mean": mean, "std": std, "by_seed": values}
 
-    groups = [
-        {
-            "label": group.label,
-            "config": group.config,
-            "runs": [
-                {"path": str(run.path), "seed": s, "finished": run.finished, "commit": run.start.get("commit")}
-                for s, run in group.runs.items()
-            ],
-            "best_chosen_by": sorted({chosen_by(run) for run in group.runs.values()}),
-            compared.measure: {
-                role: {which: described(compared.scores(group, role, which)) for which in ("last", "best")}
-                for role in compared.roles
-            },
+    groups = []
+    for group in compared.groups:
+        runs = [
+            {"path": str(run.path), "seed": seed, "finished": run.finished, "commit": run.start.get("commit")}
+            for seed, run in group.runs.items()
+        ]
+        known = {"label": group.label, "config": group.config, "runs": runs, "best_chosen_by": group.chosen_by}
+        scores = {
+            role: {which: described(compared.scores(group, role, which)) for which in ("last", "best")}
+            for role in compared.roles
         }
-        for group in compared.groups
-    ]
+        groups.append({**known, compared.measure: scores})
     differences = [
-        {"group": one.group, "role": one.role, "baseline": compared.baseline, "n": len(one.difference.by_seed),
-         **asdict(one.difference), "verdict": one.difference.verdict(str(compared.baseline))}
-        for one in compared.versus
+        {"group": group, "role": role, "baseline": compared.baseline, "n": len(found.by_seed), **asdict(found),
+         "verdict": found.verdict(str(compared.baseline))}
+        for (group, role), found in compared.versus.items()
     ]  # fmt: skip
     left = [str(run.path) for run in left_out]
     return {"command": sys.argv, "groups": groups, "differences": differences, "left_out": left}

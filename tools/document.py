@@ -34,13 +34,12 @@ from core.errors import InputError
 from tools.compare import difference_rows, score_rows
 from tools.groups import compare_runs
 from tools.ours import gather, grids, numbers
-from tools.paper import load_table
+from tools.paper import find_table, load_tables
 from tools.runs import Run, read_run, seeds_of
 from tools.stats import markdown, paired, spread
 
-NOTE = (
-    "<!-- Made by `python tools/reproduce.py report --document` from results/: edit the notes.md there, not this. -->"
-)
+COMMAND = "python tools/reproduce.py report --document"
+NOTE = f"<!-- Made by `{COMMAND}` from results/: edit the notes.md there, not this. -->"
 BLOCK = re.compile(r"^```(table|compare|paper|benchmark|sections)\n(.*?)^```\n", flags=re.M | re.S)
 
 
@@ -141,7 +140,7 @@ def compare_block(folder: Path, spec: Mapping[str, Any]) -> str:
 
 def paper_block(folder: Path, spec: Mapping[str, Any]) -> str:
     """The block ``paper``."""
-    table, scale = load_table(spec["table"]), spec.get("scale", "proxy")
+    table, scale = find_table(spec["table"], load_tables()), spec.get("scale", "proxy")
     found = numbers(table, scale, gather(table, scale, folder, folder.parent)[0])
     if not any(one.by_seed for one in found):
         raise ValueError(f"no run of {spec['table']} is kept")

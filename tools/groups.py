@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from core.errors import InputError
@@ -30,29 +30,31 @@ PERCENT = (*MEASURES, "top5", "aAcc", "ece")
 class Group:
     """Runs of one experiment, by seed. ``config``: what decides it."""
 
-    runs: Mapping[Any, Run]
+    runs: dict[Any, Run]
     config: Mapping[str, Any]
     label: str = ""
 
-
-@dataclass(frozen=True)
-class Versus:
-    """A group's last score less that of its baseline, paired by seed, in points."""
-
-    group: str
-    role: str
-    difference: Difference
+    @property
+    def chosen_by(self) -> list[str]:
+        """By what and on which split the best evaluations were chosen."""
+        told = set()
+        for summary in (run.summary for run in self.runs.values()):
+            best = summary.get("best")
+            told.add(f"{best.get('selected_by')} on {summary.get('selected_on', best.get('split'))}" if best else "-")
+        return sorted(told)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups by a measure, the roles that all have, and differences from a baseline (as the command named it)."""
+    """Groups by a measure, and the roles that all have."""
 
     measure: str
     groups: Sequence[Group]
     roles: Sequence[str]
     baseline: str | None = None
-    versus: Sequence[Versus] = ()
+    """As the command named it."""
+    versus: Mapping[tuple[str, str], Difference] = field(default_factory=dict)
+    """By (label, role): a group's last scores less those of its baseline, in points."""
 
     @property
     def runs(self) -> list[Run]:
@@ -65,9 +67,9 @@ class Comparison:
 
     def scores(self, group: Group, role: str, which: str = "last") -> dict[Any, float]:
         """The measure by seed, of "last" or "best"."""
-        of = last_scores if which == "last" else lambda run: run.summary.get("best")
-        found = {seed: score(of(run), role, self.measure) for seed, run in group.runs.items()}
-        return {seed: value for seed, value in found.items() if value is not None}
+        of = last_scores if which == "last" else lambda run: run.summary.get("best") or {}
+        found = ((seed, score(of(run), role, self.measure)) for seed, run in group.runs.items())
+        return {seed: value for seed, value in found if value is not None}
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -95,26 +97,18 @@ def image_scores(run: Run) -> dict[str, float]:
     return found
 
 
-def score(values: Mapping[str, Any] | None, role: str, measure: str) -> float | None:
+def score(values: Mapping[str, Any], role: str, measure: str) -> float | None:
     """Percent. On the test set also where another split was used to choose."""
-    values = values or {}
     return values.get(f"test/{role}/{measure}", values.get(f"{role}/{measure}"))
 
 
 def measure_of(run: Run) -> str:
     """What a run is compared by. Raises: InputError for a finished one that holds no evaluation."""
-    scores = last_scores(run)
-    if not scores and run.finished:
+    held = [key.rpartition("/")[2] for key in (*image_scores(run), *run.last)]
+    if not held and run.finished:
         raise InputError(f"{run.path} holds no evaluation to compare (of a diffusion run: evaluate.py writes it)")
-    held = [key.rpartition("/")[2] for key in scores]
-    of_images = [key.rpartition("/")[2] for key in image_scores(run)]
+    of_images = held[: len(image_scores(run))]
     return next((measure for measure in [*MEASURES, *of_images] if measure in held), "top1")
-
-
-def chosen_by(run: Run) -> str:
-    """By what and on which split a run's best evaluation was chosen."""
-    best = run.summary.get("best")
-    return f"{best.get('selected_by')} on {run.summary.get('selected_on', best.get('split'))}" if best else "-"
 
 
 def named(measure: str) -> str:
@@ -157,15 +151,14 @@ def make_groups(runs: Sequence[Run]) -> list[Group]:
 
     Raises: InputError where two runs of one group have the same seed: it would count twice.
     """
-    found: dict[str, dict[Any, Run]] = {}
+    found: dict[str, Group] = {}
     for run in runs:
-        members = found.setdefault(repr(sorted(experiment(run).items())), {})
-        if run.seed in members:
-            raise InputError(
-                f"{members[run.seed].path} and {run.path} are one experiment with one seed: give one of them"
-            )
-        members[run.seed] = run
-    groups = [Group(members, experiment(next(iter(members.values())))) for members in found.values()]
+        config = experiment(run)
+        group = found.setdefault(repr(sorted(config.items())), Group({}, config))
+        if same := group.runs.get(run.seed):
+            raise InputError(f"{same.path} and {run.path} are one experiment with one seed: give one of them")
+        group.runs[run.seed] = run
+    groups = list(found.values())
     return [replace(group, label=label(group, groups)) for group in groups]
 
 
@@ -196,29 +189,27 @@ def label(group: Group, groups: Sequence[Group]) -> str:
     return " ".join([str(method), *told])
 
 
-def differences_from(baseline: str, compared: Comparison) -> list[Versus]:
-    """Of each other group in each role. Raises: InputError naming the labels where no group has that name."""
+def differences_from(baseline: str, compared: Comparison) -> dict[tuple[str, str], Difference]:
+    """``versus``, of each other group. Raises: InputError naming the labels where no group has the baseline's name."""
     groups = compared.groups
     rivals = [group for group in groups if group.label == baseline]
     rivals = rivals or [group for group in groups if group.config.get("method") == baseline]
     if not rivals:
         labels = ", ".join(repr(group.label) for group in groups)
         raise InputError(f"no group is {baseline!r}: --baseline is a method or one of {labels}")
-    found = []
+    found = {}
     for group in (group for group in groups if group not in rivals):
         rival = match(group, rivals)
         for role in compared.roles:
             theirs = compared.scores(rival, role) if rival is not None else {}
-            found.append(Versus(group.label, role, paired(compared.scores(group, role), theirs)))
+            found[group.label, role] = paired(compared.scores(group, role), theirs)
     return found
 
 
 def match(group: Group, rivals: Sequence[Group]) -> Group | None:
     """The only baseline; of several the one that agrees in every option that both have, the method aside."""
-    if len(rivals) == 1:
-        return rivals[0]
     for rival in rivals:
         common = (group.config.keys() & rival.config.keys()) - {"method"}
-        if all(group.config[key] == rival.config[key] for key in common):
+        if len(rivals) == 1 or all(group.config[key] == rival.config[key] for key in common):
             return rival
     return None

@@ -42,14 +42,11 @@ def finished_runs(setting: Setting, runs: Path, results: Path) -> tuple[list[tup
     for stem in (setting.stem(runs), *setting.kept_stems(results)):
         for seed, path in seeds_of(stem).items():
             try:
-                run = read_run(path)
+                if not (run := read_run(path)).finished:
+                    raise InputError(f"{path} is not finished")
+                found.append((seed, run))
             except InputError as error:
                 why[seed] = str(error)
-                continue
-            if run.finished:
-                found.append((seed, run))
-            else:
-                why[seed] = f"{path} is not finished"
     return found, why
 
 
@@ -117,12 +114,12 @@ def _beside(found: Sequence[Number]) -> list[list[str]]:
 def _gains(table: Table, found: Sequence[Number]) -> list[list[str]]:
     """What each run of ours adds to its baseline: what, baseline, the paper's difference, ours paired by seed."""
     rows = []
-    by_place = {(one.cell.row, one.cell.column): one for one in found}
     for one in found:
-        cell, base = one.cell, table.baseline(one.cell)
-        theirs = by_place.get((base.row, base.column)) if base is not None else None
-        added = paired(one.by_seed, theirs.by_seed if theirs is not None else {})
-        if base is not None and added.by_seed:
+        cell, baseline = one.cell, table.baseline(one.cell)
+        for theirs in (other for other in found if other.cell is baseline):
+            base, added = theirs.cell, paired(one.by_seed, theirs.by_seed)
+            if not added.by_seed:
+                continue
             paper = "" if cell.paper is None or base.paper is None else f"{cell.paper - base.paper:+.2f}"
             to = base.row if base.column == cell.column else base.column
             lower = "" if cell.metric.higher_is_better else " (lower is better)"

@@ -19,8 +19,8 @@ A file:
     rows: [{name: ..., cells: [CELL, ...]}]
 
 RUN: ``base: ID`` (merged below it), ``method``, ``all_scales: {flag: value}`` at either scale, and for the paper's
-scale ``recipe``, ``overrides: {flag: value}``, ``after: [COMMAND, ...]`` (what to call when it is trained), ``task``,
-``command``; ``proxy:`` holds the same keys for the small run, and ``results: FOLDER/NAME`` where such runs are kept as
+scale ``recipe``, ``overrides: {flag: value}``, ``after: [COMMAND, ...]`` (what to call when it is trained) and
+``task``; ``proxy:`` holds the same keys for the small run, and ``results: FOLDER/NAME`` where such runs are kept as
 ``results/FOLDER/NAME-<seed>``. ``same_as: tableNN/ID``, of a run or of its proxy alone, is a run of another table, with
 what ``after`` adds. ``{run}`` in a text is the run's folder, ``{run:ID}`` that of another run of the same scale and
 seed, which must be finished before.
@@ -34,30 +34,30 @@ none of their own.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 
 from core.errors import InputError
-from tools.runs import Loader, Run
+from tools.runs import Loader, Run, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "tools/paper"
 TASKS = ("classification", "offline_kd", "segmentation", "diffusion", "none")
-SEGMENTATION_FLAGS = ("method", "amp")  # of its train.py; all else are options of the config
+SEGMENTATION_FLAGS = ("method", "amp", "data_root")  # of its train.py; all else are options of the config
 
 Scale = Literal["paper", "proxy"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 
-_SETTING = {"recipe", "overrides", "after", "task", "command", "same_as", "results"}
+_SETTING = {"recipe", "overrides", "after", "task", "same_as", "results"}
 _RUN = {"base", "method", "all_scales", "proxy", *_SETTING} - {"results"}
 _INHERITED = {"run", "read", "where", "at", "metric"}  # what cells take from their row or column
-_CELL = {"column", "paper", "label", "why", "show", *_INHERITED}
 _REQUIRED = ("title", "task", "metric", "columns", "rows")
 KINDS = ("table", "figure", "evidence")  # in this order; the last are comparisons of our own, at the small scale alone
 _TABLE = {*KINDS, "notes", "command", "seeds", "needs", "bases", "runs", "baselines", *_REQUIRED}
@@ -71,7 +71,6 @@ class Metric:
     unit: str = ""
     higher_is_better: bool = True
     proxy: str | None = None
-    """What the proxy's number is, where that is another measure."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,10 @@ class Setting:
     recipe: str
     """From the repository's root, as all paths here."""
     overrides: Mapping[str, Any]
-    after: tuple[str, ...] = ()
-    needs: tuple[tuple[str, str], ...] = ()
-    """(table, id) of the runs that must be finished before, of the same scale and seed."""
+    after: tuple[str, ...]
+    needs: Mapping[str, tuple[str, str]]
+    """(table, id) of the runs that must be finished before, of the same scale and seed, by how the texts call them."""
     results: str | None = None
-    """``FOLDER/NAME`` where ``results/FOLDER/NAME-<seed>`` may be this run."""
 
     def stem(self, out: Path | str) -> Path:
         """``<stem>-<seed>`` is the run folder below ``out``."""
@@ -108,19 +106,24 @@ class Setting:
     def commands(self, seed: int, out: Path | str) -> list[list[str]]:
         """What to call after ``python``, in the repository's root: the task's train.py, then what scores the run."""
         texts = {"run": str(self.folder(seed, out)), "seed": str(seed)}
-        for table, needed in self.needs:
-            texts[f"run:{table}/{needed}"] = str(Path(out) / table / self.scale / f"{needed}-{seed}")
-        ends = ["--seed", str(seed), "--out", texts["run"]]
-        train = [f"{self.task}/tools/train.py", *([self.command] if self.command else [])]
-        if self.task == "segmentation":
-            flags, options = _segmentation_words(self.overrides)
-            words = [*train, self.recipe, *flags, *ends, *options]  # the options take all that follows
-        else:
-            words = [*train, "--config", self.recipe, *_flags(self.overrides), *ends]
-        return [
-            [_filled(word, texts) for word in words],
-            *([_filled(word, texts) for word in line.split()] for line in self.after),
-        ]
+        for name, (table, needed) in self.needs.items():
+            texts[f"run:{name}"] = str(Path(out) / table / self.scale / f"{needed}-{seed}")
+        words = [f"{self.task}/tools/train.py", *([self.command] if self.command else [])]
+        words += [self.recipe] if self.task == "segmentation" else ["--config", self.recipe]
+        options = []
+        for key, value in self.overrides.items():
+            text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+            if self.task != "segmentation":
+                words += [f"--{key}", text]
+            elif key in SEGMENTATION_FLAGS:
+                words += [f"--{key.replace('_', '-')}", text]
+            else:  # mmengine reads Python's words
+                options.append(f"{key}={value if value is None or isinstance(value, bool) else text}")
+        words += ["--seed", str(seed), "--out", texts["run"]]
+        words += ["--cfg-options", *options] if options else []  # they take all that follows
+        commands = [words, *(line.split() for line in self.after)]
+        known = re.compile(r"\{(run:[^}]+|run|seed)\}")
+        return [[known.sub(lambda match: texts[match[1]], word) for word in command] for command in commands]
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,6 @@ class Table:
     runs: Mapping[str, Mapping[Scale, Setting]]
     """By id, at the scales that it can be run at."""
     baselines: Mapping[str, str]
-    """By run the one that it adds to."""
     needs: Mapping[str, str]
 
     @property
@@ -175,54 +177,33 @@ class Table:
 
     def baseline(self, cell: Cell) -> Cell | None:
         """The cell of the same measure whose run this cell's adds to; of several the one in its row."""
-        baseline = self.baselines.get(cell.run or "")
-        if baseline is None or cell.show is not None:
-            return None
+        wanted = (self.baselines.get(cell.run or "", ""), None, cell.metric, cell.where, cell.at)
         same = [
             other
             for other in self.cells
-            if other.run == baseline
-            and other.show is None
-            and (other.metric, other.where, other.at) == (cell.metric, cell.where, cell.at)
+            if (other.run, other.show or cell.show, other.metric, other.where, other.at) == wanted
             and (other.row == cell.row or other.read == cell.read)
         ]
         return max(same, key=lambda other: other.row == cell.row, default=None)
 
-    def setting(self, run_id: str, scale: Scale) -> Setting:
-        """Raises: InputError where there is no such run, or none at this scale."""
-        if run_id not in self.runs:
-            raise InputError(f"{self.name} has no run {run_id}: {', '.join(self.runs) or 'nothing is run for it'}")
-        if scale not in self.runs[run_id]:
-            raise InputError(f"{self.name} has no run {run_id} of the scale {scale}")
-        return self.runs[run_id][scale]
-
-    def complete(self, run_id: str, run: Run) -> bool:
-        """Whether a run has ended, and has every number and picture that the table takes from it."""
+    def complete(self, run_id: str, folder: Path) -> bool:
+        """Whether a run has ended in this folder, and left every number and picture that the table takes from it."""
+        try:
+            run = read_run(folder)
+        except InputError:  # not or only begun, or damaged
+            return False
         own = [cell for cell in self.cells if cell.run == run_id]
-        return run.finished and all(
-            cell.value(run) is not None if cell.show is None else (run.path / cell.show).is_file() for cell in own
-        )
+        there = (cell.value(run) is not None if cell.show is None else (folder / cell.show).is_file() for cell in own)
+        return folder.is_dir() and run.finished and all(there)
 
 
-def _flags(overrides: Mapping[str, Any]) -> list[str]:
-    return [word for key, value in overrides.items() for word in (f"--{key}", _text(value))]
-
-
-def _segmentation_words(overrides: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Flags of its train.py, and mmengine's ``--cfg-options`` for all else."""
-    own = {"data-root" if key == "data_root" else key: value for key, value in overrides.items()}
-    flags = {key: own.pop(key) for key in (*SEGMENTATION_FLAGS, "data-root") if key in own}
-    options = [f"{k}={v if v is None or isinstance(v, bool) else _text(v)}" for k, v in own.items()]
-    return _flags(flags), ["--cfg-options", *options] if options else []
-
-
-def _text(value: Any) -> str:
-    """A value as a command line says it."""
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-
-
-def _filled(text: str, texts: Mapping[str, str]) -> str:
-    return re.sub(r"\{(run:[^}]+|run|seed)\}", lambda match: texts[match[1]], text)
+def find_table(name: str, tables: Mapping[str, Table]) -> Table:
+    """By its name, or a table by its number alone. Raises: InputError."""
+    asked = f"table{int(name):02d}" if name.isdecimal() else name
+    if asked not in tables:
+        near = [] if name.isdecimal() else difflib.get_close_matches(asked, tables, n=1)
+        raise InputError(f"no table {name}: " + (f"did you mean {near[0]}?" if near else "list names them"))
+    return tables[asked]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -230,22 +211,9 @@ def _filled(text: str, texts: Mapping[str, str]) -> str:
 
 def load_tables(folder: Path = PAPER) -> dict[str, Table]:
     """All tables, figures and comparisons of our own by name, in this order. Raises: InputError naming file and key."""
-    raw = _read_all(folder)
+    files = [file for kind in KINDS for file in sorted(folder.glob(f"{kind}*.yaml"))]
+    raw = {file.stem: _read(file) for file in files}
     return {name: _table(name, raw) for name in raw}
-
-
-def load_table(name: str, folder: Path = PAPER) -> Table:
-    """One of them. Raises: InputError as ``load_tables``, and for an unknown name."""
-    raw = _read_all(folder)
-    if name not in raw:
-        raise InputError(f"no {name}: {', '.join(raw)}")
-    return _table(name, raw)
-
-
-def _read_all(folder: Path) -> dict[str, dict[str, Any]]:
-    kinds = [sorted(folder.glob(f"{kind}*.yaml")) for kind in KINDS]
-    files = [file for files in kinds for file in files]
-    return {file.stem: _read(file) for file in files}
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -258,43 +226,47 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
+def _refuse(named: str, *wrong: tuple[object, str]) -> None:
+    """Raises: InputError with the first text beside which something stands."""
+    for found, says in wrong:
+        if found:
+            raise InputError(f"{named}: {says}")
+
+
 def _known(named: str, values: Any, keys: set[str]) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise InputError(f"{named}: {values!r} has no keys")
-    if unknown := sorted(map(str, set(values) - keys)):
-        raise InputError(f"{named}: unknown key {unknown[0]}; known are {', '.join(sorted(keys))}")
+    _refuse(named, (not isinstance(values, dict), f"{values!r} has no keys"))
+    unknown = sorted(map(str, set(values) - keys))
+    _refuse(named, (unknown, f"unknown key {''.join(unknown[:1])}; known are {', '.join(sorted(keys))}"))
     return values
 
 
 def _table(name: str, raw: Mapping[str, dict[str, Any]]) -> Table:
     values = _known(name, raw[name], _TABLE)
-    if missing := [key for key in _REQUIRED if key not in values]:
-        raise InputError(f"{name}: {missing[0]} is missing")
+    _refuse(name, *((key not in values, f"{key} is missing") for key in _REQUIRED))
     kind = next((kind for kind in KINDS if kind in values), KINDS[0])
-    if name != f"{kind}{values.get(kind, 0):02d}":
-        raise InputError(f"{name}: the file says it is {kind} {values.get(kind)}")
-    if values["task"] not in TASKS:
-        raise InputError(f"{name}: task {values['task']!r} is none of {', '.join(TASKS)}")
-    metric = _metric(name, values["metric"])
-    found = {run_id: {s: _setting(name, run_id, s, raw) for s in SCALES} for run_id in values.get("runs") or {}}
-    runs = {run_id: {s: one for s, one in of.items() if one is not None} for run_id, of in found.items()}
-    if undefined := next((run_id for run_id, settings in runs.items() if not settings), None):
-        raise InputError(f"{name}, run {undefined}: neither recipe nor same_as")
+    task, metric = values["task"], _metric(name, values["metric"])
+    _refuse(
+        name,
+        (name != f"{kind}{values.get(kind, 0):02d}", f"the file says it is {kind} {values.get(kind)}"),
+        (task not in TASKS, f"task {task!r} is none of {', '.join(TASKS)}"),
+    )
+    runs: dict[str, dict[Scale, Setting]] = {}
+    for run_id in values.get("runs") or {}:
+        runs[run_id] = {scale: one for scale in SCALES if (one := _setting(name, run_id, scale, raw))}
+        _refuse(f"{name}, run {run_id}", (not runs[run_id], "neither recipe nor same_as"))
     columns = {}
     for column in values["columns"]:
         given = column if isinstance(column, dict) else {"name": column}
         columns[str(given.get("name"))] = _known(f"{name}, column", given, {"name", *_INHERITED})
     rows = [_known(f"{name}, row", row, {"name", "cells", *_INHERITED}) for row in values["rows"]]
     names = [str(row.get("name")) for row in rows]
-    if twice := next((one for one in names if names.count(one) > 1), None):
-        raise InputError(f"{name}: two rows are named {twice}")
+    _refuse(name, *((names.count(one) > 1, f"two rows are named {one}") for one in names))
     baselines = _known(f"{name}, baselines", values.get("baselines") or {}, set(runs))
-    if unknown := next((one for one in baselines.values() if one not in runs), None):
-        raise InputError(f"{name}, baselines: no run {unknown}")
+    _refuse(f"{name}, baselines", *((one not in runs, f"no run {one}") for one in baselines.values()))
     return Table(
         name=name,
         title=values["title"],
-        task=values["task"],
+        task=task,
         metric=metric,
         notes=" ".join((values.get("notes") or "").split()),
         columns=tuple(columns),
@@ -306,26 +278,26 @@ def _table(name: str, raw: Mapping[str, dict[str, Any]]) -> Table:
 
 
 def _metric(named: str, values: Any) -> Metric:
-    return Metric(**_known(f"{named}, metric", values, {"name", "unit", "higher_is_better", "proxy"}))
+    return Metric(**_known(f"{named}, metric", values, {field.name for field in fields(Metric)}))
 
 
 def _cells(
     name: str, row: Mapping[str, Any], metric: Metric, columns: Mapping[str, Mapping[str, Any]], runs: Mapping
 ) -> Iterator[Cell]:
     """The cells of a row."""
+    keys, in_row = {field.name for field in fields(Cell)} - {"row"}, f"{name}, row {row.get('name')}"
     for given in row.get("cells") or ():
-        column = str(_known(f"{name}, row {row.get('name')}", given, _CELL).get("column"))
+        column = str(_known(in_row, given, keys).get("column"))
         values = {**columns.get(column, {}), **row, **given}
-        named, run = f"{name}, row {row.get('name')}, {column}", values.get("run")
-        for wrong, says in (
+        named, run = f"{in_row}, {column}", values.get("run")
+        _refuse(
+            named,
             (column not in columns, f"no column {column}; there are {', '.join(columns)}"),
             (run is None and not values.get("why"), "no run and no why"),
             (run is not None and run not in runs, f"no run {run}"),
             (run is not None and "show" not in values and values.get("read") is None, "neither read nor show"),
-        ):
-            if wrong:
-                raise InputError(f"{named}: {says}")
-        own = {key: value for key, value in values.items() if key in _CELL}
+        )
+        own = {key: value for key, value in values.items() if key in keys}
         own |= {"column": column, "metric": _metric(named, values["metric"]) if "metric" in values else metric}
         yield Cell(str(row.get("name")), **own)
 
@@ -336,38 +308,31 @@ def _setting(name: str, run_id: str, scale: Scale, raw: Mapping[str, dict[str, A
     values = run if scale == "paper" else _known(f"{named}, proxy", run.get("proxy") or {}, _SETTING)
     if same := values.get("same_as") or ("recipe" not in values and run.get("same_as")):
         table, _, other = same.partition("/")
-        if other not in (raw.get(table, {}).get("runs") or {}):
-            raise InputError(f"{named}: same_as {same}, and there is no such run")
+        known = raw.get(table, {}).get("runs") or {}
+        _refuse(named, (other not in known, f"same_as {same}, and there is no such run"))
         found = _setting(table, other, scale, raw)
         return found and replace(found, after=(*found.after, *(values.get("after") or run.get("after") or ())))
     if "recipe" not in values:
         return None
-    needs: dict[tuple[str, str], None] = {}
-
-    def folder(match: re.Match[str]) -> str:
-        other = _setting(name, match[1], scale, raw) if match[1] in (raw[name].get("runs") or {}) else None
-        if other is None:
-            raise InputError(f"{named}: {match[0]}, and there is no such run")
-        needs[other.table, other.run] = None
-        return f"{{run:{other.table}/{other.run}}}"
-
-    def qualify(text: Any) -> Any:
-        return re.sub(r"\{run:([^}]+)\}", folder, text) if isinstance(text, str) else text
-
     method = {"method": run["method"]} if "method" in run else {}
     overrides = {**method, **(values.get("overrides") or {}), **(run.get("all_scales") or {})}
+    after, needs = tuple(values.get("after") or ()), {}
+    for needed in re.findall(r"\{run:([^}]+)\}", " ".join(map(str, [*overrides.values(), *after]))):
+        found = _setting(name, needed, scale, raw) if needed in (raw[name].get("runs") or {}) else None
+        if found is None:
+            raise InputError(f"{named}: {{run:{needed}}}, and there is no such run")
+        needs[needed] = (found.table, found.run)
     task = values.get("task") or run.get("task") or raw[name]["task"]
-    command = values.get("command") or run.get("command") or raw[name].get("command")
     return Setting(
         table=name,
         run=run_id,
         scale=scale,
         task=task,
-        command=command if task == "diffusion" else None,
+        command=raw[name].get("command") if task == "diffusion" else None,
         recipe=values["recipe"],
-        overrides={key: qualify(value) for key, value in overrides.items()},
-        after=tuple(map(qualify, values.get("after") or ())),
-        needs=tuple(needs),
+        overrides=overrides,
+        after=after,
+        needs=needs,
         results=values.get("results"),
     )
 
@@ -376,8 +341,7 @@ def _merged(name: str, run_id: str, table: Mapping[str, Any], kind: str = "runs"
     """A run with its base below it: of mappings the keys of both, of all else the run's own."""
     named = f"{name}, {kind[:-1]} {run_id}"
     known = table.get(kind) or {}
-    if run_id not in known:
-        raise InputError(f"{named}: there is no such {kind[:-1]}")
+    _refuse(named, (run_id not in known, f"there is no such {kind[:-1]}"))
     run = dict(_known(named, known[run_id], _RUN))
     return _over(_merged(name, run.pop("base"), table, "bases"), run) if "base" in run else run
 

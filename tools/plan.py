@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +12,6 @@ from pathlib import Path
 from core.errors import InputError
 from tools.paper import ROOT, Scale, Table
 from tools.processes import Job
-from tools.runs import read_run
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,11 @@ class Place:
         path = Path(value)
         if path.parts[:1] not in (("data",), ("weights",)) or path.is_relative_to(self.out):
             return word
-        for name, folder in self.sets.items():
-            for begin in (Path("data", name), Path(name)):
-                if path.is_relative_to(begin):
-                    return f"{key}{equals}{folder / path.relative_to(begin)}"
-        return f"{key}{equals}{self.data / path.relative_to('data')}" if path.parts[0] == "data" else word
+        moved = [(Path(above, name), folder) for name, folder in self.sets.items() for above in ("data", "")]
+        for begin, folder in [*moved, (Path("data"), self.data)]:
+            if path.is_relative_to(begin):
+                return f"{key}{equals}{folder / path.relative_to(begin)}"
+        return word
 
     def inputs(self, job: Job) -> Iterator[Path]:
         """The data and weights that a job's commands name."""
@@ -52,92 +50,63 @@ def make_place(out: str, data: Sequence[str] = ()) -> Place:
     def seen_from_root(path: str) -> Path:
         return Path(path) if here else Path(path).absolute()
 
-    folder, sets = Path("data"), {}
+    folders = {"": Path("data")}
     for word in data:
-        name, equals, path = word.partition("=")
-        if equals and not (name and path):
+        name, _, path = word.partition("=") if "=" in word else ("", "", word)
+        if "=" in word and not (name and path):
             raise InputError(f"--data {word}: write FOLDER, or NAME=FOLDER for one data set")
-        if equals:
-            sets[name] = seen_from_root(path)
-        else:
-            folder = seen_from_root(word)
-    return Place(seen_from_root(out), folder, sets)
-
-
-def find_table(name: str, tables: Mapping[str, Table]) -> Table:
-    """By its name, or a table by its number alone. Raises: InputError."""
-    asked = f"table{int(name):02d}" if name.isdecimal() else name
-    if asked not in tables:
-        near = [] if name.isdecimal() else difflib.get_close_matches(asked, tables, n=1)
-        raise InputError(f"no table {name}: " + (f"did you mean {near[0]}?" if near else "list names them"))
-    return tables[asked]
+        folders[name] = seen_from_root(path)
+    return Place(seen_from_root(out), folders.pop(""), folders)
 
 
 def select(
-    table: Table,
-    scale: Scale,
-    rows: Sequence[str] | None,
-    columns: Sequence[str] | None,
-    runs: Sequence[str] | None,
-    *,
-    several: bool = False,
+    table: Table, scale: Scale, asked: Mapping[str, Sequence[str] | None], *, several: bool = False
 ) -> list[str]:
     """The runs, at this scale, of the cells in these rows and columns, in the table's order.
 
-    Raises: InputError for what is in none of them (of several tables, one may lack it).
+    ``asked``: names or patterns of "row", "column" and "run"; None for all. Raises: InputError for what is in none of
+    them (of several tables, one may lack it).
     """
-    wanted: dict[str, list[str]] = {}
-    for kind, asked, there in (
-        ("row", rows, table.rows),
-        ("column", columns, list(table.columns)),
-        ("run", runs, list(table.runs)),
-    ):
-        wanted[kind] = there if asked is None else []
-        for pattern in asked or ():
-            found = [name for name in there if name == pattern] or fnmatch.filter(there, pattern)
+    wanted: dict[str, list[str]] = {"row": table.rows, "column": list(table.columns), "run": list(table.runs)}
+    for kind, there in list(wanted.items()):
+        patterns = asked[kind]
+        if patterns is not None:
+            wanted[kind] = []
+        for pattern in patterns or ():
+            found = [pattern] if pattern in there else fnmatch.filter(there, pattern)
             if not found and not several:
                 near = difflib.get_close_matches(pattern, there, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, there)) or 'none'}"
                 raise InputError(f"{table.name} has no {kind} {pattern!r}: {hint}")
             wanted[kind] += found
-    in_cells = {c.run for c in table.cells if c.row in wanted["row"] and c.column in wanted["column"]}
-    # A run that no cell reads is there for others, and may be named all the same.
-    named = set(wanted["run"]) if runs is not None and rows is None and columns is None else in_cells
+    named = {c.run for c in table.cells if c.row in wanted["row"] and c.column in wanted["column"]}
+    if asked["row"] is asked["column"] is None and asked["run"] is not None:
+        named = set(wanted["run"])  # one that no cell reads is there for others
     return [r for r, settings in table.runs.items() if r in named and r in wanted["run"] and scale in settings]
 
 
 def make_job(table: Table, run_id: str, scale: Scale, seed: int, place: Place) -> Job:
-    """Raises: InputError where there is no such run."""
-    setting = table.setting(run_id, scale)
+    """A run of a table at one scale."""
+    setting = table.runs[run_id][scale]
     folder = setting.folder(seed, place.out)
     return Job(
         name=f"{setting.table}/{scale}/{folder.name}",
         folder=ROOT / folder,
         commands=[[place.located(word) for word in command] for command in setting.commands(seed, place.out)],
-        finished=partial(is_finished, table, run_id, ROOT / folder),
-        needs=tuple(f"{needed}/{scale}/{other}-{seed}" for needed, other in setting.needs),
+        finished=partial(table.complete, run_id, ROOT / folder),
+        needs=tuple(f"{needed}/{scale}/{other}-{seed}" for needed, other in setting.needs.values()),
     )
-
-
-def is_finished(table: Table, run_id: str, folder: Path) -> bool:
-    """Whether the run has ended, and all that the table reads or shows of it is there."""
-    try:
-        return folder.is_dir() and table.complete(run_id, read_run(folder))
-    except InputError:  # only begun, or damaged
-        return False
 
 
 def known_jobs(table: Table, scale: Scale, place: Place) -> list[Job]:
     """A table's runs of seed 0, and of any other seed that has been begun."""
     found = []
     for run_id, settings in table.runs.items():
-        if scale not in settings:
-            continue
-        beside = ROOT / settings[scale].stem(place.out).parent
-        names = [path.name for path in beside.iterdir()] if beside.is_dir() else []
-        begun = (re.fullmatch(rf"{re.escape(settings[scale].run)}-(\d+)(\.log)?", name) for name in names)
-        seeds = {0} | {int(match[1]) for match in begun if match}
-        found += [make_job(table, run_id, scale, seed, place) for seed in sorted(seeds)]
+        if scale in settings:
+            stem = ROOT / settings[scale].stem(place.out)
+            begun = (path.name.removesuffix(".log").rpartition("-") for path in stem.parent.glob("*"))
+            seeds = {0} | {int(seed) for name, _, seed in begun if name == stem.name and seed.isdecimal()}
+            found += [make_job(table, run_id, scale, seed, place) for seed in sorted(seeds)]
     return found
 
 
@@ -156,7 +125,7 @@ class Plan:
         if (table, run_id, seed) in origins:
             return
         origins.append((table, run_id, seed))
-        for name, needed in table.setting(run_id, self.scale).needs:
+        for name, needed in table.runs[run_id][self.scale].needs.values():
             self.add(self.tables[name], needed, seed)
         same = self.jobs.get(job.name)
         if same is not None:  # another table's too, which may draw or score it in another way
@@ -176,11 +145,9 @@ class Plan:
         """Raises: InputError where a folder or file that one of these jobs reads is not there."""
         for name in names:
             table, run_id, _ = self.origins[name][0]
-            download = table.setting(run_id, self.scale).overrides.get("data.download") is True
+            download = table.runs[run_id][self.scale].overrides.get("data.download") is True
             for path in self.place.inputs(self.jobs[name]):
-                if (ROOT / path).exists() or (path == self.place.data and download):
-                    continue
-                needs = f"; {table.label} needs {table.needs[self.scale]}" if self.scale in table.needs else ""
-                raise InputError(
-                    f"{name} reads {path}, which is not there: --data says where, --rows leaves runs out{needs}"
-                )
+                if not (ROOT / path).exists() and not (path == self.place.data and download):
+                    needs = f"; {table.label} needs {table.needs[self.scale]}" if self.scale in table.needs else ""
+                    hint = f"--data says where, --rows leaves runs out{needs}"
+                    raise InputError(f"{name} reads {path}, which is not there: {hint}")

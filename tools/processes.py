@@ -1,4 +1,7 @@
-"""Runs commands as processes side by side: each with a log that is its lock, and a GPU or a share of the cores."""
+"""Runs commands as processes side by side: each with a log that is its lock, and a GPU or a share of the cores.
+
+Or queues them on a SLURM cluster, through submitit.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from core.training.command import Stop
+from core.errors import InputError
+from core.training.command import Stop, missing_extra
 
 POLL = 0.1  # seconds
 FINISHED, FAILED, INTERRUPTED, ELSEWHERE, BLOCKED = "finished", "failed", "interrupted", "running elsewhere", "blocked"
@@ -88,8 +92,6 @@ def gpus() -> list[str]:
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is not None:
         return [name for name in allowed.split(",") if name.strip() not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=60)
@@ -106,10 +108,8 @@ def slots(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
     count = jobs or len(devices) or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))
-    shared = {"OMP_NUM_THREADS": threads}
-    return [
-        {**shared, "CUDA_VISIBLE_DEVICES": devices[k % len(devices)]} if devices else dict(shared) for k in range(count)
-    ]
+    dealt = [{"CUDA_VISIBLE_DEVICES": devices[k % len(devices)]} if devices else {} for k in range(count)]
+    return [{"OMP_NUM_THREADS": threads, **device} for device in dealt]
 
 
 @contextlib.contextmanager
@@ -159,16 +159,6 @@ def run_jobs(
 
 
 @dataclass
-class _Running:
-    """A job that has been started, the rest of its work, and the process of its current command."""
-
-    job: Job
-    slot: Mapping[str, str]
-    work: Generator[Process, None, Outcome]
-    process: Process = field(init=False)
-
-
-@dataclass
 class _Pool:
     """Jobs that wait, run and have ended."""
 
@@ -177,44 +167,45 @@ class _Pool:
     folder: Path
     say: Callable[[str], None]
     stop: Stop
-    running: dict[str, _Running] = field(default_factory=dict)
+    running: dict[str, tuple[Process, Iterator[Process]]] = field(default_factory=dict)
+    """By name of the job: the process of its current command, and the rest of its work."""
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def start(self) -> None:
         """Starts what can be started."""
         for job in list(self.waiting):
             pending = {*self.running, *(other.name for other in self.waiting)}
-            if not self.free or not pending.isdisjoint(job.needs):
-                continue
-            self.waiting.remove(job)
-            slot = self.free.pop()
-            self._go_on(_Running(job, slot, self._work(job, slot)))
+            if self.free and pending.isdisjoint(job.needs):
+                self.waiting.remove(job)
+                self._go_on(job.name, self._follow(job, self.free.pop()))
 
     def collect(self) -> None:
         """Goes on with the jobs whose processes have ended."""
-        for one in [one for one in self.running.values() if one.process.poll() is not None]:
-            self._go_on(one)
+        for name, (process, work) in list(self.running.items()):
+            if process.poll() is not None:
+                self._go_on(name, work)
 
     def end_processes(self, end: Callable[[Process], None], *, wait: bool = False) -> None:
         """Ends what runs. To terminate is to ask to save and leave; a process ends its workers itself."""
-        for one in self.running.values():
-            if one.process.poll() is None:
-                end(one.process)
-        for one in self.running.values() if wait else ():
-            one.process.wait()
+        for process, _ in self.running.values():
+            if process.poll() is None:
+                end(process)
+        for process, _ in self.running.values() if wait else ():
+            process.wait()
 
-    def _go_on(self, one: _Running) -> None:
-        try:
-            one.process = next(one.work)
-            self.running[one.job.name] = one
-        except StopIteration as end:
-            self.running.pop(one.job.name, None)
-            self.free.append(one.slot)
-            self.outcomes[one.job.name] = outcome = end.value
-            count = len(self.outcomes) + len(self.running) + len(self.waiting)
-            took = f" in {readable(outcome.seconds)}" if outcome.seconds is not None else ""
-            reason = f": {outcome.reason}" if outcome.reason else ""
-            self.say(f"[{len(self.outcomes)}/{count}] {outcome.state}{took}: {one.job.name}{reason}")
+    def _go_on(self, name: str, work: Iterator[Process]) -> None:
+        self.running.pop(name, None)
+        if (process := next(work, None)) is not None:
+            self.running[name] = (process, work)
+
+    def _follow(self, job: Job, slot: Mapping[str, str]) -> Iterator[Process]:
+        """A job's work, its outcome noted and told."""
+        self.outcomes[job.name] = outcome = yield from self._work(job, slot)
+        self.free.append(slot)
+        count = len(self.outcomes) + len(self.running) + len(self.waiting)
+        took = f" in {readable(outcome.seconds)}" if outcome.seconds is not None else ""
+        reason = f": {outcome.reason}" if outcome.reason else ""
+        self.say(f"[{len(self.outcomes)}/{count}] {outcome.state}{took}: {job.name}{reason}")
 
     def _work(self, job: Job, slot: Mapping[str, str]) -> Generator[Process, None, Outcome]:
         """Starts one command after the other: yields the process of each, and goes on when that has ended."""
@@ -287,3 +278,70 @@ def readable(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+# --- on a cluster -----------------------------------------------------------------------------------------------------
+
+DEFAULTS: dict[str, Any] = {"gpus_per_node": 1, "cpus_per_task": 8, "time": 24 * 60, "stderr_to_stdout": True}
+"""What each job asks for unless the command line says otherwise: submitit's names of sbatch's options; minutes."""
+
+
+@dataclass
+class Resumable:
+    """What a job runs: a command that can be stopped with SIGTERM and goes on when it is run again.
+
+    submitit calls ``checkpoint`` ahead of the time limit or when the job is pre-empted, and then queues it anew.
+    """
+
+    command: Sequence[str]
+    folder: str
+    process: Process | None = field(default=None, compare=False)
+
+    def __call__(self) -> None:
+        """Raises: RuntimeError where the command fails, so that SLURM sees a failed job."""
+        self.process = Process(self.command, cwd=self.folder)
+        while self.process.poll() is None:
+            time.sleep(0.5)
+        if self.process.returncode:
+            raise RuntimeError(f"exit code {self.process.returncode}: {' '.join(self.command)}")
+
+    def checkpoint(self) -> Any:
+        from submitit.helpers import DelayedSubmission
+
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self.process.pid, signal.SIGTERM)
+                # Not wait(): this is called from a signal's handler, which may hold that function's lock already.
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return DelayedSubmission(Resumable(self.command, self.folder))
+
+
+def make_executor(folder: Path, options: Sequence[str]) -> Any:
+    """submitit's executor. Raises: InputError where there is no SLURM or no submitit, or for an unknown option."""
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise InputError("no SLURM on this machine (no sbatch): leave out --cluster slurm to run here")
+    try:
+        import submitit
+    except ImportError as error:
+        raise missing_extra(error, "cluster") from error
+    parameters = dict(DEFAULTS)
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise InputError(f"--slurm {option}: write KEY=VALUE, as partition=gpu or time=1440 (minutes)")
+        parameters[key] = int(value) if value.isdecimal() else value
+    try:
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=20)
+        executor.update_parameters(**parameters)
+    except (ValueError, TypeError, NameError) as error:
+        raise InputError(f"--slurm: {str(error).splitlines()[0]}") from error
+    return executor
+
+
+def submit(executor: Any, name: str, command: Sequence[str], root: Path, after: Sequence[str]) -> str:
+    """Queues the command, to begin when the jobs ``after`` have succeeded; returns its id. Raises: InputError."""
+    executor.update_parameters(job_name=name, dependency=f"afterok:{':'.join(after)}" if after else None)
+    try:
+        return str(executor.submit(Resumable(list(command), str(root))).job_id)
+    except Exception as error:  # submitit has errors of its own, and passes on those of sbatch
+        raise InputError(f"SLURM refuses {name}: {str(error).splitlines()[-1]}") from error

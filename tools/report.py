@@ -1,10 +1,6 @@
 """Reports what was run for the paper's tables beside the paper's numbers: Markdown, CSV and a page of its own.
 
-    python tools/reproduce.py report                            # runs/reproduce and what results/ keeps
-    python tools/reproduce.py report --document                 # docs/results.md from results/ alone
-
-A run of the small setting is a proxy and called so: other data, networks and durations than the paper's, so that its
-difference from the paper says nothing of the paper; what the methods differ by may be compared. Needs no torch.
+It is ``reproduce.py report``: of runs/reproduce and what results/ keeps. Needs no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +12,7 @@ import io
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -37,7 +33,7 @@ INTRODUCTION = (
     "A **proxy** is a small stand-in with other data, networks and durations than the paper's: its difference from the "
     "paper says nothing of how well the paper is reproduced."
 )
-Members = Mapping[str, Mapping[int, Run]]
+Members = Mapping[str, dict[int, Run]]
 """A table's finished runs, by id and seed."""
 
 
@@ -74,11 +70,11 @@ def main(options: argparse.Namespace) -> int:
     left: list[str] = []
     for table in load_tables(options.tables).values():
         found = [paper_part(table, scale, options.runs, options.results) for scale in SCALES]
-        parts += [part for part, _ in found if part is not None]
-        if not any(part for part, _ in found):
-            left.append(
-                f"{table.label} ({', '.join([table.title, *(why for _, reasons in found for why in reasons)])})"
-            )
+        made = [part for part, _ in found if part is not None]
+        parts += made
+        if not made:
+            reasons = [why for _, others in found for why in others]
+            left.append(f"{table.label} ({', '.join([table.title, *reasons])})")
     if not parts:
         raise InputError(f"no run of the paper's tables in {options.runs} or {options.results}: reproduce.py run")
     last = [f"Nothing is finished for: {'; '.join(left)}."] if left else []
@@ -93,10 +89,7 @@ def main(options: argparse.Namespace) -> int:
 def paper_part(table: Table, scale: Scale, runs: Path, results: Path) -> tuple[Part | None, list[str]]:
     """What was run for a table at one scale, None where nothing is finished; and why other runs do not count."""
     members, left = gather(table, scale, runs, results)
-    by_recipe: dict[str, dict[str, Mapping[int, Run]]] = {}
-    for run_id, of in members.items():
-        by_recipe.setdefault(table.setting(run_id, scale).recipe, {})[run_id] = of
-    recipes = sorted(by_recipe)
+    recipes = sorted({table.runs[run_id][scale].recipe for run_id in members})
     words = [f"**Proxy**: {', '.join(recipes)} instead of the paper's setting."] if scale == "proxy" else []
     words += [table.notes] if table.notes else []
     missing = sorted({cell.run for cell in table.cells if cell.run is not None and cell.run not in members})
@@ -109,7 +102,8 @@ def paper_part(table: Table, scale: Scale, runs: Path, results: Path) -> tuple[P
         return None, left
     for recipe in recipes if found else []:
         proxy = "proxy " if scale == "proxy" else ""
-        pictures |= {f"{title}, {proxy}{recipe}": png for title, png in curves(by_recipe[recipe]).items()}
+        of = {run_id: runs for run_id, runs in members.items() if table.runs[run_id][scale].recipe == recipe}
+        pictures |= {f"{title}, {proxy}{recipe}": png for title, png in curves(of).items()}
     made = {**grids(table, scale, found), **attention(members)}
     return Part(table, scale, words, found, made, members, pictures), left
 
@@ -119,44 +113,30 @@ def paper_part(table: Table, scale: Scale, runs: Path, results: Path) -> tuple[P
 
 def attention(members: Members) -> dict[str, Grid]:
     """Both attention weights within an image, as in Table 17, and the mean similarity S: at the end, over seeds."""
-    rows = []
-    for run_id, runs in members.items():
-
-        def mean(name: str, runs: Mapping[int, Run] = runs) -> float | None:
-            found = (run.number(f"last.attention/{name}") for run in runs.values())
-            return mean_std(value for value in found if value is not None)[0]
-
-        told = []
-        for kind in ("consensus", "divergence"):
-            low, high, variance = (mean(f"{kind}_{what}") for what in ("min", "max", "variance"))
-            told.append("" if low is None else f"{low:.3f} .. {high:.3f} ({variance:.4f})")
-        similarity = mean("similarity")
-        told.append("" if similarity is None else f"{similarity:.3f}")
-        if any(told):
-            rows.append([run_id, *told])
-    rounds = [row for run_id, runs in members.items() for row in _rounds(run_id, runs)]
-    made = {
-        "Attention at the end, means over seeds: minimum .. maximum (variance) within an image": [
-            ["run", "consensus", "divergence", "S"],
-            *rows,
-        ],
-        "Last log point of each round, means over seeds: S, its extremes, the attention's deviation within an image": [
-            ["run, round", "S", "extremes", "deviation"],
-            *rounds,
-        ],
-    }
-    return {caption: grid for caption, grid in made.items() if len(grid) > 1}
-
-
-def _rounds(run_id: str, runs: Mapping[int, Run]) -> Iterator[list[str]]:
-    """The similarity of student and teacher in the rounds of a chain of diffusion models."""
+    rows, rounds = [["run", "consensus", "divergence", "S"]], [["run, round", "S", "extremes", "deviation"]]
     keys = ("similarity", "similarity_min", "similarity_max", "attention_std")
-    chains = [run.files.get("rounds", {}) for run in runs.values()]
-    for name in sorted({name for chain in chains for name in chain}, reverse=True):
-        last = [chain[name].get("last", {}) for chain in chains if name in chain]
-        if all(f"adm/{key}" in line for line in last for key in keys):
-            mean, low, high, deviation = (fmean(line[f"adm/{key}"] for line in last) for key in keys)
-            yield [f"{run_id}, {name}", f"{mean:.3f}", f"{low:.3f} .. {high:.3f}", f"{deviation:.4f}"]
+    for run_id, runs in members.items():
+        told = []
+        for form, names in (
+            ("{:.3f} .. {:.3f} ({:.4f})", ("consensus_min", "consensus_max", "consensus_variance")),
+            ("{:.3f} .. {:.3f} ({:.4f})", ("divergence_min", "divergence_max", "divergence_variance")),
+            ("{:.3f}", ("similarity",)),
+        ):
+            found = [[run.number(f"last.attention/{name}") for run in runs.values()] for name in names]
+            means = [mean_std(value for value in values if value is not None)[0] for values in found]
+            told.append("" if None in means else form.format(*means))
+        rows += [[run_id, *told]] if any(told) else []
+        chains = [run.files.get("rounds", {}) for run in runs.values()]
+        for name in sorted({name for chain in chains for name in chain}, reverse=True):
+            last = [chain[name].get("last", {}) for chain in chains if name in chain]
+            if all(f"adm/{key}" in line for line in last for key in keys):
+                mean, low, high, deviation = (fmean(line[f"adm/{key}"] for line in last) for key in keys)
+                rounds.append([f"{run_id}, {name}", f"{mean:.3f}", f"{low:.3f} .. {high:.3f}", f"{deviation:.4f}"])
+    attention = "Attention at the end, means over seeds: minimum .. maximum (variance) within an image"
+    similarity = (
+        "Last log point of each round, means over seeds: S, its extremes, the attention's deviation within an image"
+    )
+    return {caption: grid for caption, grid in ((attention, rows), (similarity, rounds)) if len(grid) > 1}
 
 
 def curves(members: Members) -> dict[str, bytes]:
@@ -195,8 +175,7 @@ def small(file: Path) -> bytes:
 
     with Image.open(file) as image:
         picture = image.convert("RGB")
-        if picture.width > WIDTH:
-            picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
+        picture.thumbnail((WIDTH, picture.height), Image.Resampling.LANCZOS, reducing_gap=None)
         out = io.BytesIO()
         picture.save(out, "PNG", optimize=True)
     return out.getvalue()

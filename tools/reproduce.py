@@ -13,6 +13,7 @@ The same command again skips what is finished and resumes what was cut off. `--d
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shlex
 import sys
@@ -26,10 +27,10 @@ from core.errors import InputError
 from core.training.command import LineParser, run_command
 from tools import report
 from tools.ours import finished_runs
-from tools.paper import PAPER, ROOT, SCALES, Cell, Setting, load_tables
-from tools.plan import Place, Plan, find_table, known_jobs, make_job, make_place, select
-from tools.processes import Job, conclude, gpus, readable, run_jobs, slots, state
-from tools.runs import KEPT, Run, keep, read_run, runs_in, seeds_of
+from tools.paper import PAPER, ROOT, SCALES, Setting, find_table, load_tables
+from tools.plan import Place, Plan, known_jobs, make_job, make_place, select
+from tools.processes import Job, conclude, gpus, make_executor, readable, run_jobs, slots, state, submit
+from tools.runs import KEPT, Run, keep, read_runs, seeds_of
 from tools.stats import columns
 
 OUT = Path("runs/reproduce")
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from jsonargparse.typing import NonNegativeInt, PositiveInt
+
     parser = LineParser(prog="reproduce.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -70,11 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
     option("--rows", nargs="+", metavar="ROW", help="only these, by name or pattern ('ResNet-32x4*')")
     option("--columns", nargs="+", metavar="COLUMN", help="only these, by name or pattern")
     option("--runs", nargs="+", metavar="RUN", help="only these, as show names them, or by pattern")
-    option("--seeds", nargs="+", type=_number(0), default=[0], metavar="SEED", help="0 unless given")
+    option("--seeds", nargs="+", type=NonNegativeInt, default=[0], metavar="SEED", help="0 unless given")
     option("--scale", choices=SCALES, default="proxy", help="the paper's own setting, or the small one; proxy")
     data = "where the data sets lie; data. One: NAME=FOLDER"
     option("--data", nargs="+", default=[], metavar="[NAME=]FOLDER", help=data)
-    option("--jobs", type=_number(1), metavar="N", help="runs at a time; one a GPU, or one on the CPU")
+    option("--jobs", type=PositiveInt, metavar="N", help="runs at a time; one a GPU, or one on the CPU")
     option("--cluster", choices=["slurm"], help="queue every run as a job of this cluster, through submitit")
     slurm = "what a job asks for: partition=gpu time=1440 ..."
     option("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help=slurm)
@@ -92,23 +95,13 @@ def make_parser() -> argparse.ArgumentParser:
     option = add("report", report.main, text, (report.__doc__ or "").partition("\n")[0])
     runs = "where reproduce.py run has put its runs; %(default)s"
     option("--runs", type=Path, default=OUT, metavar="FOLDER", help=runs)
-    option(
-        "--results", type=Path, default=ROOT / "results", metavar="FOLDER", help="kept results; those of the repository"
-    )
+    kept = "kept results; those of the repository"
+    option("--results", type=Path, default=ROOT / "results", metavar="FOLDER", help=kept)
     option("--out", type=Path, default=OUT / "report", metavar="FOLDER", help="where the report goes; %(default)s")
     places(option, out=False)
     document = "write docs/results.md, or FILE, from the kept results, and nothing else"
     option("--document", nargs="?", type=Path, const=ROOT / "docs/results.md", metavar="FILE", help=document)
     return parser
-
-
-def _number(least: int) -> Any:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
-        return int(text)
-
-    return number
 
 
 # --- the commands: each returns the exit code -------------------------------------------------------------------------
@@ -127,8 +120,8 @@ def show_table(options: argparse.Namespace) -> int:
     print(f"{table.label}: {table.title} ({table.task}; {table.metric.name}{unit})")
     if table.notes:
         print(f"\n{table.notes}")
-    cells = {(cell.row, cell.column): printed(cell) for cell in table.cells}
-    lines = [[row, *(cells.get((row, column), "") for column in table.columns)] for row in table.rows]
+    cells = {(c.row, c.column): f"{'-' if c.paper is None else f'{c.paper:g}'} {c.label or ''}" for c in table.cells}
+    lines = [[row, *(cells.get((row, column), "").strip() for column in table.columns)] for row in table.rows]
     print(f"\n{columns([['paper', *table.columns], *lines])}")
     print(f"\nRuns, {scale} scale:" if table.runs else "\nNothing is run for it.")
     for run_id, settings in table.runs.items():
@@ -157,11 +150,10 @@ def run_tables(options: argparse.Namespace) -> int:
     chosen = {table.name: table for table in (find_table(name, tables) for name in options.table)}
     plan = Plan(tables, options.scale, place)
     for table in chosen.values():
-        several = len(chosen) > 1
-        runs = select(table, options.scale, options.rows, options.columns, options.runs, several=several)
-        for seed in dict.fromkeys(options.seeds):
-            for run_id in runs:
-                plan.add(table, run_id, seed)
+        asked = {"row": options.rows, "column": options.columns, "run": options.runs}
+        runs = select(table, options.scale, asked, several=len(chosen) > 1)
+        for seed, run_id in itertools.product(dict.fromkeys(options.seeds), runs):
+            plan.add(table, run_id, seed)
     if not plan.jobs:
         raise InputError(f"nothing to run for {', '.join(chosen)} at the scale {options.scale}: show says why")
     plan.check_sets()
@@ -186,26 +178,23 @@ def run_tables(options: argparse.Namespace) -> int:
 def tell_status(options: argparse.Namespace) -> int:
     tables, place = load_tables(options.tables), make_place(options.out)
     chosen = [find_table(name, tables) for name in options.table]
-    begun = False
+    lines = []
     for table in chosen or tables.values():
         for scale in SCALES:
             found = {job.name: state(job) for job in known_jobs(table, scale, place)}
             seen = Counter(word for word in found.values() if word != "not started")
             if not seen and not chosen:
                 continue
-            begun = True
             runs = [settings for settings in table.runs.values() if scale in settings]
             in_words = ", ".join(f"{count} {word}" for word, count in sorted(seen.items())) or "nothing run yet"
-            print(f"{table.name} {scale}: {counted(runs, 'run')} a seed; {in_words}")
-            for name, word in found.items() if chosen else ():
-                print(f"  {word:12} {name}")
-    if not begun:
-        print(f"nothing run yet in {options.out}")
+            lines.append(f"{table.name} {scale}: {counted(runs, 'run')} a seed; {in_words}")
+            lines += [f"  {word:12} {name}" for name, word in found.items()] if chosen else []
+    print("\n".join(lines) or f"nothing run yet in {options.out}")
     return 0
 
 
 def keep_runs(options: argparse.Namespace) -> int:
-    runs = [read_run(path) for path in dict.fromkeys(path for word in options.runs for path in runs_in(word))]
+    runs = read_runs(options.runs)
     unfinished = next((run for run in runs if not run.finished and "summary" in run.files), None)
     if unfinished is not None and not options.partial:
         raise InputError(f"{unfinished.path} is not finished: --partial keeps it as far as it is")
@@ -224,20 +213,16 @@ def dry_run(plan: Plan) -> int:
     unknown: list[str] = []
     for name, job in plan.jobs.items():
         table, run_id, _ = plan.origins[name][0]
-        run = None if job.finished() else run_before(table.setting(run_id, plan.scale), plan.place, here)
         if job.finished():
-            print(f"# {name}: finished")
-        elif run is None:
-            print(f"# {name}: time unknown")
-            unknown.append(name)
-        else:
+            said = "finished"
+        elif run := run_before(table.runs[run_id][plan.scale], plan.place, here):
             device = device_of(run)
             together[device] = together.get(device, 0.0) + run.seconds
-            print(
-                f"# {name}: {duration(run.seconds, device)} ({run.start['device_name']}, {os.path.relpath(run.path)})"
-            )
-        for command in job.commands:
-            print(told(command))
+            said = f"{duration(run.seconds, device)} ({run.start['device_name']}, {os.path.relpath(run.path)})"
+        else:
+            said = "time unknown"
+            unknown.append(name)
+        print(f"# {name}: {said}", *map(told, job.commands), sep="\n")
     parts = [duration(seconds, device) for device, seconds in together.items()]
     parts += [f"{counted(unknown, 'run')} of unknown time"] if unknown else []
     print(f"# together: {' and '.join(parts) or 'nothing to do'}; evaluation is not counted")
@@ -262,8 +247,6 @@ def duration(seconds: float, device: str) -> str:
 
 def queue(options: argparse.Namespace, todo: Mapping[str, Job], plan: Plan) -> int:
     """Queues every run as a job that calls this tool for that run alone, and so locks, skips and resumes as ever."""
-    from tools.slurm import make_executor, submit
-
     place = plan.place
     executor = make_executor(ROOT / place.out / "slurm", options.slurm)
     rest = ["--scale", plan.scale, "--out", str(place.out), "--jobs", "1"]
@@ -291,11 +274,6 @@ def counted(things: Sized, name: str) -> str:
 def told(command: Sequence[str]) -> str:
     """A command as one would type it."""
     return shlex.join(["python", *command])
-
-
-def printed(cell: Cell) -> str:
-    """What the paper prints in a cell."""
-    return ("-" if cell.paper is None else f"{cell.paper:g}") + (f" {cell.label}" if cell.label else "")
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ class Run:
         rounds = (one.get("summary", {}) for one in self.files.get("rounds", {}).values())
         return sum(summary.get("seconds") or 0.0 for summary in (self.summary, *rounds))
 
-    def get(self, query: str, where: Mapping[str, Any] | None = None, at: float | None = None) -> Any:
-        """What a query names; None where there is no such thing, or not one alone.
+    def number(self, query: str, where: Mapping[str, Any] | None = None, at: float | None = None) -> float | None:
+        """The number that a query names; None where there is no such thing, or not one alone.
 
         ``last.student/top1`` is a path in ``summary.json``. A query that begins with the name of another file is a path
         in that: ``evaluation.FD-digits``, ``metrics.student/top1``. Of a file with rows the one counts that agrees with
@@ -87,17 +87,13 @@ class Run:
         head, _, key = query.partition(".")
         document = self.files.get(head) if head != "config" else None
         if document is None:
-            return _look_up(self.summary, query)
+            document, key = self.summary, query
         rows = document if isinstance(document, Sequence) else document.get("rows")
         names = document.get("features", {}) if isinstance(document, Mapping) else {}
         if rows is not None:
             document = _only_row(rows, where or {}, at) if at is None or self.finished else {}
             key = names.get(key, key)
-        return _look_up(document, key)
-
-    def number(self, query: str, where: Mapping[str, Any] | None = None, at: float | None = None) -> float | None:
-        """``get`` where it is a number, else None."""
-        value = self.get(query, where, at)
+        value = _look_up(document, key)
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
@@ -115,9 +111,7 @@ def _look_up(document: Any, key: str) -> Any:
     """The value under a dotted key, whose parts may hold dots themselves; None where there is none."""
     if not key:
         return document
-    if not isinstance(document, Mapping):
-        return None
-    parts = key.split(".")
+    parts = key.split(".") if isinstance(document, Mapping) else []
     for n in range(len(parts), 0, -1):
         name, rest = ".".join(parts[:n]), ".".join(parts[n:])
         if name in document and (found := _look_up(document[name], rest)) is not None:
@@ -197,12 +191,15 @@ def _read_kept(file: Path, changed: int) -> dict[Path, dict[str, Any]]:
     return found
 
 
-def runs_in(path: Path | str) -> list[Path]:
-    """The runs that a path names: one run, those in a folder, kept ones below it, or by a pattern (``.../dml*``).
+def read_runs(paths: Iterable[Path | str]) -> list[Run]:
+    """The runs that paths name: one run, those in a folder, kept ones below it, or by a pattern (``.../dml*``).
 
     Raises: InputError where there are none.
     """
-    path = Path(path)
+    return [read_run(one) for one in dict.fromkeys(one for path in paths for one in _paths_in(Path(path)))]
+
+
+def _paths_in(path: Path) -> list[Path]:
     path = path.parent if path.name == KEPT else path
     _, kept = _kept_beside(path)
     if is_folder_of_run(path) or path in kept:

@@ -14,7 +14,7 @@ from core.errors import InputError
 from tools import document
 from tools.compare import difference_rows, score_rows
 from tools.groups import compare_runs
-from tools.paper import load_table
+from tools.paper import load_tables
 from tools.runs import keep, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +96,7 @@ columns: {method: "{row}", steps: "{steps}", FID: {read: evaluation-digits.FID-d
 
 
 def test_the_papers_tables_in_the_document(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document, "load_table", partial(load_table, folder=results.parent / "tables"))
+    monkeypatch.setattr(document, "load_tables", partial(load_tables, folder=results.parent / "tables"))
     write(results / "kept/table01/proxy/dml-0", 0, DML[0])  # before the 99 that is kept beside it
     text = document.render(notes(results, "```paper\ntable: table01\n```"))
     assert "| row, column | paper | ours (proxy) | proxy less paper |" in text and "What it adds" in text

@@ -18,7 +18,7 @@ from written import write_run
 
 from core.errors import InputError
 from core.training.run import flatten
-from tools.paper import ROOT, SCALES, Cell, Setting, Table, load_table, load_tables
+from tools.paper import ROOT, SCALES, Cell, Setting, Table, find_table, load_tables
 from tools.runs import read_run, seeds_of
 
 TABLES = load_tables()
@@ -44,7 +44,7 @@ def test_a_table_is_whole(table: Table) -> None:
     scales = {"proxy"} if table.name.startswith("evidence") else set(SCALES)
     used = {cell.run for cell in table.cells} - {None}
     for run_id, run in table.runs.items():
-        needed = {other for one in table.runs.values() for s in one.values() for _, other in s.needs}
+        needed = {other for one in table.runs.values() for s in one.values() for _, other in s.needs.values()}
         assert run_id in used | needed, f"no cell reads {run_id}"
         assert run_id not in used or set(run) == scales, f"{run_id} is of {', '.join(run)} alone"
     assert set(table.needs) == (scales if table.runs else set())
@@ -60,7 +60,7 @@ def test_what_a_run_names_is_there(table: Table) -> None:
             assert (ROOT / setting.recipe).is_file()
             for command in setting.commands(0, "out"):
                 assert (ROOT / command[0]).is_file()
-            for name, other in setting.needs:
+            for name, other in setting.needs.values():
                 assert scale in TABLES[name].runs[other]
             if setting.results is not None:
                 assert seeds_of(ROOT / "results" / setting.results), f"no kept runs {setting.results}"
@@ -73,7 +73,7 @@ def test_no_number_is_printed_twice_for_one_run() -> None:
         for cell in table.cells:
             if cell.run is None or cell.paper is None:
                 continue
-            setting = table.setting(cell.run, "paper")
+            setting = table.runs[cell.run]["paper"]
             key = (setting.table, setting.run, cell.read, cell.at, str(cell.where))
             seen.setdefault(key, {}).setdefault(cell.paper, set()).add(table.name)
     differing = {key[:3]: values for key, values in seen.items() if len(values) > 1}
@@ -92,7 +92,7 @@ def test_loading_needs_no_torch() -> None:
 
 def test_the_command_of_a_cell() -> None:
     run = "runs/reproduce/table01/paper/resnet-dml-3"
-    assert TABLES["table01"].setting("resnet-dml", "paper").commands(3, "runs/reproduce") == [
+    assert TABLES["table01"].runs["resnet-dml"]["paper"].commands(3, "runs/reproduce") == [
         [
             "classification/tools/train.py", "--config", "classification/recipes/cifar100.yaml", "--method", "dml",
             "--data.root", "data", "--data.download", "true", "--networks.teacher.name", "cifar_resnet32x4",
@@ -102,7 +102,7 @@ def test_the_command_of_a_cell() -> None:
 
 
 def test_segmentation_is_called_mmengines_way() -> None:
-    (command,) = TABLES["table05"].setting("pspnet-dml+adm", "proxy").commands(1, "out")
+    (command,) = TABLES["table05"].runs["pspnet-dml+adm"]["proxy"].commands(1, "out")
     assert command == [
         "segmentation/tools/train.py", "segmentation/configs/pspnet_camvid.py", "--method", "dml+adm",
         "--data-root", "data/camvid", "--seed", "1", "--out", "out/table05/proxy/pspnet-dml+adm-1",
@@ -111,22 +111,22 @@ def test_segmentation_is_called_mmengines_way() -> None:
 
 def test_a_run_is_scored_after_it_and_starts_from_what_it_needs() -> None:
     table = TABLES["table06"]
-    train, score = table.setting("pd+adm", "proxy").commands(2, "out")
+    train, score = table.runs["pd+adm"]["proxy"].commands(2, "out")
     assert train[:2] == ["diffusion/tools/train.py", "progressive"]
     assert train[train.index("--teacher") + 1] == "out/table06/proxy/shared-2/round-0008/student"
     assert score[:2] == ["diffusion/tools/evaluate.py", "out/table06/proxy/pd+adm-2"]
     assert score[-1] == "out/table06/proxy/pd+adm-2/evaluation.json"
-    assert table.setting("pd+adm", "proxy").needs == (("table06", "shared"),)
+    assert table.runs["pd+adm"]["proxy"].needs == {"shared": ("table06", "shared")}
 
 
 def test_a_shared_run_has_one_folder() -> None:
     """Table 16's vanilla teacher is Table 3's run, whose small stand-in is Table 1's."""
     table = TABLES["table16"]
-    assert table.setting("vanilla", "paper").folder(0, "out") == Path("out/table03/paper/r34-r18-vanilla-0")
-    assert table.setting("vanilla", "proxy").folder(0, "out") == Path("out/table01/proxy/resnet-vanilla-0")
-    (command,) = table.setting("shake", "proxy").commands(0, "out")
+    assert table.runs["vanilla"]["paper"].folder(0, "out") == Path("out/table03/paper/r34-r18-vanilla-0")
+    assert table.runs["vanilla"]["proxy"].folder(0, "out") == Path("out/table01/proxy/resnet-vanilla-0")
+    (command,) = table.runs["shake"]["proxy"].commands(0, "out")
     assert command[command.index("--networks.teacher.weights") + 1] == "out/table01/proxy/resnet-vanilla-0"
-    assert table.setting("shake", "proxy").needs == (("table01", "resnet-vanilla"),)
+    assert table.runs["shake"]["proxy"].needs == {"vanilla": ("table01", "resnet-vanilla")}
 
 
 # --- the schema -------------------------------------------------------------------------------------------------------
@@ -159,15 +159,15 @@ def write(folder: Path, values: dict[str, Any] | None = None, name: str = "table
 
 
 def test_a_run_is_its_base_with_its_own_on_top(tmp_path: Path) -> None:
-    table = load_table("table01", write(tmp_path))
-    assert table.setting("x", "paper").overrides == {"method": "m", "a": 1, "c": None, "d": [1, 2], "e.f": True}
-    assert table.setting("y", "paper").overrides == {"a": 1, "c": None}
-    (paper,) = table.setting("x", "paper").commands(0, "o")
+    table = load_tables(write(tmp_path))["table01"]
+    assert table.runs["x"]["paper"].overrides == {"method": "m", "a": 1, "c": None, "d": [1, 2], "e.f": True}
+    assert table.runs["y"]["paper"].overrides == {"a": 1, "c": None}
+    (paper,) = table.runs["x"]["paper"].commands(0, "o")
     assert paper == [
         "segmentation/tools/train.py", "r.py", "--method", "m", "--seed", "0", "--out", "o/table01/paper/x-0",
         "--cfg-options", "a=1", "c=None", "d=[1,2]", "e.f=True",
     ]  # fmt: skip
-    proxy, after = table.setting("x", "proxy").commands(7, "o")
+    proxy, after = table.runs["x"]["proxy"].commands(7, "o")
     assert proxy[-3:] == ["--cfg-options", "a=o/table01/proxy/y-7/7", "e.f=True"]
     assert after == ["s.py", "o/table01/proxy/x-7", "--flag"]
 
@@ -177,11 +177,11 @@ def test_same_as_takes_the_run_of_another_table(tmp_path: Path) -> None:
     runs["own"]["proxy"] = {"same_as": "table01/y"}
     rows = [{"name": "n", "run": "z", "cells": [{"column": "k"}]}]
     write(tmp_path)
-    table = load_table("table02", write(tmp_path, name="table02", table=2, bases={}, runs=runs, rows=rows))
-    assert table.setting("z", "paper").table == "table01"
-    assert [command[0] for command in table.setting("z", "proxy").commands(0, "o")][1:] == ["s.py", "w.py"]
-    assert table.setting("own", "paper").folder(0, "o") == Path("o/table02/paper/own-0")
-    assert table.setting("own", "proxy").folder(0, "o") == Path("o/table01/proxy/y-0")
+    table = load_tables(write(tmp_path, name="table02", table=2, bases={}, runs=runs, rows=rows))["table02"]
+    assert table.runs["z"]["paper"].table == "table01"
+    assert [command[0] for command in table.runs["z"]["proxy"].commands(0, "o")][1:] == ["s.py", "w.py"]
+    assert table.runs["own"]["paper"].folder(0, "o") == Path("o/table02/paper/own-0")
+    assert table.runs["own"]["proxy"].folder(0, "o") == Path("o/table01/proxy/y-0")
 
 
 def test_cells_take_from_their_row_before_their_column(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_cells_take_from_their_row_before_their_column(tmp_path: Path) -> None:
             "cells": [{"column": "k"}, {"column": "l", "read": "own", "run": "y"}],
         }
     ]
-    first, second = load_table("table01", write(tmp_path, columns=columns, rows=rows)).cells
+    first, second = load_tables(write(tmp_path, columns=columns, rows=rows))["table01"].cells
     assert (first.run, first.read, first.at, first.metric.name) == ("x", "last.row", 0.5, "of column")
     assert (second.run, second.read, second.at, second.metric.name) == ("y", "own", None, "mIoU")
 
@@ -235,10 +235,8 @@ def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "table01.yaml").write_text("- a")
     with pytest.raises(InputError, match="is no table"):
         load_tables(tmp_path)
-    with pytest.raises(InputError, match="no table99"):
-        load_table("table99")
-    with pytest.raises(InputError, match="no run nobody"):
-        TABLES["table01"].setting("nobody", "paper")
+    with pytest.raises(InputError, match="no table table99"):
+        find_table("table99", TABLES)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -257,12 +255,12 @@ def test_a_cell_reads_its_run(tmp_path: Path) -> None:
 def test_complete_means_every_number_and_picture(tmp_path: Path) -> None:
     table = TABLES["figure10"]
     run = write_run(tmp_path / "dml-0", 0, [70.0])
-    assert not table.complete("dml", read_run(run))
+    assert not table.complete("dml", run)
     scored = write_run(tmp_path / "dml-1", 0, [70.0], observed={"teacher/ece": 1.0, "student/ece": 2.0})
-    assert not table.complete("dml", read_run(scored))
+    assert not table.complete("dml", scored)
     (scored / "figures").mkdir()
     (scored / "figures/reliability.png").touch()
-    assert table.complete("dml", read_run(scored))
+    assert table.complete("dml", scored)
 
 
 # --- what the tasks say -----------------------------------------------------------------------------------------------

@@ -638,7 +638,7 @@ def test_jobs_of_a_cluster_call_this_tool_for_one_run_each(
 def test_a_pre_empted_job_saves_and_is_queued_again(tmp_path: Path) -> None:
     import threading
 
-    from tools.slurm import Resumable
+    from tools.processes import Resumable
 
     (tmp_path / "code.py").write_text(SAVES_ON_SIGTERM)
     job = Resumable([sys.executable, str(tmp_path / "code.py"), str(tmp_path / "run")], str(tmp_path))

@@ -11,7 +11,7 @@ import pytest
 from written import write_evaluation, write_run
 
 from core.errors import InputError
-from tools.runs import Run, keep, read_run, runs_in, seeds_of
+from tools.runs import Run, keep, read_run, read_runs, seeds_of
 from tools.stats import interval, markdown, paired, spread
 
 
@@ -84,12 +84,12 @@ def test_runs_are_found_by_folder_pattern_and_seed(tmp_path: Path) -> None:
         write_run(tmp_path / f"runs/dml-{seed}", seed, [1.0])
     write_run(tmp_path / "runs/dml-x", 0, [1.0])
     assert list(seeds_of(tmp_path / "runs/dml")) == [0, 2, 10]
-    assert [path.name for path in runs_in(tmp_path / "runs")] == ["dml-0", "dml-10", "dml-2", "dml-x"]
-    keep([read_run(path) for path in runs_in(tmp_path / "runs")], tmp_path / "results/mine")
+    assert [run.path.name for run in read_runs([tmp_path / "runs"])] == ["dml-0", "dml-10", "dml-2", "dml-x"]
+    keep(read_runs([tmp_path / "runs"]), tmp_path / "results/mine")
     assert list(seeds_of(tmp_path / "results/mine/dml")) == [0, 2, 10]
-    assert [path.name for path in runs_in(tmp_path / "results/mine/dml-?")] == ["dml-0", "dml-2", "dml-x"]
+    assert [run.path.name for run in read_runs([tmp_path / "results/mine/dml-?"])] == ["dml-0", "dml-2", "dml-x"]
     with pytest.raises(InputError, match="no run folder"):
-        runs_in(tmp_path / "results/mine/afd*")
+        read_runs([tmp_path / "results/mine/afd*"])
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 31])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tempfile
@@ -18,21 +19,12 @@ from tools.benchmark.ratios import Settings, Step, Values, bare_step, ratios, sg
 CONFIGS = Path(__file__).resolve().parents[2] / "segmentation" / "configs"
 CLASSES = 19
 ITERATIONS, WARM = 14, 2  # of a measured run of the training command; so many of them before it counts
-TINY = {
-    "model.teacher.backbone.depth": 18,
-    **{
-        f"model.{role}.{key}": value
-        for role in ("teacher", "student")
-        for key, value in {
-            "backbone.base_channels": 4,
-            "backbone.stem_channels": 4,
-            "decode_head.in_channels": 32,
-            "decode_head.channels": 8,
-            "auxiliary_head.in_channels": 16,
-            "auxiliary_head.channels": 4,
-        }.items()
-    },
-}
+NARROW = {
+    "backbone.base_channels": 4, "backbone.stem_channels": 4, "decode_head.in_channels": 32, "decode_head.channels": 8,
+    "auxiliary_head.in_channels": 16, "auxiliary_head.channels": 4,
+}  # fmt: skip
+TINY = {f"model.{role}.{key}": value for role in ("teacher", "student") for key, value in NARROW.items()}
+TINY["model.teacher.backbone.depth"] = 18
 
 
 def shape(settings: Settings) -> tuple[int, tuple[int, int]]:
@@ -63,13 +55,11 @@ def make_batch(settings: Settings) -> tuple[torch.Tensor, list[Any]]:
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
-    samples, device = [], settings.device
     batch, crop = shape(settings)
-    for _ in range(batch):
-        labels = torch.randint(0, CLASSES, (1, *crop), device=device)
-        labels[:, : crop[0] // 4] = 255
-        samples.append(SegDataSample(gt_sem_seg=PixelData(data=labels)))
-    return torch.randn(batch, 3, *crop, device=device), samples
+    labels = torch.randint(0, CLASSES, (batch, 1, *crop), device=settings.device)
+    labels[:, :, : crop[0] // 4] = 255
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=one)) for one in labels]
+    return torch.randn(batch, 3, *crop, device=settings.device), samples
 
 
 def make_step(architecture: str, settings: Settings, method: str) -> Step:
@@ -102,15 +92,13 @@ def make_street(root: Path, height: int, width: int) -> None:
     import numpy as np
 
     random = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 2)):
-        images, labels = root / "leftImg8bit" / split / "ulm", root / "gtFine" / split / "ulm"
-        images.mkdir(parents=True)
-        labels.mkdir(parents=True)
+    images, labels = ("leftImg8bit", "", 256, (3,)), ("gtFine", "_labelTrainIds", CLASSES, ())
+    for (split, count), (kind, suffix, high, depth) in itertools.product((("train", 8), ("val", 2)), (images, labels)):
+        folder = root / kind / split / "ulm"
+        folder.mkdir(parents=True)
         for number in range(count):
-            pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-            cv2.imwrite(str(images / f"ulm_{number:06}_000019_leftImg8bit.png"), pixels)
-            classes = random.integers(0, CLASSES, (height, width), dtype=np.uint8)
-            cv2.imwrite(str(labels / f"ulm_{number:06}_000019_gtFine_labelTrainIds.png"), classes)
+            pixels = random.integers(0, high, (height, width, *depth), dtype=np.uint8)
+            cv2.imwrite(str(folder / f"ulm_{number:06}_000019_{kind}{suffix}.png"), pixels)
 
 
 def loop_ratio(architecture: str, settings: Settings) -> Values:

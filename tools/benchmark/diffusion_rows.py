@@ -19,10 +19,8 @@ def make_unet(settings: Settings) -> Any:
     """CIFAR-10's U-Net: whole on a GPU, a quarter as wide on the CPU."""
     from diffusion.progressive.network import UNetConfig, build_unet
 
-    if settings.quick:
-        config = UNetConfig(width=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0, groups=4)
-    else:
-        config = UNetConfig(width=128 if settings.on_gpu else 32, dropout=0.0)
+    tiny = UNetConfig(width=8, multipliers=(1, 2), blocks=1, attention=(), dropout=0.0, groups=4)
+    config = tiny if settings.quick else UNetConfig(width=128 if settings.on_gpu else 32, dropout=0.0)
     return build_unet(config, 3, 32).to(settings.device)
 
 
@@ -32,14 +30,12 @@ def step_ratio(with_adm: bool, settings: Settings) -> Values:
     from diffusion.schedule import CosineSchedule
 
     teacher, count = make_unet(settings), settings.pick(2, 8, 128)
-    options: dict[str, Any] = {"prediction": "x", "weighting": "snr_trunc", "lr": 5e-5, "weight_decay": 0.0}
-    adm = ADMConfig() if with_adm else None
     distiller = ProgressiveDistiller(
-        teacher, copy.deepcopy(teacher), CosineSchedule(), STEPS, adm, None, **options
+        teacher, copy.deepcopy(teacher), CosineSchedule(), STEPS, ADMConfig() if with_adm else None, None,
+        prediction="x", weighting="snr_trunc", lr=5e-5, weight_decay=0.0,
     ).to(settings.device)  # fmt: skip
     image = torch.randn(count, 3, 32, 32, device=settings.device)
-    optimizer = torch.optim.Adam(distiller.parameter_groups())
-    own = own_step(distiller, optimizer, {"image": image})
+    own = own_step(distiller, {"image": image}, torch.optim.Adam)
     fixed, student = copy.deepcopy(teacher).eval(), copy.deepcopy(teacher).requires_grad_(True).train()
     t = torch.full((count,), 512, device=settings.device)
 
@@ -62,14 +58,8 @@ def sampling_ratio(settings: Settings) -> Values:
     z = torch.randn(count, 3, 32, 32, device=settings.device)
     t = torch.full((count,), 512, device=settings.device)
 
-    @torch.no_grad()
-    def bare() -> None:
-        for _ in range(STEPS):
-            network(z, t)
-
-    def whole() -> None:
-        student.sample(range(count), 0, batch_size=count)
-
+    whole = partial(student.sample, range(count), 0, batch_size=count)
+    bare = torch.no_grad()(lambda: [network(z, t) for _ in range(STEPS)])
     on = f"{count} images of 32 px in {STEPS} steps, bare : whole"
     return settings.ratio(settings.timer(bare), settings.timer(whole), on, "ms", 1e3)
 
@@ -91,8 +81,7 @@ def dit_step_ratio(with_adm: bool, settings: Settings) -> Values:
     distiller = DiTDistiller(student, teacher, adm=ADMConfig() if with_adm else None).to(settings.device)
     image = torch.randn(count, 4, size, size, device=settings.device)
     t, label = torch.full((count,), 500, device=settings.device), torch.arange(count, device=settings.device)
-    optimizer = torch.optim.AdamW(distiller.parameter_groups())
-    own = own_step(distiller, optimizer, {"image": image, "label": label})
+    own = own_step(distiller, {"image": image, "label": label}, torch.optim.AdamW)
     with torch.no_grad():
         target = teacher(image, t, label)
     bare = bare_step(

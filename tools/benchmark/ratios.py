@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from timeit import Timer
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,14 +50,6 @@ class Measure:
         if self.target is None:
             return None
         return value >= self.target if self.at_least else value <= self.target
-
-
-def seconds(work: Callable[[], object], times: int, now: Callable[[], float]) -> float:
-    """The duration of so many calls by the clock ``now``."""
-    before = now()
-    for _ in range(times):
-        work()
-    return now() - before
 
 
 def cuda_seconds(work: Callable[[], object], times: int) -> float:
@@ -135,7 +128,7 @@ class Settings:
 
     def timer(self, work: Callable[[], object], times: int = 1) -> Callable[[], float]:
         """How long ``work`` takes so many times, by CUDA events on a GPU."""
-        return partial(cuda_seconds, work, times) if self.on_gpu else partial(seconds, work, times, self.now)
+        return partial(cuda_seconds, work, times) if self.on_gpu else partial(Timer(work, timer=self.now).timeit, times)
 
     def ratio(self, a: Callable[[], float], b: Callable[[], float], on: str, unit: str, scale: float = 1.0) -> Values:
         """The first's seconds over the second's. ``on``: the sizes, in front of the medians of both in ``unit``."""
@@ -170,8 +163,9 @@ class Settings:
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def own_step(distiller: Distiller, optimizer: torch.optim.Optimizer, batch: Batch, *, bf16: bool = False) -> Step:
+def own_step(distiller: Distiller, batch: Batch, optimizer: Callable[..., Any] = sgd, *, bf16: bool = False) -> Step:
     """Training's own step on one batch: with the method's own views, backward and optimiser."""
+    optim = optimizer(distiller.parameter_groups())
     device = next(distiller.parameters()).device
     accelerator = SimpleNamespace(device=device, scaler=None, no_sync=lambda module: contextlib.nullcontext())
     losses = LossBuffer(device, lambda values: values, "")
@@ -181,7 +175,7 @@ def own_step(distiller: Distiller, optimizer: torch.optim.Optimizer, batch: Batc
             return distiller(*arguments)
 
     def step() -> None:
-        train_step(forward, distiller, optimizer, batch, PROGRESS, accelerator, losses)
+        train_step(forward, distiller, optim, batch, PROGRESS, accelerator, losses)
         losses.close_step(0)
         losses.rows.clear()
 
@@ -258,11 +252,9 @@ def changes(results: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, 
         if (old := known.get(row["row"])) is None:
             continue
         on, once = (r["on"].rpartition(", ")[0] for r in (row, old))
-        (low, high), (old_low, old_high) = row["interval"], old["interval"]
-        worse, better = (low > old_high, high < old_low) if not row["at_least"] else (high < old_low, low > old_high)
-        verdict = "slower" if worse else "faster" if better else "no difference that shows"
-        if row["what"].startswith("peak memory"):
-            verdict = {"slower": "more memory", "faster": "less memory"}.get(verdict, verdict)
+        words = ("more memory", "less memory") if row["what"].startswith("peak memory") else ("slower", "faster")
+        above, below = row["interval"][0] > old["interval"][1], row["interval"][1] < old["interval"][0]
+        verdict = words[above == row["at_least"]] if above or below else "no difference that shows"
         if on != once:
             verdict = f"measured on other sizes before: {once}"
         change = f"{100 * (row['median'] / old['median'] - 1):+.1f} %"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,7 @@ class Pair:
 CIFAR = Pair({"teacher": "cifar_resnet32x4", "student": "cifar_resnet8x4"}, ADMConfig(), classes=100, size=32, batch=32)
 IMAGENET_ADM = ADMConfig(alpha=0.2, beta=0.6, gamma=0.01, consensus="kd")
 IMAGENET = Pair({"teacher": "resnet34", "student": "resnet18"}, IMAGENET_ADM, classes=1000, size=224, batch=8)
+DML = METHODS["dml"]
 TINY = {"teacher": "cifar_resnet14", "student": "cifar_resnet8"}
 PAIRS = {"resnet34_18": IMAGENET, "resnet32x4_8x4": CIFAR}
 
@@ -67,7 +68,7 @@ def make_distiller(
     settings: Settings,
     adm: ADMConfig | None = None,
     channels_last: bool = False,
-    method: type[Method] = METHODS["dml"],
+    method: type[Method] = DML,
 ) -> Any:
     """A method with ADM (its config) or without (None)."""
     from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
@@ -83,11 +84,7 @@ def make_distiller(
 
 
 def make_step(
-    pair: Pair,
-    settings: Settings,
-    adm: ADMConfig | None = None,
-    variant: str = "",
-    method: type[Method] = METHODS["dml"],
+    pair: Pair, settings: Settings, adm: ADMConfig | None = None, variant: str = "", method: type[Method] = DML
 ) -> Step:
     """Training's own step of a method on one batch. ``variant``: "bf16", "channels_last" or "compile"."""
     distiller = make_distiller(pair, settings, adm, variant == "channels_last", method)
@@ -96,41 +93,25 @@ def make_step(
     batch = pair.batch_for(settings)
     if distiller.method.views == "separate":
         batch["image"] = torch.stack([batch["image"]] * len(distiller.networks), dim=1)  # [B, V, C, H, W]
-    return own_step(distiller, sgd(distiller.parameter_groups()), batch, bf16=variant == "bf16")
+    return own_step(distiller, batch, bf16=variant == "bf16")
 
 
-def make_bare_step(networks: Any, roles: Iterable[str], pair: Pair, settings: Settings) -> Step:
-    """The bare cross-entropy step of these roles; where that is not the teacher's, with the teacher's forward."""
-    batch, trained = pair.batch_for(settings), {role: networks[role] for role in roles}
+def make_bare_step(pair: Pair, settings: Settings, student_of: type[Method] | None = None) -> Step:
+    """The bare cross-entropy step of both networks, or of this method's student with the teacher's forward."""
+    networks, batch = make_distiller(pair, settings, method=student_of or DML).networks, pair.batch_for(settings)
+    trained = {"student": networks["student"]} if student_of else dict(networks.items())
     view, target = batch["image"].float() / 255.0, batch["target"]
     return bare_step(
         trained,
         lambda: {role: {"ce": F.cross_entropy(network(view), target)} for role, network in trained.items()},
-        teacher=None if "teacher" in trained else lambda: networks["teacher"](view),
+        teacher=(lambda: networks["teacher"](view)) if student_of else None,
     )
 
 
-def method_ratio(method: type[Method], pair: Pair, settings: Settings, bare: bool = False) -> Values:
-    """A step of a method over one of DML, or over the bare cross-entropy step of the same networks."""
-    if bare:
-        networks = make_distiller(pair, settings).networks
-        other = make_bare_step(networks, networks, pair, settings)
-    else:
-        other = make_step(pair, settings)
-    return settings.step_ratio(make_step(pair, settings, method=method), other, pair.sizes(settings))
-
-
-def offline_ratio(method: type[Method], adm: ADMConfig | None, pair: Pair, settings: Settings) -> Values:
-    """A step of an offline method over the teacher's forward and the student's bare cross-entropy step."""
-    networks = make_distiller(pair, settings, method=method).networks
-    other = make_bare_step(networks, ["student"], pair, settings)
-    return settings.step_ratio(make_step(pair, settings, adm, method=method), other, pair.sizes(settings))
-
-
-def adm_ratio(pair: Pair, settings: Settings, variant: str = "", against_fp32: bool = False) -> Values:
-    """A step of DML + ADM over one of DML, or over one of DML + ADM in fp32."""
-    other = make_step(pair, settings, pair.adm) if against_fp32 else make_step(pair, settings, variant=variant)
-    return settings.step_ratio(make_step(pair, settings, pair.adm, variant), other, pair.sizes(settings))
+def step_ratio(make_other: Callable[[Pair, Settings], Step], pair: Pair, settings: Settings, **options: Any) -> Values:
+    """``make_step`` with these options over another step on the same sizes."""
+    other = make_other(pair, settings)
+    return settings.step_ratio(make_step(pair, settings, **options), other, pair.sizes(settings))
 
 
 def memory_ratio(pair: Pair, settings: Settings, **changes: Any) -> Values:
@@ -142,43 +123,36 @@ def memory_ratio(pair: Pair, settings: Settings, **changes: Any) -> Values:
 # --- the loop and the loader ------------------------------------------------------------------------------------------
 
 
-class Marked:
-    """Data that notes when ``fit`` takes the first batch and when it saves."""
-
-    def __init__(self, data: Any, now: Callable[[], float]) -> None:
-        self.data, self.now = data, now
-        self.times: list[float] = []
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.times.append(self.now())
-        yield from self.data
-
-    def state_dict(self) -> dict[str, Any]:
-        self.times.append(self.now())
-        return {}
-
-
-def fit_seconds(distiller: Distiller, data: Any, steps: int, settings: Settings) -> tuple[float, float]:
+def fit_seconds(distiller: Distiller, data: Iterable[Batch], steps: int, settings: Settings) -> tuple[float, float]:
     """Durations within one run of ``fit``: its steps with their log points; one checkpoint and one drawing."""
     from accelerate.state import AcceleratorState
 
     from core.training.fit import FitConfig, fit, make_accelerator
     from core.training.run import RunFolder
 
-    marked: Any = Marked(data, settings.now)
+    times: list[float] = []  # when ``fit`` takes the first batch, when it saves, when it has drawn
+
+    class Marked:
+        def __iter__(self) -> Iterator[Batch]:
+            times.append(settings.now())
+            yield from data
+
+        def state_dict(self) -> dict[str, Any]:
+            times.append(settings.now())
+            return {}
 
     class Folder(RunFolder):
         def draw(self) -> None:
             super().draw()
-            marked.times.append(settings.now())
+            times.append(settings.now())
 
     AcceleratorState._reset_state(reset_partial_state=True)  # or it refuses another device in the same process
     config = FitConfig(steps=steps, device="auto" if settings.on_gpu else "cpu")
     with tempfile.TemporaryDirectory() as path, contextlib.redirect_stderr(io.StringIO()):
         run = Folder(Path(path, "run"), {})
         accelerator = make_accelerator(config, run)
-        fit(distiller, marked, sgd, lambda epochs: 1.0, config, run, accelerator, progress_bar=False)
-    start, saving, drawn, *_ = marked.times
+        fit(distiller, cast(Any, Marked()), sgd, lambda epochs: 1.0, config, run, accelerator, progress_bar=False)
+    start, saving, drawn, *_ = times
     return saving - start, drawn - saving
 
 
@@ -265,27 +239,31 @@ def loader_ratio(settings: Settings) -> Values:
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 ADM_DML = "DML + ADM / DML"
-ROWS = {
-    "step_resnet34_18": Measure(f"time of a step, {ADM_DML}", partial(adm_ratio, IMAGENET), 1.02),
-    "step_resnet32x4_8x4": Measure(f"time of a step, {ADM_DML}", partial(adm_ratio, CIFAR), 1.02),
+ROWS: dict[str, Measure] = {}
+for _name, _pair in PAIRS.items():
+    _of = partial(step_ratio, make_step, _pair, adm=_pair.adm)
+    ROWS[f"step_{_name}"] = Measure(f"time of a step, {ADM_DML}", _of, 1.02)
+_of = partial(memory_ratio, CIFAR, gamma=0.0)
+ROWS |= {
     "memory_resnet34_18": Measure(f"peak memory, {ADM_DML}", partial(memory_ratio, IMAGENET), 1.02),
-    "memory_resnet32x4_8x4_adm": Measure(
-        f"peak memory, {ADM_DML}, gamma 0", partial(memory_ratio, CIFAR, gamma=0.0), 1.02
-    ),
+    "memory_resnet32x4_8x4_adm": Measure(f"peak memory, {ADM_DML}, gamma 0", _of, 1.02),
     "memory_resnet32x4_8x4_feature": Measure(f"peak memory, {ADM_DML}, gamma 1", partial(memory_ratio, CIFAR), 1.09),
     "fit_cifar": Measure("images/s, fit() / bare loop", fit_ratio, 0.97, at_least=True),
     "fit_overhead_ms": Measure("time of a step, fit() - bare loop", fit_overhead, 0.10, unit="ms"),
     "loader": Measure("images/s, in-memory loader / torchvision's transforms", loader_ratio, 30.0, at_least=True),
 }
 for _name, _method in METHODS.items():
-    _of = partial(method_ratio, _method, replace(CIFAR, batch=16))
-    if _name != "dml":
-        ROWS[f"method_{_name}"] = Measure(f"time of a step, {_name} / DML", _of)
-    ROWS[f"bare_{_name}"] = Measure(f"time of a step, {_name} / bare cross-entropy", partial(_of, bare=True))
+    for _row, _than, _make in (("method", "DML", make_step), ("bare", "bare cross-entropy", make_bare_step)):
+        _of = partial(step_ratio, _make, replace(CIFAR, batch=16), method=_method)
+        if _row == "bare" or _name != "dml":
+            ROWS[f"{_row}_{_name}"] = Measure(f"time of a step, {_name} / {_than}", _of)
 _what = "time of a step, {} / teacher's forward and the student's bare step"
 for _name in ("kd", "dkd", "diswot", "norm"):
-    ROWS[f"offline_{_name}"] = Measure(_what.format(_name), partial(offline_ratio, OFFLINE_METHODS[_name], None, CIFAR))
-_of = partial(offline_ratio, OFFLINE_METHODS["kd"], ADMConfig(alpha=1.0, beta=0.0, gamma=0.0), CIFAR)
+    _method = OFFLINE_METHODS[_name]
+    _of = partial(step_ratio, partial(make_bare_step, student_of=_method), CIFAR, method=_method)
+    ROWS[f"offline_{_name}"] = Measure(_what.format(_name), _of)
+_over = partial(make_bare_step, student_of=OFFLINE_METHODS["kd"])
+_of = partial(step_ratio, _over, CIFAR, method=OFFLINE_METHODS["kd"], adm=ADMConfig(alpha=1.0, beta=0.0, gamma=0.0))
 ROWS["offline_kd+adm"] = Measure(_what.format("kd + ADM"), _of, 1.03)
 for _name in ("deeplabv3", "pspnet") if importlib.util.find_spec("mmseg") else ():  # its extra is installed
     _what = f"{_name}, R101 + R18, {ADM_DML}"
@@ -304,6 +282,7 @@ if importlib.util.find_spec("diffusers"):
 GPU_ROWS = {}
 for (_name, _pair), _variant in itertools.product(PAIRS.items(), ("bf16", "channels_last", "compile")):
     _what = f"time of a step in {_variant}, DML + ADM"
-    _of = partial(adm_ratio, _pair, variant=_variant)
-    GPU_ROWS[f"step_{_name}_{_variant}"] = Measure(f"{_what} / DML", _of)
-    GPU_ROWS[f"speed_{_name}_{_variant}"] = Measure(f"{_what} / the same in fp32", partial(_of, against_fp32=True))
+    _own: dict[str, Any] = {"adm": _pair.adm, "variant": _variant}
+    for _row, _than, _other in (("step", "DML", "variant"), ("speed", "the same in fp32", "adm")):
+        _of = partial(step_ratio, partial(make_step, **{_other: _own[_other]}), _pair, **_own)
+        GPU_ROWS[f"{_row}_{_name}_{_variant}"] = Measure(f"{_what} / {_than}", _of)

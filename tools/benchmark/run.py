@@ -23,21 +23,23 @@ import torch
 
 from core.errors import InputError, unknown
 from core.files import save_json
-from core.training.command import run_command
+from core.training.command import LineParser, run_command
 from tools.benchmark.ratios import HEADER, Settings, changes, draw, line, summary
 from tools.benchmark.rows import GPU_ROWS, ROWS
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from jsonargparse.typing import PositiveInt
+
     epilog = f"rows: {' '.join(ROWS)}\n\non a GPU also: {' '.join(GPU_ROWS)}"
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=raw, allow_abbrev=False)
+    parser = LineParser(description=__doc__, epilog=epilog, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="measure these alone (default: all, see below)")
-    parser.add_argument("--pairs", type=int, default=20, help="pairs of measurements for each row (20)")
+    parser.add_argument("--pairs", type=PositiveInt, default=20, help="pairs of measurements for each row (20)")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder to write to (runs/benchmark)")
     parser.add_argument("--quick", action="store_true", help="tiny networks: shows that all runs, measures nothing")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU where there is one")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all cores)")
+    parser.add_argument("--threads", type=PositiveInt, default=os.cpu_count(), help="CPU threads (all cores)")
     clock = "cpu counts processor time, for a machine that others use too (loader, loop_...: always wall)"
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help=clock)
     parser.add_argument("--compare", type=Path, metavar="FILE", help="an earlier benchmark.json: says what got slower")
@@ -56,15 +58,13 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code. Raises: InputError for an unknown row, a count below 1, or nothing to compare with."""
+    """Returns the exit code. Raises: InputError for an unknown row or option, or nothing to compare with."""
     args = make_parser().parse_args(argv)
     before = None if args.compare is None else read_rows(args.compare)
     rows = {**ROWS, **GPU_ROWS}
     for name in args.rows or ():
         if name not in rows:
             raise unknown("row", name, rows)
-    if min(args.pairs, args.threads) < 1:
-        raise InputError("--pairs and --threads must be at least 1")
     from core.training.run import environment
 
     torch.set_num_threads(args.threads)
