@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,6 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import save_figure
 from .sums import RunningSums
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 class Reliability(NamedTuple):
@@ -106,7 +103,7 @@ def draw_reliability(calibrations: Mapping[str, Calibration], path: str | Path) 
 _ACCURACY, _OVER, _UNDER = "#9ecae1", "#d62728", "#2ca02c"
 
 
-def _draw_diagram(axis: Axes, reliability: Reliability, title: str) -> None:
+def _draw_diagram(axis: Any, reliability: Reliability, title: str) -> None:
     """Bars of accuracy with their gaps to the mean confidence, and accuracy over mean confidence."""
     width = 1.0 / len(reliability.samples)
     used = reliability.samples > 0
@@ -121,7 +118,7 @@ def _draw_diagram(axis: Axes, reliability: Reliability, title: str) -> None:
     axis.set(title=title, xlim=(0, 1), ylim=(0, 1))
 
 
-def _draw_histogram(axis: Axes, calibration: Calibration) -> None:
+def _draw_histogram(axis: Any, calibration: Calibration) -> None:
     """The share of the samples in each bin, with the mean confidence and the accuracy over all of them."""
     count, confidence, correct = calibration.sums.cpu().double()
     total, width = count.sum(), 1.0 / calibration.bins

@@ -119,26 +119,13 @@ def draw_maps(
         pictures: name -> uint8 ``[B, 3, H, W]`` to show as they are, between image and maps (class maps in colour).
         legend: name -> colour (red, green, blue, 0 to 255) of what ``pictures`` show, below everything.
         side: inches across an image.
-    Raises: InputError where shapes do not fit or ``path`` cannot be written (see ``save_figure``).
+    Raises: InputError where ``path`` cannot be written (see ``save_figure``).
     """
-    count, channels, height, width = images.shape
-    pictures = pictures or {}
-    if images.dtype != torch.uint8 or channels not in (1, 3) or not (maps or pictures):
-        raise InputError(
-            f"draw_maps needs maps and uint8 images [B, 1 or 3, H, W], not {images.dtype} {[*images.shape]}"
-        )
-    for name, values in maps.items():
-        if values.dim() != 3 or values.shape[0] != count:
-            raise InputError(
-                f"the map {name!r} is {tuple(values.shape)}: it must be [{count}, h, w], one for each image"
-            )
-    for what, given in (("labels", labels), ("boxes", boxes)):
-        if given is not None and len(given) != count:
-            raise InputError(f"{len(given)} {what} for {count} images")
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    shape = side * height / width
+    count, _, height, width = images.shape
+    pictures, shape = pictures or {}, side * height / width
     columns = 1 + len(pictures) + len(maps)
     figure = Figure(
         figsize=(side * columns + 0.6, (shape + 0.06) * count + 1.0 + (0.4 if legend else 0.0)),

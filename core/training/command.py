@@ -61,12 +61,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command and exits: 0 done, 2 wrong input, 1 anything else that can be said in a line, 130 interrupted."""
     try:
         code = main() or DONE
-    except InputError as error:
+    except (InputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = WRONG_INPUT
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = FAILED
+        code = WRONG_INPUT if isinstance(error, InputError) else FAILED
     except OSError as error:
         if error.errno not in _DISK:
             raise

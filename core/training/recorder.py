@@ -73,7 +73,7 @@ class Recorder:
         processes = state["processes"]
         own = processes[min(rank, len(processes) - 1)]
         self.best, self.losses.rows = state["best"], own["window"]
-        self.clock.restore(state["seconds"], state["samples"])
+        self.clock = Clock(self.device, self.processes, state["seconds"], state["samples"])
         if len(processes) != self.processes:
             said = f"saved by {len(processes)} process(es), resumed by {self.processes}"
             self.run.log(f"{said}: not bit by bit alike")
@@ -122,7 +122,8 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this, and the random state of each process."""
-        own = {"random": random_state(), "window": self.losses.rows_on_cpu()}
+        window = [{**row, "values": row["values"].cpu()} for row in self.losses.rows]
+        own = {"random": random_state(), "window": window}
         return {
             "best": self.best, "seconds": self.clock.seconds, "samples": self.clock.samples,
             "metrics_size": self.run.metrics_size(), "processes": self.gather(own),

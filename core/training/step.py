@@ -139,27 +139,6 @@ def seconds_a_step(
     return shortest(step)
 
 
-def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward pass of what ``forward`` computes, each storage counted once.
-
-    ``parameters``: tensors that are there anyway and do not count.
-    """
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, Any] = {}  # the storages themselves, so that no address is used again meanwhile
-
-    def pack(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        result = forward()
-    total = sum(storage.nbytes() for storage in kept.values())
-    del result
-    return total
-
-
 def memory_estimate(distiller: Distiller, batch: Batch, images: int, *, moments: int) -> int:
     """Bytes that a step of so many ``images`` needs (see ``bytes_needed``), from one forward of a small ``batch``."""
 
@@ -176,8 +155,20 @@ def bytes_needed(module: torch.nn.Module, forward: Callable[[], object], times: 
     which the whole one is ``times`` as large.
     ``moments``: values that the optimiser keeps for each weight (1 for SGD with momentum, 2 for Adam).
     """
-    parameters, buffers = list(module.parameters()), list(module.buffers())
+    tensors = [*module.parameters(), *module.buffers()]
+    known = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    kept: dict[int, Any] = {}  # the storages themselves, so that no address is used again meanwhile
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return value
+
     module.train()
-    activations = saved_bytes(forward, [*parameters, *buffers])
-    trained = sum(p.nbytes for p in parameters if p.requires_grad)
-    return round(sum(t.nbytes for t in [*parameters, *buffers]) + trained * (1 + moments) + activations * times)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        result = forward()  # held until the storages are counted
+    activations = sum(storage.nbytes() for storage in kept.values())
+    del result
+    trained = sum(t.nbytes for t in tensors if t.requires_grad)
+    return round(sum(t.nbytes for t in tensors) + trained * (1 + moments) + activations * times)

@@ -420,23 +420,6 @@ def test_a_constant_map_and_a_colour_image_can_be_drawn(tmp_path: Path) -> None:
     assert colours(tmp_path / "maps.png") > 100
 
 
-@pytest.mark.parametrize(
-    ("images", "maps", "more", "message"),
-    [
-        (torch.zeros(2, 3, 8, 8), {"S": torch.zeros(2, 2, 2)}, {}, "uint8"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {}, {}, "needs maps"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {"S": torch.zeros(3, 2, 2)}, {}, "'S'"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {"S": torch.zeros(2, 2, 2)}, {"labels": ["a"]}, "1 labels"),
-    ],
-)
-def test_maps_that_do_not_fit_are_refused(
-    images: Tensor, maps: dict[str, Tensor], more: dict, message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match=message):
-        draw_maps(images, maps, tmp_path / "maps.png", **more)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_reliability_is_drawn_for_each_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = drawn(monkeypatch, "calibration")
     logits, target = logits_and_target(300)

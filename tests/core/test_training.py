@@ -677,7 +677,7 @@ def test_folders_that_hold_no_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         RunFolder(tmp_path / "file", {})
-    with pytest.raises(InputError, match="cannot make the run folder"):
+    with pytest.raises(InputError, match="cannot make the folder"):
         opened(tmp_path / "file/run", {})
     (tmp_path / "empty").mkdir()
     opened(tmp_path / "empty", {})
