@@ -308,7 +308,4 @@ class ADMLoss(nn.Module):
         return sum(terms.values(), start=map_student.new_zeros(()))
 
     def extra_repr(self) -> str:
-        c = self.config
-        return (
-            f"alpha={c.alpha}, beta={c.beta}, consensus={c.consensus}, divergence={c.divergence}, control={c.control}"
-        )
+        return str(self.config)

@@ -10,7 +10,6 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dist import all_gather_object, all_reduce, get_dist_info
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from torch import Tensor
 
 from core.errors import TrainingError
@@ -21,6 +20,7 @@ from core.training.recorder import Recorder
 from core.training.run import RunFolder
 from core.training.seed import random_state, restore_random_state, seed_everything
 from core.training.step import share_buffers
+from segmentation.distiller import bare
 from segmentation.experiment import as_text, export_network
 
 ADVICE = "lower the learning rate, clip gradients (--cfg-options optim_wrapper.clip_grad.max_norm=1.0) or train in fp32"
@@ -55,8 +55,6 @@ class RunHook(Hook):
         self._before_evaluation: dict[str, Any] = {}
         self._started, self._rate = False, 0.0
 
-    # Start
-
     def before_train(self, runner: Any) -> None:
         device = next(runner.model.parameters()).device
         self.board: Any = None
@@ -81,8 +79,6 @@ class RunHook(Hook):
         self._random = self.recorder.restore(self._loaded, runner.iter, self.rank)
         self.recorder.start(runner.iter)
 
-    # Each iteration
-
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         if not self._started:  # not earlier: the loaders draw their own seeds when they start
             self._started = True
@@ -105,8 +101,6 @@ class RunHook(Hook):
             self._save(runner, step)
             self.recorder.clock.resume()
 
-    # Evaluation
-
     def before_val(self, runner: Any) -> None:
         self.recorder.clock.pause()
         self._before_evaluation = random_state()
@@ -122,8 +116,6 @@ class RunHook(Hook):
         self.recorder.draw()
         self.recorder.clock.resume()
 
-    # End
-
     def after_train(self, runner: Any) -> None:
         if self.run.main and runner.iter >= runner.max_iters:
             student = bare(runner.model).networks["student"]
@@ -133,8 +125,6 @@ class RunHook(Hook):
         self.result = self.recorder.finish(runner.iter, {"selected_on": "val", "note": note, **self.summary})
         if self.board is not None:
             self.board.close()
-
-    # Parts
 
     def _save(self, runner: Any, step: int, best: bool = False) -> None:
         self.recorder.losses.check()
@@ -164,11 +154,6 @@ def mean(values: Tensor) -> Tensor:
     """Over all processes; changes ``values``."""
     all_reduce(values, op="mean")
     return values
-
-
-def bare(model: Any) -> Any:
-    """The model without the wrapper that several processes put around it."""
-    return model.module if is_model_wrapper(model) else model
 
 
 def _evaluates(runner: Any, step: int) -> bool:

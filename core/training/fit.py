@@ -189,13 +189,9 @@ def durations(config: FitConfig, steps_per_epoch: int | None) -> tuple[int, int]
         raise InputError("the training set yields no batch: it is smaller than a batch may be")
     if config.epochs is None and config.steps is None:
         raise InputError("how long? give --fit.epochs or --fit.steps")
-    if config.steps is not None:
-        total = config.steps
-    elif steps_per_epoch is None:
+    if config.steps is None and steps_per_epoch is None:
         raise InputError("data without an end need --fit.steps")
-    else:
-        assert config.epochs is not None
-        total = round(config.epochs * steps_per_epoch)
+    total = round((config.epochs or 0) * (steps_per_epoch or 0)) if config.steps is None else config.steps
     for name in ("accumulate", "log_every", "keep", "evaluate_every"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise InputError(f"fit.{name} must be at least 1")

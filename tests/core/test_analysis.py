@@ -159,20 +159,20 @@ def test_a_confidence_on_an_edge_belongs_to_the_bin_below(dtype: torch.dtype) ->
         for number, edge in enumerate(edges):
             calibration = Calibration(bins)
             calibration.update(with_confidence(edge[None]), torch.zeros(1, dtype=torch.long), probabilities=True)
-            assert calibration.reliability().samples.nonzero().item() == number
+            assert calibration.reliability()[0].nonzero().item() == number
         above = torch.nextafter(edges[:-1], torch.ones((), dtype=dtype))
         calibration = Calibration(bins)
         calibration.update(with_confidence(above), torch.zeros(bins - 1, dtype=torch.long), probabilities=True)
-        assert calibration.reliability().samples.tolist() == [0] + [1] * (bins - 1)
+        assert calibration.reliability()[0].tolist() == [0] + [1] * (bins - 1)
 
 
 def test_certainty_falls_into_the_last_bin() -> None:
     calibration = Calibration(15)
     calibration.update(torch.tensor([[0.0, -math.inf], [90.0, -90.0]]), torch.tensor([0, 1]))
-    reliability = calibration.reliability()
-    assert reliability.samples.tolist() == [0] * 14 + [2]
-    assert reliability.confidence[-1] == 1.0 and reliability.accuracy[-1] == 0.5
-    assert reliability.confidence[:-1].isnan().all()
+    samples, confidence, accuracy = calibration.reliability()
+    assert samples.tolist() == [0] * 14 + [2]
+    assert confidence[-1] == 1.0 and accuracy[-1] == 0.5
+    assert confidence[:-1].isnan().all()
     assert calibration.ece() == 50.0
 
 
@@ -203,7 +203,7 @@ def test_summed_halves_equal_the_whole() -> None:
     for batch, labels in zip(logits[100:].split(64), target[100:].split(64), strict=True):
         second.update(batch, labels)
     first.sums += second.sums
-    assert torch.equal(first.reliability().samples, whole.reliability().samples)
+    assert torch.equal(first.reliability()[0], whole.reliability()[0])
     torch.testing.assert_close(first.sums, whole.sums, rtol=1e-12, atol=0)
     assert first.ece() == pytest.approx(whole.ece(), rel=1e-9)
 
@@ -430,12 +430,12 @@ def test_reliability_is_drawn_for_each_role(tmp_path: Path, monkeypatch: pytest.
     assert colours(tmp_path / "reliability.png") > 20
     titles = [axis.get_title() for axis in figures[0].axes[:2]]
     assert titles == [f"teacher: ECE {teacher.ece():.2f} %", f"student: ECE {student.ece():.2f} %"]
-    reliability = teacher.reliability()
-    used = reliability.samples > 0
+    samples, confidence, accuracy = teacher.reliability()
+    used = samples > 0
     heights = [bar.get_height() for bar in figures[0].axes[0].containers[0]]
-    assert heights == pytest.approx(reliability.accuracy[used].tolist())
+    assert heights == pytest.approx(accuracy[used].tolist())
     gaps = sorted(bar.get_height() for group in figures[0].axes[0].containers[1:] for bar in group)
-    expected = (reliability.confidence - reliability.accuracy)[used]
+    expected = (confidence - accuracy)[used]
     assert gaps == pytest.approx(sorted(expected[expected != 0].tolist()))
 
 
