@@ -258,11 +258,8 @@ class DistillationSegmentor(BaseSegmentor):
 
         Raises: ValueError where the channels differ and there is no adapter: the method was trained without ADM.
         """
-        maps = {
-            role: self.networks[role].decode_head._forward_feature(self.networks[role].extract_feat(view))
-            for role, view in self.views(inputs).items()
-        }
-        student, teacher = maps["student"], maps["teacher"]
+        views = self.views(inputs)
+        teacher, student = (n.decode_head._forward_feature(n.extract_feat(views[r])) for r, n in self.networks.items())
         if self.adm is not None:
             student = self.adm.project(student, teacher)
         return spatial_similarity(student, teacher)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ class RunHook(Hook):
     def before_train(self, runner: Any) -> None:
         device = next(runner.model.parameters()).device
         self.board: Any = None
-        if self.run.main and "tensorboard" in self.cfg.run.trackers and importlib.util.find_spec("tensorboard"):
+        if self.run.main and "tensorboard" in self.cfg.run.trackers:
             from torch.utils.tensorboard import SummaryWriter
 
             purge = runner.iter + 1 if runner.iter else None  # lines of iterations that are now taken again
@@ -95,8 +94,11 @@ class RunHook(Hook):
         stopping = self.recorder.after_step(step, len(data_batch["inputs"]), self._rate, self.stop.requested)
         if stopping:
             runner.train_loop.stop_training = True
-        due = save_every is not None and step % save_every == 0
-        if (due or stopping or step == runner.max_iters) and not _evaluates(runner, step):
+        loop, last = runner.train_loop, step == runner.max_iters
+        # The loop's own evaluation, which the checkpoint is saved behind, comes after this.
+        evaluates = runner.val_loop is not None and step >= loop.val_begin and (last or step % loop.val_interval == 0)
+        due = last or (save_every is not None and step % save_every == 0)
+        if (due or stopping) and not evaluates:
             self.recorder.clock.pause()
             self._save(runner, step)
             self.recorder.clock.resume()
@@ -154,10 +156,3 @@ def mean(values: Tensor) -> Tensor:
     """Over all processes; changes ``values``."""
     all_reduce(values, op="mean")
     return values
-
-
-def _evaluates(runner: Any, step: int) -> bool:
-    """Whether the loop evaluates after this iteration; the checkpoint is then saved behind it."""
-    loop = runner.train_loop
-    due = step % loop.val_interval == 0 or step == loop.max_iters
-    return runner.val_loop is not None and step >= loop.val_begin and due

@@ -52,9 +52,7 @@ def train(
 ) -> int:
     """Trains, resumes or, with ``dry``, only looks; returns the exit code.
 
-    Args: the config; its changed options; bf16, fp16 or None; the run folder; mmengine's launcher, "none" for one
-        process (torchrun is recognised unless given); False to train, True to look, "time" to look and to time.
-    Raises: InputError, TrainingError.
+    Args: as the options of ``tools/train.py``; ``dry``: "time" to look and to time. Raises: InputError, TrainingError.
     """
     cfg = load_config(config, options)
     if amp is not None:

@@ -22,8 +22,6 @@ class Calibration(RunningSums):
     """
 
     def __init__(self, bins: int = 15, device: torch.device | str = "cpu") -> None:
-        if bins < 1:
-            raise InputError(f"calibration needs at least one bin, not {bins}")
         super().__init__(3, bins, device=device)
         self.bins = bins
 

@@ -123,6 +123,7 @@ def draw_maps(
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.patches import Patch
 
     count, _, height, width = images.shape
     pictures, shape = pictures or {}, side * height / width
@@ -143,21 +144,13 @@ def draw_maps(
     for row, text in enumerate(labels or []):
         axes[row, 0].set_ylabel(text, fontsize=9)
     if legend:
-        _draw_legend(figure, legend, columns)
+        look: dict[str, Any] = {"edgecolor": "0.4", "linewidth": 0.5}
+        patches = [Patch(facecolor=f"#{bytes(color).hex()}", label=name, **look) for name, color in legend.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=2 * columns, fontsize=8, frameon=False)
     grey = images.cpu().float().mean(dim=1)
     for column, (name, values) in enumerate(maps.items(), start=len(shown)):
         _draw_column(axes[:, column], name, values.detach().float().cpu(), grey)
     save_figure(figure, path, dpi=150)
-
-
-def _draw_legend(figure: Any, legend: Mapping[str, Sequence[int]], columns: int) -> None:
-    from matplotlib.patches import Patch
-
-    patches = [
-        Patch(facecolor=f"#{bytes(color).hex()}", edgecolor="0.4", linewidth=0.5, label=name)
-        for name, color in legend.items()
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=2 * columns, fontsize=8, frameon=False)
 
 
 def _prepare(axes: Any, size: Size, boxes: Tensor | None) -> None:

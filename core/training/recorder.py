@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checkpoint import BEST, numbered, point, step_of
 from .meters import Clock, LossBuffer, peak_memory
-from .run import RunFolder
+from .run import RunFolder, read_metrics
 from .seed import random_state
 
 DRAW_EVERY = 60.0
@@ -123,11 +123,12 @@ class Recorder:
         if step < self.total:
             place = f"{self.unit} {step} of {self.total}"
             self.run.log(f"interrupted at {place}; the same command goes on from here")
+        lines = read_metrics(self.run.metrics_file)
         result = {
             "status": "finished" if step >= self.total else "interrupted",
             "step": step,
             **self._epoch(step),
-            "last": next((line for line in reversed(self.run.metrics()) if line["kind"] == "evaluation"), None),
+            "last": next((line for line in reversed(lines) if line["kind"] == "evaluation"), None),
             "best": self.best,
             "seconds": self.clock.seconds,
             "images_per_second": self.clock.samples * self.processes / max(self.clock.seconds, 1e-9),

@@ -96,10 +96,6 @@ class RunFolder:
         if self.main:
             _append(self.metrics_file, json.dumps(plain(values, finite=True)))
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All lines of ``metrics.jsonl``; see ``read_metrics``."""
-        return read_metrics(self.metrics_file)
-
     def metrics_size(self) -> int:
         """Bytes of ``metrics.jsonl``: a checkpoint remembers it, a resume cuts the file back to it."""
         return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
@@ -121,8 +117,7 @@ class RunFolder:
         if self.main:
             from ..analysis.curves import draw_curves
 
-            metrics = self.metrics()
-            if metrics:
+            if metrics := read_metrics(self.metrics_file):
                 draw_curves(metrics, self.path / "curves.png")
 
 

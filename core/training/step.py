@@ -35,8 +35,7 @@ def train_step(
         module: the distiller as ``accelerator.prepare`` returns it.
         batch: tensors ``[B, ...]``, on whichever device; they are moved to the accelerator's.
         losses: takes the step's losses and observations; the caller closes the step there.
-        accumulate: parts into which the batch is split, one after the other.
-        clip: largest gradient norm over all networks together.
+        accumulate, clip: as in ``FitConfig``.
     """
     device = accelerator.device
     batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -118,10 +117,7 @@ def seconds_a_step(
     accumulate: int = 1,
     clip: float | None = None,
 ) -> float:
-    """The shortest of three real steps on the loader's first batch, after one that warms up. The networks move on.
-
-    Args: as ``fit`` takes them.
-    """
+    """The shortest of three real steps on the loader's first batch (see ``fit``), which move the networks."""
     module = accelerator.prepare(distiller)
     distiller.train()
     optim = optimizer(distiller.parameter_groups())

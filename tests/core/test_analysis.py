@@ -216,11 +216,6 @@ def test_half_precision_logits_are_softened_in_float32() -> None:
     assert calibration.ece() == pytest.approx(ece_by_loops(logits, target, 15), abs=1e-4)
 
 
-def test_calibration_needs_a_bin() -> None:
-    with pytest.raises(InputError, match="at least one bin"):
-        Calibration(0)
-
-
 # ---------------------------------------------------------------- maps (Figure 1)
 
 
