@@ -66,10 +66,8 @@ def box_share(weights: Tensor, boxes: Tensor, image_size: Size) -> Tensor:
             the whole image is 0, 0, width, height. (Add 1 to inclusive corners.) Parts outside the image do not count.
         image_size: height and width of the image in pixels.
     Returns: nan for a map without any mass (average with ``nanmean``).
-    Raises: InputError for a negative weight or a box with x1 < x0 or y1 < y0.
+    Raises: InputError for a box with x1 < x0 or y1 < y0.
     """
-    if (weights < 0).any():
-        raise InputError("the share of a map needs non-negative weights: use an attention, 1 - S, or relative_cam")
     boxes, weights = boxes.double(), weights.double()
     if (boxes[:, 2:] < boxes[:, :2]).any():
         raise InputError("a box has x1 < x0 or y1 < y0: boxes are x0, y0, x1, y1 in pixels, not x, y, width, height")
@@ -123,7 +121,7 @@ def draw_maps(
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.patches import Patch
+    from matplotlib.patches import Patch, Rectangle
 
     count, _, height, width = images.shape
     pictures, shape = pictures or {}, side * height / width
@@ -134,7 +132,12 @@ def draw_maps(
     )
     # Below the images a row for the scale of each map.
     axes = figure.subplots(count + 1, columns, squeeze=False, height_ratios=[shape] * count + [0.09])
-    _prepare(axes[:count], (height, width), boxes)
+    for row, panels in enumerate(axes[:count]):
+        for axis in panels:
+            axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))  # image coordinates
+            if boxes is not None:
+                x0, y0, x1, y1 = boxes[row].tolist()
+                axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="lime", linewidth=1.2))
     shown = {"image": images.expand(-1, 3, -1, -1), **pictures}
     for column, (name, values) in enumerate(shown.items()):
         axes[count, column].set_axis_off()
@@ -151,18 +154,6 @@ def draw_maps(
     for column, (name, values) in enumerate(maps.items(), start=len(shown)):
         _draw_column(axes[:, column], name, values.detach().float().cpu(), grey)
     save_figure(figure, path, dpi=150)
-
-
-def _prepare(axes: Any, size: Size, boxes: Tensor | None) -> None:
-    """Bare panels ``[rows, columns]`` in image coordinates, with the row's object box."""
-    from matplotlib.patches import Rectangle
-
-    for row, panels in enumerate(axes):
-        for axis in panels:
-            axis.set(xticks=[], yticks=[], xlim=(0, size[1]), ylim=(size[0], 0))
-            if boxes is not None:
-                x0, y0, x1, y1 = boxes[row].tolist()
-                axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="lime", linewidth=1.2))
 
 
 def _draw_column(axes: Any, name: str, values: Tensor, grey: Tensor) -> None:

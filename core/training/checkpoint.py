@@ -121,15 +121,13 @@ def latest_checkpoint(
         if leftover(path):
             remove(path)
     candidates = numbered(folder)[::-1]
-    damaged: list[Path] = []
-    for candidate in candidates:
+    for damaged, candidate in enumerate(candidates):
         try:
             checkpoint = read(candidate)
         except Exception as error:
             log(f"checkpoint {candidate} is damaged ({first_line(error)}): looking for the one before it")
-            damaged.append(candidate)
             continue
-        for bad in damaged:
+        for bad in candidates[:damaged]:
             log(f"resuming from {candidate} instead of {bad.name}")
             remove(bad)
         point(LAST, candidate)

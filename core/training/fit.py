@@ -19,9 +19,6 @@ from .schedule import Schedule
 from .seed import restore_random_state
 from .step import batch_length, share_buffers, train_step
 
-Parts = Mapping[str, Any]
-"""What stands in a checkpoint under its name, by ``state_dict()`` and ``load_state_dict()``; None: not of this run."""
-
 
 class Data(Protocol):
     """Batches of the rest of the current epoch each time it is iterated, and where it stands. May be endless."""
@@ -135,7 +132,7 @@ def fit(
         track=lambda values, step: accelerator.log(values, step=step), progress_bar=progress_bar,
     )  # fmt: skip
     run.open()
-    parts = {"optimizer": optim, "data": data, "scaler": accelerator.scaler}
+    parts: dict[str, Any] = {"optimizer": optim, "data": data, "scaler": accelerator.scaler}
     step = _load(recorder, distiller, parts, accelerator)
     purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers("adm", init_kwargs=purge)
@@ -173,7 +170,7 @@ def fit(
                 recorder.clock.resume()
             if stopping:
                 if saved_at != step:
-                    _save(recorder, step, distiller, parts, accelerator, config.keep)
+                    _save(recorder, step, distiller, parts, accelerator, config.keep, best=False)
                 break
 
     result = recorder.finish(step, summary or {})
@@ -203,7 +200,7 @@ def durations(config: FitConfig, steps_per_epoch: int | None) -> tuple[int, int]
 
 
 def _save(
-    recorder: Recorder, step: int, distiller: Distiller, parts: Parts, accelerator: Any, keep: int, best: bool = False
+    recorder: Recorder, step: int, distiller: Distiller, parts: dict[str, Any], accelerator: Any, keep: int, best: bool
 ) -> None:
     """A checkpoint of all that an exact resume needs. Raises: TrainingError for a NaN loss or weight, a full disk."""
     recorder.losses.check()
@@ -219,7 +216,7 @@ def _save(
     accelerator.wait_for_everyone()
 
 
-def _load(recorder: Recorder, distiller: Distiller, parts: Parts, accelerator: Any) -> int:
+def _load(recorder: Recorder, distiller: Distiller, parts: dict[str, Any], accelerator: Any) -> int:
     """Puts everything back as the newest checkpoint has it. Returns: the steps done, 0 where there is none."""
     run = recorder.run
     found = checkpoints.latest_checkpoint(run.checkpoints, run.log) if run.main else None
