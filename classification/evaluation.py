@@ -12,9 +12,8 @@ from torch import Tensor
 from classification.distiller import ClassificationDistiller
 from classification.methods import Outputs
 from core.adm import spatial_similarity
-from core.analysis.attention import AttentionStatistics
+from core.analysis.attention import AttentionStatistics, RunningSums
 from core.analysis.calibration import Calibration
-from core.analysis.sums import RunningSums
 from core.training.distiller import Batch
 
 

@@ -1,28 +1,18 @@
 """Asymmetric Decision-Making (ADM) for knowledge distillation. A name loads torch when first used, nothing heavier."""
 
+# ruff: noqa: F403, F405
+
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .adapter import Adapter
-    from .adm import (
-        ADMConfig,
-        ADMLoss,
-        consensus_attention,
-        consensus_kd_loss,
-        consensus_loss,
-        control,
-        divergence_attention,
-        divergence_kd_loss,
-        divergence_loss,
-        phi_loss,
-        spatial_similarity,
-    )
-    from .distillation import feature_loss, kd_loss, mutual_loss
-    from .errors import InputError, TrainingError
-    from .network import Network, Split, as_network, check_network, stage_maps
+if TYPE_CHECKING:  # what `__getattr__` finds, with its types
+    from .adapter import *
+    from .adm import *
+    from .distillation import *
+    from .errors import *
+    from .network import *
 
 __all__ = [
     "ADMConfig",

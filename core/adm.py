@@ -249,8 +249,7 @@ class ADMLoss(nn.Module):
         """phi(F_s) at the size at which the maps are compared, F_s detached; the map itself without an adapter."""
         if self.adapter is not None:
             return self.adapter(map_student.detach(), smaller_size(map_student, map_teacher))
-        if map_student.shape[1] != map_teacher.shape[1]:
-            cs, ct = map_student.shape[1], map_teacher.shape[1]
+        if (cs := map_student.shape[1]) != (ct := map_teacher.shape[1]):
             raise ValueError(
                 f"the student's map has {cs} channels, the teacher's {ct}: write "
                 f"ADMLoss(alpha, beta, adapter=Adapter({cs}, {ct})) and give adm.parameters() to the optimiser"
@@ -306,9 +305,3 @@ class ADMLoss(nn.Module):
         """The scalar of Eq. 9, plus phi's own loss where there is one: the sum of ``terms``, same arguments."""
         terms = self.terms(map_student, map_teacher, target, student_head, teacher_head, previous=previous, delta=delta)
         return sum(terms.values(), start=map_student.new_zeros(()))
-
-    def extra_repr(self) -> str:
-        c = self.config
-        return (
-            f"alpha={c.alpha}, beta={c.beta}, consensus={c.consensus}, divergence={c.divergence}, control={c.control}"
-        )

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import Any, BinaryIO
 
 from .errors import InputError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -28,8 +25,8 @@ def image_files(folder: Path | str) -> list[str]:
     )
 
 
-def open_image(file: Path | str | BinaryIO, name: str | None = None) -> Image:
-    """The decoded image, RGB. ``name``: what a message calls it, its path unless given.
+def open_image(file: Path | str | BinaryIO, name: str | None = None) -> Any:
+    """The decoded PIL image, RGB. ``name``: what a message calls it, its path unless given.
 
     Raises: InputError for what is broken or no image.
     """

@@ -49,10 +49,7 @@ class Split(nn.Module):
     """
 
     def __init__(
-        self,
-        features: Callable[[Tensor], Tensor],
-        head: Callable[[Tensor], Tensor],
-        model: nn.Module | None = None,
+        self, features: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], model: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.features, self.head, self.model = features, head, model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,18 +46,13 @@ class ViewsDataPreProcessor(SegDataPreProcessor):
     Each view is normalised, and its channels reordered, as a plain image is; all are padded alike.
     """
 
-    def __init__(
-        self,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        bgr_to_rgb: bool = False,
-        rgb_to_bgr: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)  # pads and stacks alone
-        self.flips = bgr_to_rgb or rgb_to_bgr
-        self.register_buffer("view_mean", torch.tensor(mean or [0.0]).view(-1, 1, 1), persistent=False)
-        self.register_buffer("view_std", torch.tensor(std or [1.0]).view(-1, 1, 1), persistent=False)
+    _channel_conversion: bool
+    _enable_normalize: bool
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.flips, self.scales = self._channel_conversion, self._enable_normalize
+        self._channel_conversion = self._enable_normalize = False  # mmseg's own forward pads and stacks alone
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
         data = self.cast_data(data)
@@ -66,9 +61,8 @@ class ViewsDataPreProcessor(SegDataPreProcessor):
     def normalised(self, image: Tensor) -> Tensor:
         """``[3 V, H, W] -> [3 V, H, W]``, float32."""
         views = image.unflatten(0, (-1, 3))  # [V, 3, H, W]
-        if self.flips:
-            views = views.flip(1)
-        return ((views.float() - self.view_mean) / self.view_std).flatten(0, 1)
+        views = (views.flip(1) if self.flips else views).float()
+        return ((views - self.mean) / self.std if self.scales else views).flatten(0, 1)
 
 
 @MODELS.register_module()
@@ -124,9 +118,8 @@ class DistillationSegmentor(BaseSegmentor):
         for role, settings in zip(ROLES, (teacher, student), strict=True):
             with self._drawn_for(role):
                 self.add_module(role, MODELS.build({**settings, "data_preprocessor": None}))
-        for role, network in self.networks.items():
-            check_network(network, role)
-        check_pair(self.networks)
+        for role in reversed(ROLES):  # the student first, with which the teacher is compared
+            check_network(self.networks[role], role, self.student)
         self.ignore: int = self.student.decode_head.ignore_index
         self.frozen = self.method == "kd"
         if self.frozen:
@@ -153,16 +146,13 @@ class DistillationSegmentor(BaseSegmentor):
             restore_random_state(state)
 
     def init_weights(self) -> None:
-        """Raises: InputError where a file of pre-trained weights is absent or does not fit."""
+        """Raises: InputError where the teacher's weights are absent or do not fit; else see ``check_pretrained``."""
         for role, network in self.networks.items():
             if role == "teacher" and self.teacher_weights is not None:
                 load_weights(network, Path(self.teacher_weights), role)
-                continue
-            try:
+            else:
                 with self._drawn_for(role):
                     network.init_weights()
-            except FileNotFoundError as error:
-                raise InputError(f"{role}: no such file of pre-trained weights: {error}") from error
         self._is_init = True
 
     def train(self, mode: bool = True) -> DistillationSegmentor:
@@ -201,7 +191,6 @@ class DistillationSegmentor(BaseSegmentor):
         Args: normalised images ``[B, 3, H, W]`` (or ``[B, 6, H, W]``: the teacher's view, the student's); B samples
             with ``gt_sem_seg`` ``[1, H, W]``.
         Returns: scalars; under SwitOKD also "teacher/paused", 1 where the teacher waits.
-        Raises: InputError for a batch that BatchNorm cannot take, or a crop that leaves a map of 1 x 1.
         """
         labels = torch.stack([sample.gt_sem_seg.data for sample in data_samples]).squeeze(1)  # [B, H, W]
         pixels = pixels_of(labels, self.ignore, self.normalise)  # type: ignore[arg-type]
@@ -239,23 +228,9 @@ class DistillationSegmentor(BaseSegmentor):
         trained = role == "student" or not self.frozen
         size = pixels.labels.shape[-2:]
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            try:
-                maps = network.extract_feat(view)
-                feature = network.decode_head._forward_feature(maps)
-                auxiliary = [(head, head(maps)) for head in auxiliary_heads(network)] if trained else []
-            except ValueError as error:
-                if "Expected more than 1 value per channel" not in str(error):
-                    raise
-                raise InputError(
-                    f"{role}: BatchNorm cannot train on {len(view)} image of {size[0]} x {size[1]} pixels, of which it "
-                    "gets a map of 1 x 1: use a batch of 2 or more for each process (or SyncBN on several GPUs)"
-                ) from error
-            if feature.shape[-2:].numel() == 1:
-                raise InputError(
-                    f"{role}: a crop of {size[0]} x {size[1]} pixels leaves a map of 1 x 1 for the decode head: use a "
-                    "larger crop"
-                )
-            head = network.decode_head
+            head, maps = network.decode_head, network.extract_feat(view)
+            feature = head._forward_feature(maps)
+            auxiliary = [(head, head(maps)) for head in auxiliary_heads(network)] if trained else []
             logits = full_precision(head.cls_seg(feature))
             output = Output(feature, logits, resize(logits, size, head), head)
             if not trained:
@@ -281,20 +256,12 @@ class DistillationSegmentor(BaseSegmentor):
     def similarity(self, inputs: Tensor) -> Tensor:
         """S ``[B, h, w]`` of the two decode heads' maps (Eq. 6) for normalised images, in the present mode.
 
-        Raises: InputError where the channels differ and there is no adapter: the method was trained without ADM.
+        Raises: ValueError where the channels differ and there is no adapter: the method was trained without ADM.
         """
-        maps = {
-            role: self.networks[role].decode_head._forward_feature(self.networks[role].extract_feat(view))
-            for role, view in self.views(inputs).items()
-        }
-        student, teacher = maps["student"], maps["teacher"]
+        views = self.views(inputs)
+        teacher, student = (n.decode_head._forward_feature(n.extract_feat(views[r])) for r, n in self.networks.items())
         if self.adm is not None:
             student = self.adm.project(student, teacher)
-        elif student.shape[1] != teacher.shape[1]:
-            raise InputError(
-                f"the student's map has {student.shape[1]} channels, the teacher's {teacher.shape[1]}, and without ADM "
-                "no adapter was trained between them: take a run of a method with +adm"
-            )
         return spatial_similarity(student, teacher)
 
     def extract_feat(self, inputs: Tensor) -> Any:
@@ -313,8 +280,13 @@ class DistillationOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         wrapper = super().__call__(model)
-        (model.module if is_model_wrapper(model) else model).watch(wrapper.optimizer)  # type: ignore[operator, union-attr]
+        bare(model).watch(wrapper.optimizer)
         return wrapper
+
+
+def bare(model: Any) -> Any:
+    """The model without the wrapper that several processes put around it."""
+    return model.module if is_model_wrapper(model) else model
 
 
 def auxiliary_heads(network: Any) -> list[Any]:
@@ -325,20 +297,27 @@ def auxiliary_heads(network: Any) -> list[Any]:
     return list(head) if isinstance(head, nn.ModuleList) else [head]
 
 
-def check_network(network: Any, role: str) -> None:
-    """Raises: InputError where a network's heads are not those that ADM can reweight."""
+def check_network(network: Any, role: str, student: Any) -> None:
+    """Raises: InputError where ADM cannot reweight a network's heads, or their classes are not the student's."""
     head: Any = getattr(network, "decode_head", None)
     if not isinstance(head, BaseDecodeHead) or not splits(head):
         raise InputError(
             f"{role}: the decode head {type(head).__name__} does not tell its map from its classifier: use ASPPHead, "
             "PSPHead, FCNHead or another whose forward is cls_seg(_forward_feature(x))"
         )
+    classes, ignored = student.decode_head.num_classes, student.decode_head.ignore_index
     for each in [head, *auxiliary_heads(network)]:
         loss = each.loss_decode
         softmax = isinstance(loss, CrossEntropyLoss) and not (loss.use_sigmoid or loss.use_mask)
         if not softmax or each.sampler is not None or each.out_channels != each.num_classes:
             raise InputError(
                 f"{role}: {type(each).__name__} must have one softmax CrossEntropyLoss over its classes and no sampler"
+            )
+        if (each.num_classes, each.ignore_index) != (classes, ignored):
+            raise InputError(
+                f"{role}: {type(each).__name__} has {each.num_classes} classes and ignores label {each.ignore_index}, "
+                f"the student's decode head has {classes} and ignores {ignored}: "
+                "give all heads the same num_classes and ignore_index"
             )
 
 
@@ -351,19 +330,6 @@ def splits(head: BaseDecodeHead) -> bool:
     own = next(kind for kind in kinds if "forward" in vars(kind) or "_forward_feature" in vars(kind))
     one_by_one = isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1) and conv.bias is not None
     return "_forward_feature" in vars(own) and type(head).cls_seg is BaseDecodeHead.cls_seg and one_by_one
-
-
-def check_pair(networks: Mapping[str, Any]) -> None:
-    """Raises: InputError where the two do not tell the same classes apart."""
-    s = networks["student"].decode_head
-    for role, network in networks.items():
-        for head in [network.decode_head, *auxiliary_heads(network)]:
-            if (head.num_classes, head.ignore_index) != (s.num_classes, s.ignore_index):
-                raise InputError(
-                    f"{role}: {type(head).__name__} has {head.num_classes} classes and ignores label "
-                    f"{head.ignore_index}, the student's decode head has {s.num_classes} and ignores {s.ignore_index}: "
-                    "give all heads the same num_classes and ignore_index"
-                )
 
 
 def load_weights(network: nn.Module, file: Path, role: str | None = None) -> None:

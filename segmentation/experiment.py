@@ -74,7 +74,6 @@ def export_network(cfg: Config, network: nn.Module, role: str, metainfo: Mapping
     """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     # Its data preprocessor's buffers are none of the weights; a stock checkpoint has none either.
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     meta = {"classes": tuple(metainfo["classes"]), "palette": [list(map(int, c)) for c in metainfo["palette"]]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dist import all_gather_object, all_reduce, get_dist_info
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from torch import Tensor
 
 from core.errors import TrainingError
@@ -21,6 +19,7 @@ from core.training.recorder import Recorder
 from core.training.run import RunFolder
 from core.training.seed import random_state, restore_random_state, seed_everything
 from core.training.step import share_buffers
+from segmentation.distiller import bare
 from segmentation.experiment import as_text, export_network
 
 ADVICE = "lower the learning rate, clip gradients (--cfg-options optim_wrapper.clip_grad.max_norm=1.0) or train in fp32"
@@ -55,12 +54,10 @@ class RunHook(Hook):
         self._before_evaluation: dict[str, Any] = {}
         self._started, self._rate = False, 0.0
 
-    # Start
-
     def before_train(self, runner: Any) -> None:
         device = next(runner.model.parameters()).device
         self.board: Any = None
-        if self.run.main and "tensorboard" in self.cfg.run.trackers and importlib.util.find_spec("tensorboard"):
+        if self.run.main and "tensorboard" in self.cfg.run.trackers:
             from torch.utils.tensorboard import SummaryWriter
 
             purge = runner.iter + 1 if runner.iter else None  # lines of iterations that are now taken again
@@ -81,8 +78,6 @@ class RunHook(Hook):
         self._random = self.recorder.restore(self._loaded, runner.iter, self.rank)
         self.recorder.start(runner.iter)
 
-    # Each iteration
-
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         if not self._started:  # not earlier: the loaders draw their own seeds when they start
             self._started = True
@@ -99,13 +94,14 @@ class RunHook(Hook):
         stopping = self.recorder.after_step(step, len(data_batch["inputs"]), self._rate, self.stop.requested)
         if stopping:
             runner.train_loop.stop_training = True
-        due = save_every is not None and step % save_every == 0
-        if (due or stopping or step == runner.max_iters) and not _evaluates(runner, step):
+        loop, last = runner.train_loop, step == runner.max_iters
+        # The loop's own evaluation, which the checkpoint is saved behind, comes after this.
+        evaluates = runner.val_loop is not None and step >= loop.val_begin and (last or step % loop.val_interval == 0)
+        due = last or (save_every is not None and step % save_every == 0)
+        if (due or stopping) and not evaluates:
             self.recorder.clock.pause()
             self._save(runner, step)
             self.recorder.clock.resume()
-
-    # Evaluation
 
     def before_val(self, runner: Any) -> None:
         self.recorder.clock.pause()
@@ -122,8 +118,6 @@ class RunHook(Hook):
         self.recorder.draw()
         self.recorder.clock.resume()
 
-    # End
-
     def after_train(self, runner: Any) -> None:
         if self.run.main and runner.iter >= runner.max_iters:
             student = bare(runner.model).networks["student"]
@@ -133,8 +127,6 @@ class RunHook(Hook):
         self.result = self.recorder.finish(runner.iter, {"selected_on": "val", "note": note, **self.summary})
         if self.board is not None:
             self.board.close()
-
-    # Parts
 
     def _save(self, runner: Any, step: int, best: bool = False) -> None:
         self.recorder.losses.check()
@@ -164,15 +156,3 @@ def mean(values: Tensor) -> Tensor:
     """Over all processes; changes ``values``."""
     all_reduce(values, op="mean")
     return values
-
-
-def bare(model: Any) -> Any:
-    """The model without the wrapper that several processes put around it."""
-    return model.module if is_model_wrapper(model) else model
-
-
-def _evaluates(runner: Any, step: int) -> bool:
-    """Whether the loop evaluates after this iteration; the checkpoint is then saved behind it."""
-    loop = runner.train_loop
-    due = step % loop.val_interval == 0 or step == loop.max_iters
-    return runner.val_loop is not None and step >= loop.val_begin and due

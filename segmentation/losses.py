@@ -136,13 +136,8 @@ def resize(logits: Tensor, size: tuple[int, ...], head: BaseDecodeHead) -> Tenso
 
 def cross_entropy(logits: Tensor, pixels: Pixels, head: BaseDecodeHead) -> Tensor:
     """The head's own cross-entropy (with its weight and class weights) of logits ``[B, K, H, W]``, a scalar."""
-    return head.loss_decode(
-        logits,
-        pixels.labels,
-        weight=pixels.weight,
-        avg_factor=pixels.labels.numel(),
-        ignore_index=pixels.ignore,
-    )
+    count = pixels.labels.numel()
+    return head.loss_decode(logits, pixels.labels, weight=pixels.weight, avg_factor=count, ignore_index=pixels.ignore)
 
 
 @torch.no_grad()

@@ -52,9 +52,7 @@ def train(
 ) -> int:
     """Trains, resumes or, with ``dry``, only looks; returns the exit code.
 
-    Args: the config; its changed options; bf16, fp16 or None; the run folder; mmengine's launcher, "none" for one
-        process (torchrun is recognised unless given); False to train, True to look, "time" to look and to time.
-    Raises: InputError, TrainingError.
+    Args: as the options of ``tools/train.py``; ``dry``: "time" to look and to time. Raises: InputError, TrainingError.
     """
     cfg = load_config(config, options)
     if amp is not None:
@@ -100,14 +98,13 @@ def _run(run: RunFolder, cfg: Config, ready: Config, model: Any) -> int:
     run.open()
     if run.main:
         write_atomically(run.path / "config.py", lambda path: path.write_text(as_text(cfg)))
-    launcher = "none" if processes == 1 else "pytorch"
     parts = ("train_dataloader", "val_dataloader", "train_cfg", "val_cfg", "optim_wrapper", "param_scheduler")
     others = ("default_hooks", "custom_hooks", "env_cfg", "log_level", "visualizer", "default_scope", "randomness")
     runner = Runner(
         model=model,
         work_dir=str(run.path / "mmengine"),
         val_evaluator=ready.val_evaluator,
-        launcher=launcher,
+        launcher="none" if processes == 1 else "pytorch",
         load_from=None if found is None else RESUMED,
         resume=found is not None,
         cfg=Config({key: ready[key] for key in READ_BY_RUNNER if key in ready}),  # a whole one is formatted each save

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..files import save_figure
-from .sums import RunningSums
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
-class Reliability(NamedTuple):
-    """What a reliability diagram draws, a number per bin; on the CPU, float64."""
-
-    samples: Tensor  # [bins] how many
-    confidence: Tensor  # [bins] mean confidence, nan in an empty bin
-    accuracy: Tensor  # [bins] share of right predictions, nan in an empty bin
+from .attention import RunningSums
 
 
 class Calibration(RunningSums):
@@ -33,8 +22,6 @@ class Calibration(RunningSums):
     """
 
     def __init__(self, bins: int = 15, device: torch.device | str = "cpu") -> None:
-        if bins < 1:
-            raise InputError(f"calibration needs at least one bin, not {bins}")
         super().__init__(3, bins, device=device)
         self.bins = bins
 
@@ -50,10 +37,10 @@ class Calibration(RunningSums):
         values = torch.stack([torch.ones_like(confidence), confidence, (prediction == target).to(confidence.dtype)])
         self._add(values[:, None] * member)  # [3, bins, B]
 
-    def reliability(self) -> Reliability:
-        """Count, mean confidence and accuracy of each bin. Reads the device once."""
+    def reliability(self) -> Tensor:
+        """``[3, bins]``, float64, on the CPU: each bin's samples, mean confidence and accuracy (nan where none)."""
         count, confidence, correct = self.sums.cpu().double()
-        return Reliability(count, confidence / count, correct / count)
+        return torch.stack([count, confidence / count, correct / count])
 
     def ece(self) -> float:
         """Expected calibration error in percent: ``100 sum_b |b| / n |accuracy_b - confidence_b|``.
@@ -106,12 +93,11 @@ def draw_reliability(calibrations: Mapping[str, Calibration], path: str | Path) 
 _ACCURACY, _OVER, _UNDER = "#9ecae1", "#d62728", "#2ca02c"
 
 
-def _draw_diagram(axis: Axes, reliability: Reliability, title: str) -> None:
+def _draw_diagram(axis: Any, reliability: Tensor, title: str) -> None:
     """Bars of accuracy with their gaps to the mean confidence, and accuracy over mean confidence."""
-    width = 1.0 / len(reliability.samples)
-    used = reliability.samples > 0
+    used, width = reliability[0] > 0, 1.0 / reliability.shape[1]
     centre = ((torch.arange(len(used)) + 0.5) * width)[used].numpy()
-    confidence, accuracy = reliability.confidence[used].numpy(), reliability.accuracy[used].numpy()
+    confidence, accuracy = reliability[1:, used].numpy()
     axis.bar(centre, accuracy, width, color=_ACCURACY, edgecolor="white")
     for color, gap in ((_OVER, confidence > accuracy), (_UNDER, confidence < accuracy)):
         low, high = accuracy[gap], confidence[gap]
@@ -121,7 +107,7 @@ def _draw_diagram(axis: Axes, reliability: Reliability, title: str) -> None:
     axis.set(title=title, xlim=(0, 1), ylim=(0, 1))
 
 
-def _draw_histogram(axis: Axes, calibration: Calibration) -> None:
+def _draw_histogram(axis: Any, calibration: Calibration) -> None:
     """The share of the samples in each bin, with the mean confidence and the accuracy over all of them."""
     count, confidence, correct = calibration.sums.cpu().double()
     total, width = count.sum(), 1.0 / calibration.bins

@@ -160,20 +160,11 @@ def _score_panels(evaluation: Sequence[Line], x: str) -> list[Panel]:
     return panels
 
 
+_SIDES = {"consensus": "C0", "divergence": "C3"}
+_EXTREMES = {f"{side}_{of}": (side if of == "max" else "", _SIDES[side]) for side in _SIDES for of in ("max", "min")}
 _ATTENTION = {  # title -> unit, name of the statistic -> label and colour
-    "extremes of the attention": (
-        "smallest and largest weight",
-        {
-            "consensus_max": ("consensus", "C0"),
-            "consensus_min": ("", "C0"),
-            "divergence_max": ("divergence", "C3"),
-            "divergence_min": ("", "C3"),
-        },
-    ),
-    "variance of the attention": (
-        "variance over locations",
-        {"consensus_variance": ("consensus", "C0"), "divergence_variance": ("divergence", "C3")},
-    ),
+    "extremes of the attention": ("smallest and largest weight", _EXTREMES),
+    "variance of the attention": ("variance over locations", {f"{k}_variance": (k, c) for k, c in _SIDES.items()}),
     "similarity of the maps": ("mean cosine S", {"similarity": ("", "0.2")}),
 }
 

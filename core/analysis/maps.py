@@ -66,10 +66,8 @@ def box_share(weights: Tensor, boxes: Tensor, image_size: Size) -> Tensor:
             the whole image is 0, 0, width, height. (Add 1 to inclusive corners.) Parts outside the image do not count.
         image_size: height and width of the image in pixels.
     Returns: nan for a map without any mass (average with ``nanmean``).
-    Raises: InputError for a negative weight or a box with x1 < x0 or y1 < y0.
+    Raises: InputError for a box with x1 < x0 or y1 < y0.
     """
-    if (weights < 0).any():
-        raise InputError("the share of a map needs non-negative weights: use an attention, 1 - S, or relative_cam")
     boxes, weights = boxes.double(), weights.double()
     if (boxes[:, 2:] < boxes[:, :2]).any():
         raise InputError("a box has x1 < x0 or y1 < y0: boxes are x0, y0, x1, y1 in pixels, not x, y, width, height")
@@ -119,26 +117,14 @@ def draw_maps(
         pictures: name -> uint8 ``[B, 3, H, W]`` to show as they are, between image and maps (class maps in colour).
         legend: name -> colour (red, green, blue, 0 to 255) of what ``pictures`` show, below everything.
         side: inches across an image.
-    Raises: InputError where shapes do not fit or ``path`` cannot be written (see ``save_figure``).
+    Raises: InputError where ``path`` cannot be written (see ``save_figure``).
     """
-    count, channels, height, width = images.shape
-    pictures = pictures or {}
-    if images.dtype != torch.uint8 or channels not in (1, 3) or not (maps or pictures):
-        raise InputError(
-            f"draw_maps needs maps and uint8 images [B, 1 or 3, H, W], not {images.dtype} {[*images.shape]}"
-        )
-    for name, values in maps.items():
-        if values.dim() != 3 or values.shape[0] != count:
-            raise InputError(
-                f"the map {name!r} is {tuple(values.shape)}: it must be [{count}, h, w], one for each image"
-            )
-    for what, given in (("labels", labels), ("boxes", boxes)):
-        if given is not None and len(given) != count:
-            raise InputError(f"{len(given)} {what} for {count} images")
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.patches import Patch, Rectangle
 
-    shape = side * height / width
+    count, _, height, width = images.shape
+    pictures, shape = pictures or {}, side * height / width
     columns = 1 + len(pictures) + len(maps)
     figure = Figure(
         figsize=(side * columns + 0.6, (shape + 0.06) * count + 1.0 + (0.4 if legend else 0.0)),
@@ -146,7 +132,12 @@ def draw_maps(
     )
     # Below the images a row for the scale of each map.
     axes = figure.subplots(count + 1, columns, squeeze=False, height_ratios=[shape] * count + [0.09])
-    _prepare(axes[:count], (height, width), boxes)
+    for row, panels in enumerate(axes[:count]):
+        for axis in panels:
+            axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))  # image coordinates
+            if boxes is not None:
+                x0, y0, x1, y1 = boxes[row].tolist()
+                axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="lime", linewidth=1.2))
     shown = {"image": images.expand(-1, 3, -1, -1), **pictures}
     for column, (name, values) in enumerate(shown.items()):
         axes[count, column].set_axis_off()
@@ -156,33 +147,13 @@ def draw_maps(
     for row, text in enumerate(labels or []):
         axes[row, 0].set_ylabel(text, fontsize=9)
     if legend:
-        _draw_legend(figure, legend, columns)
+        look: dict[str, Any] = {"edgecolor": "0.4", "linewidth": 0.5}
+        patches = [Patch(facecolor=f"#{bytes(color).hex()}", label=name, **look) for name, color in legend.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=2 * columns, fontsize=8, frameon=False)
     grey = images.cpu().float().mean(dim=1)
     for column, (name, values) in enumerate(maps.items(), start=len(shown)):
         _draw_column(axes[:, column], name, values.detach().float().cpu(), grey)
     save_figure(figure, path, dpi=150)
-
-
-def _draw_legend(figure: Any, legend: Mapping[str, Sequence[int]], columns: int) -> None:
-    from matplotlib.patches import Patch
-
-    patches = [
-        Patch(facecolor=f"#{bytes(color).hex()}", edgecolor="0.4", linewidth=0.5, label=name)
-        for name, color in legend.items()
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=2 * columns, fontsize=8, frameon=False)
-
-
-def _prepare(axes: Any, size: Size, boxes: Tensor | None) -> None:
-    """Bare panels ``[rows, columns]`` in image coordinates, with the row's object box."""
-    from matplotlib.patches import Rectangle
-
-    for row, panels in enumerate(axes):
-        for axis in panels:
-            axis.set(xticks=[], yticks=[], xlim=(0, size[1]), ylim=(size[0], 0))
-            if boxes is not None:
-                x0, y0, x1, y1 = boxes[row].tolist()
-                axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="lime", linewidth=1.2))
 
 
 def _draw_column(axes: Any, name: str, values: Tensor, grey: Tensor) -> None:

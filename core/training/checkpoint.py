@@ -84,31 +84,21 @@ def save_checkpoint(
     """
     from safetensors.torch import save_file
 
-    tensors = {role: {k: v.detach().contiguous().cpu() for k, v in sd.items()} for role, (sd, _) in networks.items()}
+    # Clones, since the format refuses tensors that share storage (tied weights).
+    tensors = {r: {k: v.detach().cpu().contiguous().clone() for k, v in sd.items()} for r, (sd, _) in networks.items()}
     for owner, values in [*tensors.items(), ("outside the networks", state.get("extra", {}))]:
         require_finite(owner, values, f"step {step}")
 
     def write(temporary: Path) -> None:
         temporary.mkdir()
         for role, values in tensors.items():
-            # Without clones, tensors that share storage (tied weights) are refused by the format.
-            save_file(_untied(values), temporary / f"{role}.safetensors", dict(networks[role][1]))
+            save_file(values, temporary / f"{role}.safetensors", dict(networks[role][1]))
         torch.save(dict(state), temporary / "state.pt")
 
     target = folder / f"step-{step:08d}"
     write_atomically(target, write)
     name_and_prune(target, best=best, keep=keep)
     return target
-
-
-def _untied(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    seen: set[int] = set()
-    result = {}
-    for name, value in values.items():
-        pointer = value.untyped_storage().data_ptr()
-        result[name] = value.clone() if pointer in seen else value
-        seen.add(pointer)
-    return result
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -131,15 +121,13 @@ def latest_checkpoint(
         if leftover(path):
             remove(path)
     candidates = numbered(folder)[::-1]
-    damaged: list[Path] = []
-    for candidate in candidates:
+    for damaged, candidate in enumerate(candidates):
         try:
             checkpoint = read(candidate)
         except Exception as error:
             log(f"checkpoint {candidate} is damaged ({first_line(error)}): looking for the one before it")
-            damaged.append(candidate)
             continue
-        for bad in damaged:
+        for bad in candidates[:damaged]:
             log(f"resuming from {candidate} instead of {bad.name}")
             remove(bad)
         point(LAST, candidate)

@@ -61,12 +61,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command and exits: 0 done, 2 wrong input, 1 anything else that can be said in a line, 130 interrupted."""
     try:
         code = main() or DONE
-    except InputError as error:
+    except (InputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = WRONG_INPUT
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = FAILED
+        code = WRONG_INPUT if isinstance(error, InputError) else FAILED
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -89,11 +86,11 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def tool_parser(description: str) -> Any:
+def tool_parser(description: str, **options: Any) -> Any:
     """The jsonargparse parser of a tool, for ``parse``."""
     from jsonargparse import ArgumentParser
 
-    return ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    return ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False, **options)
 
 
 def add_device(parser: Any) -> None:
@@ -114,10 +111,7 @@ def train_parser(config: type, prog: str | None = None, description: str | None 
 
     ``description``: the first line of the config's docstring unless given.
     """
-    from jsonargparse import ArgumentParser
-
-    about = description or (config.__doc__ or "").partition("\n")[0]
-    parser = ArgumentParser(prog=prog, description=about, epilog=epilog, exit_on_error=False, allow_abbrev=False)
+    parser = tool_parser(description or (config.__doc__ or "").partition("\n")[0], prog=prog, epilog=epilog)
     parser.add_argument("--config", action="config", help="a recipe or a run's config.yaml; later flags override it")
     parser.add_class_arguments(config)
     add_dry_run(parser.add_argument)

@@ -132,7 +132,8 @@ def fit(
         track=lambda values, step: accelerator.log(values, step=step), progress_bar=progress_bar,
     )  # fmt: skip
     run.open()
-    step = _load(recorder, distiller, optim, data, accelerator)
+    parts: dict[str, Any] = {"optimizer": optim, "data": data, "scaler": accelerator.scaler}
+    step = _load(recorder, distiller, parts, accelerator)
     purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers("adm", init_kwargs=purge)
     saved_at, factor = step, None
@@ -163,13 +164,13 @@ def fit(
                     values = evaluate()
                     distiller.train()
                     best = recorder.evaluated(step, values)
-                _save(recorder, step, distiller, optim, data, accelerator, best=best, keep=config.keep)
+                _save(recorder, step, distiller, parts, accelerator, config.keep, best)
                 recorder.draw()
                 saved_at = step
                 recorder.clock.resume()
             if stopping:
                 if saved_at != step:
-                    _save(recorder, step, distiller, optim, data, accelerator, keep=config.keep)
+                    _save(recorder, step, distiller, parts, accelerator, config.keep, best=False)
                 break
 
     result = recorder.finish(step, summary or {})
@@ -185,13 +186,9 @@ def durations(config: FitConfig, steps_per_epoch: int | None) -> tuple[int, int]
         raise InputError("the training set yields no batch: it is smaller than a batch may be")
     if config.epochs is None and config.steps is None:
         raise InputError("how long? give --fit.epochs or --fit.steps")
-    if config.steps is not None:
-        total = config.steps
-    elif steps_per_epoch is None:
+    if config.steps is None and steps_per_epoch is None:
         raise InputError("data without an end need --fit.steps")
-    else:
-        assert config.epochs is not None
-        total = round(config.epochs * steps_per_epoch)
+    total = round((config.epochs or 0) * (steps_per_epoch or 0)) if config.steps is None else config.steps
     for name in ("accumulate", "log_every", "keep", "evaluate_every"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise InputError(f"fit.{name} must be at least 1")
@@ -203,21 +200,13 @@ def durations(config: FitConfig, steps_per_epoch: int | None) -> tuple[int, int]
 
 
 def _save(
-    recorder: Recorder,
-    step: int,
-    distiller: Distiller,
-    optim: torch.optim.Optimizer,
-    data: Data,
-    accelerator: Any,
-    *,
-    best: bool = False,
-    keep: int,
+    recorder: Recorder, step: int, distiller: Distiller, parts: dict[str, Any], accelerator: Any, keep: int, best: bool
 ) -> None:
     """A checkpoint of all that an exact resume needs. Raises: TrainingError for a NaN loss or weight, a full disk."""
     recorder.losses.check()
     state = {
-        "step": step, **recorder.state(), "optimizer": optim.state_dict(), "data": data.state_dict(),
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "step": step, **recorder.state(),
+        **{name: None if part is None else part.state_dict() for name, part in parts.items()},
         # Weights, buffers and extra state (torch's get_extra_state) that belong to no network: adapters, heads.
         "extra": {k: v for k, v in distiller.state_dict().items() if not k.startswith("networks.")},
     }  # fmt: skip
@@ -227,7 +216,7 @@ def _save(
     accelerator.wait_for_everyone()
 
 
-def _load(recorder: Recorder, distiller: Distiller, optim: torch.optim.Optimizer, data: Data, accelerator: Any) -> int:
+def _load(recorder: Recorder, distiller: Distiller, parts: dict[str, Any], accelerator: Any) -> int:
     """Puts everything back as the newest checkpoint has it. Returns: the steps done, 0 where there is none."""
     run = recorder.run
     found = checkpoints.latest_checkpoint(run.checkpoints, run.log) if run.main else None
@@ -242,10 +231,9 @@ def _load(recorder: Recorder, distiller: Distiller, optim: torch.optim.Optimizer
     for role in distiller.trained():
         distiller.networks[role].load_state_dict(weights[role])
     distiller.load_state_dict(state["extra"], strict=False)
-    optim.load_state_dict(state["optimizer"])
-    data.load_state_dict(state["data"])
-    if accelerator.scaler is not None and state["scaler"] is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    for name, part in parts.items():
+        if part is not None and state[name] is not None:
+            part.load_state_dict(state[name])
     if (random := recorder.restore(state, state["step"], accelerator.process_index)) is not None:
         restore_random_state(random)
     return state["step"]

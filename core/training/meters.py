@@ -43,9 +43,6 @@ class LossBuffer:
         self.rows.append({"step": step, "names": list(self._step), "values": torch.stack(list(self._step.values()))})
         self._step = {}
 
-    def rows_on_cpu(self) -> list[dict[str, Any]]:
-        return [{**row, "values": row["values"].cpu()} for row in self.rows]
-
     def check(self) -> dict[str, float]:
         """Means over the steps and the processes. Raises: TrainingError naming the first value that is not finite."""
         groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -80,14 +77,10 @@ class LossBuffer:
 class Clock:
     """Seconds spent training (evaluation and saving left out), and images per second since the last look."""
 
-    def __init__(self, device: torch.device, processes: int) -> None:
+    def __init__(self, device: torch.device, processes: int, seconds: float = 0.0, samples: int = 0) -> None:
         self.device, self.processes = device, processes
-        self.seconds, self.samples = 0.0, 0
-        self._since = time.perf_counter()
-        self._ticked = 0.0, 0
-
-    def restore(self, seconds: float, samples: int) -> None:
         self.seconds, self.samples = seconds, samples
+        self._since = time.perf_counter()
         self._ticked = seconds, samples
 
     def _now(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,53 +13,34 @@ from torch import Tensor
 
 from .checkpoint import BEST, numbered, point, step_of
 from .meters import Clock, LossBuffer, peak_memory
-from .run import RunFolder
+from .run import RunFolder, read_metrics
 from .seed import random_state
 
 DRAW_EVERY = 60.0
 """Least seconds between two drawings of the curves, one takes up to seconds; the end of the run always draws."""
 
 
+@dataclass(eq=False)
 class Recorder:
-    """Losses, times, the best evaluation and where they are written.
+    """Losses, times, the best evaluation and where they are written."""
 
-    Args:
-        run: the folder.
-        device, processes: on which and by how many the run trains.
-        mean: the mean of a tensor over all processes.
-        advice: what may help against losses that are not finite.
-        total: steps of the whole run, in ``unit``s ("step", "iteration").
-        log_every: steps between training lines.
-        gather: this process's object -> those of all processes.
-        epoch_length: steps of an epoch; lines then say the epoch too.
-        select: the evaluated value whose maximum makes ``best``; None: there is no best.
-        track: ``track(values, step)`` hands scalars on to TensorBoard or another tracker.
-        progress_bar: show one (only on a terminal).
-    """
+    run: RunFolder
+    device: torch.device
+    processes: int  # by how many the run trains
+    mean: Callable[[Tensor], Tensor]  # of a tensor over all processes
+    gather: Callable[[Any], list[Any]]  # this process's object -> those of all processes
+    advice: str  # what may help against losses that are not finite
+    total: int  # steps of the whole run, in `unit`s ("step", "iteration")
+    log_every: int  # steps between training lines
+    unit: str = "step"
+    epoch_length: int | None = None  # steps of an epoch; lines then say the epoch too
+    select: str | None = None  # the evaluated value whose maximum makes `best`; None: there is no best
+    track: Callable[[dict[str, float], int], object] = lambda values, step: None  # scalars for TensorBoard or another
+    progress_bar: bool = True  # shown only on a terminal
 
-    def __init__(
-        self,
-        run: RunFolder,
-        device: torch.device,
-        processes: int,
-        *,
-        mean: Callable[[Tensor], Tensor],
-        gather: Callable[[Any], list[Any]],
-        advice: str,
-        total: int,
-        log_every: int,
-        unit: str = "step",
-        epoch_length: int | None = None,
-        select: str | None = None,
-        track: Callable[[dict[str, float], int], object] = lambda values, step: None,
-        progress_bar: bool = True,
-    ) -> None:
-        self.run, self.device, self.processes = run, device, processes
-        self.gather, self.total, self.log_every = gather, total, log_every
-        self.unit, self.epoch_length = unit, epoch_length
-        self.select, self.track, self.progress_bar = select, track, progress_bar
-        self.losses = LossBuffer(device, mean, advice)
-        self.clock = Clock(device, processes)
+    def __post_init__(self) -> None:
+        self.losses = LossBuffer(self.device, self.mean, self.advice)
+        self.clock = Clock(self.device, self.processes)
         self.best: dict[str, Any] | None = None
         self._started, self._drawn = time.perf_counter(), -math.inf
 
@@ -73,7 +55,7 @@ class Recorder:
         processes = state["processes"]
         own = processes[min(rank, len(processes) - 1)]
         self.best, self.losses.rows = state["best"], own["window"]
-        self.clock.restore(state["seconds"], state["samples"])
+        self.clock = Clock(self.device, self.processes, state["seconds"], state["samples"])
         if len(processes) != self.processes:
             said = f"saved by {len(processes)} process(es), resumed by {self.processes}"
             self.run.log(f"{said}: not bit by bit alike")
@@ -122,7 +104,8 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this, and the random state of each process."""
-        own = {"random": random_state(), "window": self.losses.rows_on_cpu()}
+        window = [{**row, "values": row["values"].cpu()} for row in self.losses.rows]
+        own = {"random": random_state(), "window": window}
         return {
             "best": self.best, "seconds": self.clock.seconds, "samples": self.clock.samples,
             "metrics_size": self.run.metrics_size(), "processes": self.gather(own),
@@ -140,11 +123,12 @@ class Recorder:
         if step < self.total:
             place = f"{self.unit} {step} of {self.total}"
             self.run.log(f"interrupted at {place}; the same command goes on from here")
+        lines = read_metrics(self.run.metrics_file)
         result = {
             "status": "finished" if step >= self.total else "interrupted",
             "step": step,
             **self._epoch(step),
-            "last": next((line for line in reversed(self.run.metrics()) if line["kind"] == "evaluation"), None),
+            "last": next((line for line in reversed(lines) if line["kind"] == "evaluation"), None),
             "best": self.best,
             "seconds": self.clock.seconds,
             "images_per_second": self.clock.samples * self.processes / max(self.clock.seconds, 1e-9),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, TrainingError
-from ..files import leftover, plain, save_json, write_atomically
+from ..files import leftover, make_folder, plain, save_json, write_atomically
 
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "onedl-mmengine", "onedl-mmcv",
@@ -71,10 +71,7 @@ class RunFolder:
 
         if not self.main:
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the run folder {self.path}: {error.strerror}") from error
+        make_folder(self.path, "--out")
         text = yaml.safe_dump(plain(self.config), sort_keys=False)
         write_atomically(self.path / "config.yaml", lambda p: p.write_text(text))
 
@@ -99,10 +96,6 @@ class RunFolder:
         if self.main:
             _append(self.metrics_file, json.dumps(plain(values, finite=True)))
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All lines of ``metrics.jsonl``; see ``read_metrics``."""
-        return read_metrics(self.metrics_file)
-
     def metrics_size(self) -> int:
         """Bytes of ``metrics.jsonl``: a checkpoint remembers it, a resume cuts the file back to it."""
         return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
@@ -124,8 +117,7 @@ class RunFolder:
         if self.main:
             from ..analysis.curves import draw_curves
 
-            metrics = self.metrics()
-            if metrics:
+            if metrics := read_metrics(self.metrics_file):
                 draw_curves(metrics, self.path / "curves.png")
 
 
@@ -168,18 +160,15 @@ def environment(device: str) -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         root = Path(__file__).resolve().parents[2]
-        try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        command = ["git", "-C", str(root), *arguments]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return None
 
     versions = {}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     changed = git("status", "--porcelain", "--untracked-files=no")
     return {
         "command": [Path(sys.argv[0]).name if sys.argv[0].startswith("-") else sys.argv[0], *sys.argv[1:]],

@@ -35,8 +35,7 @@ def train_step(
         module: the distiller as ``accelerator.prepare`` returns it.
         batch: tensors ``[B, ...]``, on whichever device; they are moved to the accelerator's.
         losses: takes the step's losses and observations; the caller closes the step there.
-        accumulate: parts into which the batch is split, one after the other.
-        clip: largest gradient norm over all networks together.
+        accumulate, clip: as in ``FitConfig``.
     """
     device = accelerator.device
     batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -118,10 +117,7 @@ def seconds_a_step(
     accumulate: int = 1,
     clip: float | None = None,
 ) -> float:
-    """The shortest of three real steps on the loader's first batch, after one that warms up. The networks move on.
-
-    Args: as ``fit`` takes them.
-    """
+    """The shortest of three real steps on the loader's first batch (see ``fit``), which move the networks."""
     module = accelerator.prepare(distiller)
     distiller.train()
     optim = optimizer(distiller.parameter_groups())
@@ -137,27 +133,6 @@ def seconds_a_step(
         losses.flush()  # reads the device: the step is over
 
     return shortest(step)
-
-
-def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward pass of what ``forward`` computes, each storage counted once.
-
-    ``parameters``: tensors that are there anyway and do not count.
-    """
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, Any] = {}  # the storages themselves, so that no address is used again meanwhile
-
-    def pack(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        result = forward()
-    total = sum(storage.nbytes() for storage in kept.values())
-    del result
-    return total
 
 
 def memory_estimate(distiller: Distiller, batch: Batch, images: int, *, moments: int) -> int:
@@ -176,8 +151,20 @@ def bytes_needed(module: torch.nn.Module, forward: Callable[[], object], times: 
     which the whole one is ``times`` as large.
     ``moments``: values that the optimiser keeps for each weight (1 for SGD with momentum, 2 for Adam).
     """
-    parameters, buffers = list(module.parameters()), list(module.buffers())
+    tensors = [*module.parameters(), *module.buffers()]
+    known = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    kept: dict[int, Any] = {}  # the storages themselves, so that no address is used again meanwhile
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return value
+
     module.train()
-    activations = saved_bytes(forward, [*parameters, *buffers])
-    trained = sum(p.nbytes for p in parameters if p.requires_grad)
-    return round(sum(t.nbytes for t in [*parameters, *buffers]) + trained * (1 + moments) + activations * times)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        result = forward()  # held until the storages are counted
+    activations = sum(storage.nbytes() for storage in kept.values())
+    del result
+    trained = sum(t.nbytes for t in tensors if t.requires_grad)
+    return round(sum(t.nbytes for t in tensors) + trained * (1 + moments) + activations * times)

@@ -17,9 +17,7 @@ def open_run(
 
     Whoever trains calls its ``open()`` after every check has passed: a refused command leaves nothing behind.
 
-    Args: the folder; the resolved config; the keys (dotted prefixes) in which a resumed run may differ; whether this
-        process writes (by its RANK unless given).
-    Raises: InputError where the folder holds another run or something else.
+    Args and errors: as of ``RunFolder``; ``main``: by this process's RANK unless given.
     """
     run = RunFolder(out, resolved, main=is_main_process() if main is None else main, may_change=may_change)
     if not run.finished:

@@ -159,20 +159,20 @@ def test_a_confidence_on_an_edge_belongs_to_the_bin_below(dtype: torch.dtype) ->
         for number, edge in enumerate(edges):
             calibration = Calibration(bins)
             calibration.update(with_confidence(edge[None]), torch.zeros(1, dtype=torch.long), probabilities=True)
-            assert calibration.reliability().samples.nonzero().item() == number
+            assert calibration.reliability()[0].nonzero().item() == number
         above = torch.nextafter(edges[:-1], torch.ones((), dtype=dtype))
         calibration = Calibration(bins)
         calibration.update(with_confidence(above), torch.zeros(bins - 1, dtype=torch.long), probabilities=True)
-        assert calibration.reliability().samples.tolist() == [0] + [1] * (bins - 1)
+        assert calibration.reliability()[0].tolist() == [0] + [1] * (bins - 1)
 
 
 def test_certainty_falls_into_the_last_bin() -> None:
     calibration = Calibration(15)
     calibration.update(torch.tensor([[0.0, -math.inf], [90.0, -90.0]]), torch.tensor([0, 1]))
-    reliability = calibration.reliability()
-    assert reliability.samples.tolist() == [0] * 14 + [2]
-    assert reliability.confidence[-1] == 1.0 and reliability.accuracy[-1] == 0.5
-    assert reliability.confidence[:-1].isnan().all()
+    samples, confidence, accuracy = calibration.reliability()
+    assert samples.tolist() == [0] * 14 + [2]
+    assert confidence[-1] == 1.0 and accuracy[-1] == 0.5
+    assert confidence[:-1].isnan().all()
     assert calibration.ece() == 50.0
 
 
@@ -203,7 +203,7 @@ def test_summed_halves_equal_the_whole() -> None:
     for batch, labels in zip(logits[100:].split(64), target[100:].split(64), strict=True):
         second.update(batch, labels)
     first.sums += second.sums
-    assert torch.equal(first.reliability().samples, whole.reliability().samples)
+    assert torch.equal(first.reliability()[0], whole.reliability()[0])
     torch.testing.assert_close(first.sums, whole.sums, rtol=1e-12, atol=0)
     assert first.ece() == pytest.approx(whole.ece(), rel=1e-9)
 
@@ -214,11 +214,6 @@ def test_half_precision_logits_are_softened_in_float32() -> None:
     calibration = Calibration()
     calibration.update(logits, target)
     assert calibration.ece() == pytest.approx(ece_by_loops(logits, target, 15), abs=1e-4)
-
-
-def test_calibration_needs_a_bin() -> None:
-    with pytest.raises(InputError, match="at least one bin"):
-        Calibration(0)
 
 
 # ---------------------------------------------------------------- maps (Figure 1)
@@ -361,8 +356,6 @@ def test_box_share_by_hand() -> None:
 
 
 def test_box_share_refuses_what_has_no_share() -> None:
-    with pytest.raises(InputError, match="non-negative"):
-        box_share(torch.tensor([[[1.0, -0.1]]]), torch.tensor([[0.0, 0.0, 1.0, 1.0]]), (2, 2))
     with pytest.raises(InputError, match="not x, y, width, height"):
         box_share(torch.ones(1, 1, 1), torch.tensor([[5.0, 5.0, 3.0, 8.0]]), (16, 16))
 
@@ -420,23 +413,6 @@ def test_a_constant_map_and_a_colour_image_can_be_drawn(tmp_path: Path) -> None:
     assert colours(tmp_path / "maps.png") > 100
 
 
-@pytest.mark.parametrize(
-    ("images", "maps", "more", "message"),
-    [
-        (torch.zeros(2, 3, 8, 8), {"S": torch.zeros(2, 2, 2)}, {}, "uint8"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {}, {}, "needs maps"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {"S": torch.zeros(3, 2, 2)}, {}, "'S'"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {"S": torch.zeros(2, 2, 2)}, {"labels": ["a"]}, "1 labels"),
-    ],
-)
-def test_maps_that_do_not_fit_are_refused(
-    images: Tensor, maps: dict[str, Tensor], more: dict, message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match=message):
-        draw_maps(images, maps, tmp_path / "maps.png", **more)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_reliability_is_drawn_for_each_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = drawn(monkeypatch, "calibration")
     logits, target = logits_and_target(300)
@@ -447,12 +423,12 @@ def test_reliability_is_drawn_for_each_role(tmp_path: Path, monkeypatch: pytest.
     assert colours(tmp_path / "reliability.png") > 20
     titles = [axis.get_title() for axis in figures[0].axes[:2]]
     assert titles == [f"teacher: ECE {teacher.ece():.2f} %", f"student: ECE {student.ece():.2f} %"]
-    reliability = teacher.reliability()
-    used = reliability.samples > 0
+    samples, confidence, accuracy = teacher.reliability()
+    used = samples > 0
     heights = [bar.get_height() for bar in figures[0].axes[0].containers[0]]
-    assert heights == pytest.approx(reliability.accuracy[used].tolist())
+    assert heights == pytest.approx(accuracy[used].tolist())
     gaps = sorted(bar.get_height() for group in figures[0].axes[0].containers[1:] for bar in group)
-    expected = (reliability.confidence - reliability.accuracy)[used]
+    expected = (confidence - accuracy)[used]
     assert gaps == pytest.approx(sorted(expected[expected != 0].tolist()))
 
 
