@@ -42,3 +42,6 @@ class Adapter(nn.Module):
         if self.conv is None:
             return map_student
         return F.conv2d(map_student, self.conv.weight.detach()) if frozen else self.conv(map_student)
+
+    def extra_repr(self) -> str:
+        return f"{self.student_channels} -> {self.teacher_channels}"

@@ -305,3 +305,6 @@ class ADMLoss(nn.Module):
         """The scalar of Eq. 9, plus phi's own loss where there is one: the sum of ``terms``, same arguments."""
         terms = self.terms(map_student, map_teacher, target, student_head, teacher_head, previous=previous, delta=delta)
         return sum(terms.values(), start=map_student.new_zeros(()))
+
+    def extra_repr(self) -> str:
+        return str(self.config)
