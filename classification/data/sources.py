@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Augmentation = Literal["crop_flip", "crop", "random_resized_crop", "none"]
-TRAIN_NAMES = ("train",)
-TEST_NAMES = ("val", "validation", "test")
 ITERABLE_PREFIXES = ("hfids", "tfds", "wds")
 File = tuple[str, int, int | None]
 """Path, offset and size in bytes of an image; size None means the whole file."""
@@ -59,9 +57,6 @@ class Arrays:
     augmentation: Augmentation = "none"
     padding: int = 0
 
-    def __post_init__(self) -> None:
-        check_in_memory(self.augmentation)
-
     def __len__(self) -> int:
         return len(self.targets)
 
@@ -85,15 +80,6 @@ class Streamed:
 
 
 Split = Arrays | Streamed
-
-
-def check_in_memory(augmentation: Augmentation) -> None:
-    """Raises InputError for an augmentation that decoded images of one size do not allow."""
-    if augmentation == "random_resized_crop":
-        raise InputError(
-            "augmentation random_resized_crop needs images that are not held in memory: set data.in_memory to false "
-            "(folder, imagenet, torch/<name>), or choose crop_flip, crop or none"
-        )
 
 
 class FileSource:
@@ -220,7 +206,8 @@ def folder_sources(root: str) -> tuple[FileSource, FileSource]:
 
     Raises: InputError for a missing folder, an empty class, or a test class that the training images lack.
     """
-    train_path, test_path = find_split(root, TRAIN_NAMES, "training"), find_split(root, TEST_NAMES, "test")
+    train_path = find_split(root, ("train",), "training")
+    test_path = find_split(root, ("val", "validation", "test"), "test")
     train, test = list_classes(train_path), list_classes(test_path)
     _check_known(test, train, f"{test_path} has class", str(train_path))
     return FileSource(train, tuple(train)), FileSource(test, tuple(train))

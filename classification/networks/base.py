@@ -193,8 +193,8 @@ class CifarNetwork(nn.Module):
         """
         if output_fmt != "NCHW":
             raise InputError(f"output_fmt {output_fmt!r}: CIFAR networks hand out 'NCHW' maps only")
-        taken = taken_indices(len(self.feature_info), indices)
         last, maps = len(self.feature_info) - 1, []
+        taken = range(last + 1) if indices is None else _taken(last + 1, indices)
         for index in range(max(taken) + 1 if stop_early else last + 1):
             x = self._next_map(index, x)
             if index in taken:
@@ -220,20 +220,12 @@ class CifarNetwork(nn.Module):
         return x if self.preact or self.relu_between_stages else F.relu(x)
 
 
-def taken_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Absolute positions among ``count`` maps for timm's three ways to ask: None = all, n = the last n, a sequence.
-
-    Raises: InputError for nothing asked for, or a position out of range.
-    """
-    if indices is None:
-        return list(range(count))
-    if isinstance(indices, int):
-        if not 0 < indices <= count:
-            raise InputError(f"indices {indices} asks for the last {indices} of {count} maps: take 1 to {count}")
-        return list(range(count - indices, count))
-    if not indices or not all(-count <= index < count for index in indices):
-        raise InputError(f"indices {list(indices)}: name one or more of the maps 0 to {count - 1}, or -{count} to -1")
-    return [index % count for index in indices]
+def _taken(count: int, indices: int | Sequence[int]) -> Sequence[int]:
+    """Absolute positions among ``count`` maps of the last so many, or of a sequence. Raises: InputError for none."""
+    wanted = range(-indices, 0) if isinstance(indices, int) else indices
+    if not wanted or not all(-count <= index < count for index in wanted):
+        raise InputError(f"indices {indices}: name one or more of the maps 0 to {count - 1}, or -{count} to -1")
+    return [index % count for index in wanted]
 
 
 def classifier_of(network: nn.Module) -> nn.Linear:

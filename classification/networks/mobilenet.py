@@ -82,7 +82,6 @@ class MobileNetV2(CifarNetwork):
         ((6, 64, 4, 2), (6, 96, 3, 1)),
         ((6, 160, 3, 2), (6, 320, 1, 1)),
     )
-    FEATURES = 1280
 
     def __init__(self, num_classes: int = 100, in_chans: int = 3, preact: bool = True, *, width: float = 1.0) -> None:
         last = int(32 * width)
@@ -100,10 +99,10 @@ class MobileNetV2(CifarNetwork):
         super().__init__(
             stem,
             stages,
-            ConvBN(last, self.FEATURES, 1),
+            ConvBN(last, 1280, 1),
             channels=channels,
             reductions=[2, 2, 4, 8, 16],
-            num_features=self.FEATURES,
+            num_features=1280,
             num_classes=num_classes,
             preact=preact,
         )
