@@ -197,27 +197,13 @@ def _list_tar(split: Path) -> dict[str, list[File]]:
 
 
 def sources(name: str, root: str, download: bool = False) -> tuple[Source, Source]:
-    """(train, test) of what is no set of our own in memory. Raises InputError where they cannot be had."""
-    return timm_sources(name, root, download) if "/" in name else folder_sources(root)
+    """(train, test) of a timm data set name with a prefix, or else of the folder ``root``.
 
-
-def folder_sources(root: str) -> tuple[FileSource, FileSource]:
-    """(train, test) of `root/train` and the first of `root/val`, `root/validation`, `root/test`.
-
-    Raises: InputError for a missing folder, an empty class, or a test class that the training images lack.
-    """
-    train_path = find_split(root, ("train",), "training")
-    test_path = find_split(root, ("val", "validation", "test"), "test")
-    train, test = list_classes(train_path), list_classes(test_path)
-    _check_known(test, train, f"{test_path} has class", str(train_path))
-    return FileSource(train, tuple(train)), FileSource(test, tuple(train))
-
-
-def timm_sources(name: str, root: str, download: bool) -> tuple[TimmSource, TimmSource]:
-    """(train, test) of a timm data set name with a prefix; test is `validation` where that exists, else `test`.
-
+    Test is ``validation`` where a timm set has that, else ``test``.
     Raises: InputError for an iterable set (see below), or one that timm, torchvision or Hugging Face cannot load.
     """
+    if "/" not in name:
+        return folder_sources(root)
     prefix = name.partition("/")[0].lower()
     if prefix in ITERABLE_PREFIXES:
         raise InputError(
@@ -230,6 +216,18 @@ def timm_sources(name: str, root: str, download: bool) -> tuple[TimmSource, Timm
     test = TimmSource(_create(name, root, ("validation", "test"), download), name)
     _check_known(test.class_names, train.class_names, f"the test images of {name} have class", "the training images")
     return train, test
+
+
+def folder_sources(root: str) -> tuple[FileSource, FileSource]:
+    """(train, test) of `root/train` and the first of `root/val`, `root/validation`, `root/test`.
+
+    Raises: InputError for a missing folder, an empty class, or a test class that the training images lack.
+    """
+    train_path = find_split(root, ("train",), "training")
+    test_path = find_split(root, ("val", "validation", "test"), "test")
+    train, test = list_classes(train_path), list_classes(test_path)
+    _check_known(test, train, f"{test_path} has class", str(train_path))
+    return FileSource(train, tuple(train)), FileSource(test, tuple(train))
 
 
 def _create(name: str, root: str, splits: Sequence[str], download: bool) -> Any:

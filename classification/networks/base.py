@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -102,25 +102,23 @@ class CifarNetwork(nn.Module):
         stages: Sequence[nn.Module],
         neck: nn.Module | None = None,
         *,
-        channels: Sequence[int],
-        reductions: Sequence[int],
+        maps: Iterable[tuple[int, int]],
         num_features: int | None = None,
         num_classes: int,
         preact: bool,
     ) -> None:
-        """``channels`` and ``reductions`` are those of stem and stages; ``num_features`` is the neck's width."""
+        """``maps``: (channels, reduction) of stem and stages; ``num_features`` is the neck's width."""
         super().__init__()
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.neck = nn.Identity() if neck is None else neck
         self.relu_between_stages = neck is None
         self.preact = preact
-        self.num_features = num_features or channels[-1]
-        modules = ["stem", *(f"stages.{index}" for index in range(len(stages)))]
         self.feature_info: list[dict[str, Any]] = [
-            {"num_chs": width, "reduction": reduction, "module": module}
-            for width, reduction, module in zip(channels, reductions, modules, strict=True)
+            {"num_chs": width, "reduction": reduction, "module": f"stages.{index - 1}" if index else "stem"}
+            for index, (width, reduction) in enumerate(maps)
         ]
+        self.num_features = num_features or self.feature_info[-1]["num_chs"]
         self.apply(self._init)
         self.reset_classifier(num_classes)
 

@@ -51,8 +51,7 @@ class ShuffleNetV1(CifarNetwork):
         super().__init__(
             ConvBN(in_chans, STEM_WIDTH, 1),
             stages,
-            channels=channels,
-            reductions=[1, 2, 4, 8],
+            maps=zip(channels, (1, 2, 4, 8), strict=True),
             num_classes=num_classes,
             preact=preact,
         )
@@ -87,8 +86,7 @@ class ShuffleNetV2(CifarNetwork):
             nn.Sequential(ConvBN(in_chans, STEM_WIDTH, 1), nn.ReLU(inplace=True)),
             stages,
             ConvBN(channels[-1], 1024, 1),
-            channels=channels,
-            reductions=[1, 2, 4, 8],
+            maps=zip(channels, (1, 2, 4, 8), strict=True),
             num_features=1024,
             num_classes=num_classes,
             preact=preact,

@@ -6,22 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 from timm.models import register_model
-from torch import nn
 
-from classification.networks import CIFAR_NETWORKS, create_network
+from classification.networks import CIFAR_NETWORKS, CifarNetwork
+from core.errors import InputError
 
 
-def _entrypoint(name: str) -> Callable[..., nn.Module]:
+def _entrypoint(name: str) -> Callable[..., CifarNetwork]:
     def create(
-        num_classes: int = 100,
         pretrained: bool = False,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Any = None,
         cache_dir: Any = None,
         **options: Any,
-    ) -> nn.Module:
+    ) -> CifarNetwork:
         """timm's own keywords say where its pretrained weights lie: there are none, so they are dropped."""
-        return create_network(name, num_classes, pretrained=pretrained, **options)
+        if pretrained:
+            raise InputError(f"{name} has no downloadable weights: leave pretrained out and give a weight file")
+        return CIFAR_NETWORKS[name](**options)
 
     create.__name__ = name  # the name that timm registers
     return create
