@@ -166,20 +166,18 @@ def list_classes(split: Path) -> dict[str, list[File]]:
 
     Raises: InputError for no class, a class without images, or a file that is no uncompressed tar.
     """
-    files = _list_folder(split) if split.is_dir() else _list_tar(split)
+    files: dict[str, list[File]]
+    if split.is_dir():
+        names = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
+        files = {n: [(os.path.join(split, n, file), 0, None) for file in image_files(split / n)] for n in names}
+    else:
+        files = _list_tar(split)
     if not files:
         raise InputError(f"no class folders in {split}: expected {split}/<class>/<image>{EXTENSIONS[0]}")
     for name, images in files.items():
         if not images:
             raise InputError(f"class folder {split / name} holds no image ({', '.join(EXTENSIONS)}): fill or delete it")
     return files
-
-
-def _list_folder(split: Path) -> dict[str, list[File]]:
-    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
-    return {
-        name: [(os.path.join(split, name, file), 0, None) for file in image_files(split / name)] for name in classes
-    }
 
 
 def _list_tar(split: Path) -> dict[str, list[File]]:
