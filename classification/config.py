@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from classification.methods import METHODS, Method
-from classification.methods.base import NoOptions
+from classification.methods.base import MethodOptions
 from classification.networks.pretrained import file_hash, find_weights
 from classification.options import NetworkConfig, TrainConfig
 from core.errors import InputError, parse_label
@@ -80,8 +80,8 @@ class Command:
         if not self.config.data.noise:  # likewise
             for key in ("noise", "noise_exclude_true", "noise_seed"):
                 del values["data"][key]
-        if not isinstance(self.options, NoOptions):
-            values[name] = asdict(self.options)
+        if own := asdict(self.options):
+            values[name] = own
         return values
 
     @cached_property
@@ -99,7 +99,7 @@ def make_parser(prog: str | None = None, task: Task = ONLINE) -> Any:
     parser = train_parser(task.config, prog, task.description, epilog)
     parser.add_argument("--task", choices=[task.name], default=task.name, help=SUPPRESS)  # a run's config.yaml says it
     for name, method in task.methods.items():
-        if method.Options is not NoOptions:
+        if fields(method.Options):
             parser.add_argument(f"--{name}", type=method.Options, default=method.Options())
     return parser
 
@@ -119,7 +119,7 @@ def parse_command(argv: Sequence[str] | None = None, prog: str | None = None, ta
     _check_flags(task, name, with_adm, argv)
     if not config.networks:
         raise InputError("no networks: choose a recipe (--config), or give --networks.student.name cifar_resnet8x4")
-    return Command(config, options.get(name, NoOptions()), dry_run, task)
+    return Command(config, options.get(name, MethodOptions()), dry_run, task)
 
 
 def task_of(file: Path) -> str | None:

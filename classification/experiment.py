@@ -115,20 +115,16 @@ def build(command: Command, roles: Sequence[str] | None = None, *, check: bool =
         method,
         config.adm if with_adm else None,
         config.optimizer,
-        first_images(datasets.train, 2),
+        images_at(datasets.train, 2),
         num_classes=classes,
         channels_last=config.channels_last,
     )
     return Experiment(command, datasets, distiller, noise, pretrained, said)
 
 
-def first_images(split: Split, count: int) -> Tensor:
-    """A few images ``[count, C, H, W]`` uint8, as evaluation sees them."""
-    return images_at(split, range(min(count, len(split))))
-
-
-def images_at(split: Split, positions: Sequence[int]) -> Tensor:
-    """The images at these positions of a split, ``[B, C, H, W]`` uint8, as evaluation sees them."""
+def images_at(split: Split, positions: Sequence[int] | int) -> Tensor:
+    """The first so many images of a split, or those at these positions, ``[B, C, H, W]`` uint8, as in evaluation."""
+    positions = range(min(positions, len(split))) if isinstance(positions, int) else positions
     if isinstance(split, Streamed):
         return torch.stack([split.transform(split.source.image(int(split.indices[p]))) for p in positions])
     return split.images[list(positions)]

@@ -12,7 +12,7 @@ import torch
 from classification.config import MAY_CHANGE, Command
 from classification.data.noise import save_noise
 from classification.evaluation import evaluate
-from classification.experiment import Experiment, build, check_batch, first_images
+from classification.experiment import Experiment, build, check_batch, images_at
 from classification.flops import count_forward
 from classification.predictions import check_saves
 from core.training.command import DONE
@@ -171,7 +171,7 @@ def look(command: Command) -> int:
 def describe(experiment: Experiment, accelerator: Any) -> Iterator[str]:
     """A dry run's lines: of each network its size, maps and cost, what ADM adds, the memory, and noisy labels."""
     config, distiller = experiment.command.config, experiment.distiller
-    images = first_images(experiment.datasets.train, 2)
+    images = images_at(experiment.datasets.train, 2)
     separate = distiller.method.views == "separate" and len(distiller.networks) > 1
     views = images[:, None].expand(-1, len(distiller.networks), -1, -1, -1) if separate else images
     targets = experiment.datasets.train.targets[: len(images)]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from classification.data.loaders import StreamLoader
-from classification.data.sources import Arrays, Augmentation, Source, Split, Streamed, check_in_memory, sources
+from classification.data.sources import Arrays, Augmentation, Source, Split, Streamed, sources
 from core.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -124,8 +124,11 @@ def load_datasets(config: DataConfig) -> DataSets:
         in_memory = isinstance(train, Arrays) or (fits and config.augmentation != "random_resized_crop")
     usual: Augmentation = "crop_flip" if in_memory or size <= SMALL else "random_resized_crop"
     augmentation = config.augmentation or ("crop" if config.name == "digits" else usual)
-    if in_memory:
-        check_in_memory(augmentation)
+    if in_memory and augmentation == "random_resized_crop":
+        raise InputError(
+            "augmentation random_resized_crop needs images that are not held in memory: set data.in_memory to false "
+            "(folder, imagenet, torch/<name>), or choose crop_flip, crop or none"
+        )
 
     def take(stored: Any, indices: Tensor) -> Split:
         targets = stored.targets[indices]

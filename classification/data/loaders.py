@@ -134,14 +134,12 @@ class InMemoryLoader(EpochLoader):
         self.channels, self.height, self.width = images.shape[1:]
         self.row = self.width + self.padding
         self.plane = (self.height + self.padding) * self.row
-        self.images = self._flatten(images) if self.train else images
-
-    def _flatten(self, images: Tensor) -> Tensor:
-        """uint8 [N, C, H, W] -> the flat set."""
-        versions = [images, images.flip(3)] if self.flip else [images]
-        flat = torch.cat([F.pad(version, (self.padding, 0, self.padding, 0)).flatten() for version in versions])
-        # The last image's right and bottom padding, which no later row provides.
-        return F.pad(flat, (0, self.padding * self.row + self.padding))
+        if self.train:
+            versions = [images, images.flip(3)] if self.flip else [images]
+            flat = torch.cat([F.pad(version, (self.padding, 0, self.padding, 0)).flatten() for version in versions])
+            # The last image's right and bottom padding, which no later row provides.
+            images = F.pad(flat, (0, self.padding * self.row + self.padding))
+        self.images = images
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         order, generator = self._order(epoch)
@@ -205,22 +203,18 @@ class StreamLoader(EpochLoader):
         )
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        self.plan.batches = self._keys(epoch, start)
+        order, _ = self._order(epoch)
+        steps = range(start, len(self))
+        self.plan.batches = ([(epoch, index) for index in self._share(order, step).tolist()] for step in steps)
         for step, batch in enumerate(self.loader, start):
             if isinstance(batch, InputError):
                 raise batch
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
             yield {**batch, "weight": self._weight(step, len(batch["index"]))}
 
-    def _keys(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
-        """The batches from `start` on as lists of (epoch, index)."""
-        order, _ = self._order(epoch)
-        for step in range(start, len(self)):
-            yield [(epoch, index) for index in self._share(order, step).tolist()]
-
 
 class _Plan:
-    """A batch sampler whose batches are set anew for each epoch, so that worker processes can stay."""
+    """A batch sampler whose batches, of (epoch, index), are set anew for each epoch: worker processes can stay."""
 
     batches: Iterable[list[tuple[int, int]]] = ()
 

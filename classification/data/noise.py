@@ -43,10 +43,8 @@ def draw_noise(targets: Tensor, num_classes: int, share: float, seed: int, *, ex
     generator = torch.Generator().manual_seed(mix(seed, SALT))
     chosen = torch.randperm(len(targets), generator=generator)[:count]
     true = targets[chosen]
-    if exclude_true:
-        given = (true + torch.randint(1, num_classes, (len(targets),), generator=generator)[:count]) % num_classes
-    else:
-        given = torch.randint(num_classes, (len(targets),), generator=generator)[:count]
+    drawn = torch.randint(int(exclude_true), num_classes, (len(targets),), generator=generator)[:count]
+    given = (true + drawn) % num_classes if exclude_true else drawn
     order = chosen.argsort()
     return LabelNoise(chosen[order], true[order], given[order])
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Augmentation = Literal["crop_flip", "crop", "random_resized_crop", "none"]
-TRAIN_NAMES = ("train",)
-TEST_NAMES = ("val", "validation", "test")
 ITERABLE_PREFIXES = ("hfids", "tfds", "wds")
 File = tuple[str, int, int | None]
 """Path, offset and size in bytes of an image; size None means the whole file."""
@@ -59,9 +57,6 @@ class Arrays:
     augmentation: Augmentation = "none"
     padding: int = 0
 
-    def __post_init__(self) -> None:
-        check_in_memory(self.augmentation)
-
     def __len__(self) -> int:
         return len(self.targets)
 
@@ -85,15 +80,6 @@ class Streamed:
 
 
 Split = Arrays | Streamed
-
-
-def check_in_memory(augmentation: Augmentation) -> None:
-    """Raises InputError for an augmentation that decoded images of one size do not allow."""
-    if augmentation == "random_resized_crop":
-        raise InputError(
-            "augmentation random_resized_crop needs images that are not held in memory: set data.in_memory to false "
-            "(folder, imagenet, torch/<name>), or choose crop_flip, crop or none"
-        )
 
 
 class FileSource:
@@ -180,20 +166,18 @@ def list_classes(split: Path) -> dict[str, list[File]]:
 
     Raises: InputError for no class, a class without images, or a file that is no uncompressed tar.
     """
-    files = _list_folder(split) if split.is_dir() else _list_tar(split)
+    files: dict[str, list[File]]
+    if split.is_dir():
+        names = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
+        files = {n: [(os.path.join(split, n, file), 0, None) for file in image_files(split / n)] for n in names}
+    else:
+        files = _list_tar(split)
     if not files:
         raise InputError(f"no class folders in {split}: expected {split}/<class>/<image>{EXTENSIONS[0]}")
     for name, images in files.items():
         if not images:
             raise InputError(f"class folder {split / name} holds no image ({', '.join(EXTENSIONS)}): fill or delete it")
     return files
-
-
-def _list_folder(split: Path) -> dict[str, list[File]]:
-    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
-    return {
-        name: [(os.path.join(split, name, file), 0, None) for file in image_files(split / name)] for name in classes
-    }
 
 
 def _list_tar(split: Path) -> dict[str, list[File]]:
@@ -211,26 +195,13 @@ def _list_tar(split: Path) -> dict[str, list[File]]:
 
 
 def sources(name: str, root: str, download: bool = False) -> tuple[Source, Source]:
-    """(train, test) of what is no set of our own in memory. Raises InputError where they cannot be had."""
-    return timm_sources(name, root, download) if "/" in name else folder_sources(root)
+    """(train, test) of a timm data set name with a prefix, or else of the folder ``root``.
 
-
-def folder_sources(root: str) -> tuple[FileSource, FileSource]:
-    """(train, test) of `root/train` and the first of `root/val`, `root/validation`, `root/test`.
-
-    Raises: InputError for a missing folder, an empty class, or a test class that the training images lack.
-    """
-    train_path, test_path = find_split(root, TRAIN_NAMES, "training"), find_split(root, TEST_NAMES, "test")
-    train, test = list_classes(train_path), list_classes(test_path)
-    _check_known(test, train, f"{test_path} has class", str(train_path))
-    return FileSource(train, tuple(train)), FileSource(test, tuple(train))
-
-
-def timm_sources(name: str, root: str, download: bool) -> tuple[TimmSource, TimmSource]:
-    """(train, test) of a timm data set name with a prefix; test is `validation` where that exists, else `test`.
-
+    Test is ``validation`` where a timm set has that, else ``test``.
     Raises: InputError for an iterable set (see below), or one that timm, torchvision or Hugging Face cannot load.
     """
+    if "/" not in name:
+        return folder_sources(root)
     prefix = name.partition("/")[0].lower()
     if prefix in ITERABLE_PREFIXES:
         raise InputError(
@@ -243,6 +214,18 @@ def timm_sources(name: str, root: str, download: bool) -> tuple[TimmSource, Timm
     test = TimmSource(_create(name, root, ("validation", "test"), download), name)
     _check_known(test.class_names, train.class_names, f"the test images of {name} have class", "the training images")
     return train, test
+
+
+def folder_sources(root: str) -> tuple[FileSource, FileSource]:
+    """(train, test) of `root/train` and the first of `root/val`, `root/validation`, `root/test`.
+
+    Raises: InputError for a missing folder, an empty class, or a test class that the training images lack.
+    """
+    train_path = find_split(root, ("train",), "training")
+    test_path = find_split(root, ("val", "validation", "test"), "test")
+    train, test = list_classes(train_path), list_classes(test_path)
+    _check_known(test, train, f"{test_path} has class", str(train_path))
+    return FileSource(train, tuple(train)), FileSource(test, tuple(train))
 
 
 def _create(name: str, root: str, splits: Sequence[str], download: bool) -> Any:

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from classification.methods.base import Method, Outputs, sum_over_processes
+from classification.methods.base import Method, MethodOptions, Outputs, sum_over_processes
 from classification.options import TrainConfig
 from core.adapter import pool_to
 from core.distillation import full_precision, mutual_loss
-from core.errors import InputError, require_not_negative, require_positive
+from core.errors import InputError
 from core.network import preserved, stage_maps
 from core.training.distiller import Batch, Losses, Progress, backward
 
@@ -63,7 +63,7 @@ class Transfer(nn.Module):
 
 
 @dataclass(frozen=True)
-class AFDOptions:
+class AFDOptions(MethodOptions):
     """Options of AFD.
 
     Args:
@@ -81,10 +81,9 @@ class AFDOptions:
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
-        require_positive("afd", tau=self.tau)
         if self.adversarial <= 0:
             raise InputError(f"afd.adversarial must be positive: {self.adversarial} (AFD without it is --method dml)")
-        require_not_negative("afd", weight=self.weight, lr=self.lr, weight_decay=self.weight_decay)
+        super().__post_init__()
 
 
 class AFD(Method):

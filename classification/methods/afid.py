@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.methods.base import Method, Output, Outputs
+from classification.methods.base import Method, MethodOptions, Output, Outputs
 from classification.networks.base import CifarNetwork, ConvBN, init_conv
 from classification.options import TrainConfig
 from core.adapter import Adapter, smaller_size
 from core.adm import Head
 from core.distillation import full_precision, kd_loss
-from core.errors import InputError, require_not_negative, require_positive
+from core.errors import InputError
 from core.training.distiller import Batch, Losses, Progress
 
 FUSION = "fusion"
@@ -33,7 +33,7 @@ FUSION_WEIGHT_DECAY = 1e-5
 
 
 @dataclass(frozen=True)
-class AFIDOptions:
+class AFIDOptions(MethodOptions):
     """Options of AFID.
 
     Args:
@@ -46,10 +46,6 @@ class AFIDOptions:
     tau: float = 1.0
     weight: float = 1.0
     ramp: int = 80
-
-    def __post_init__(self) -> None:
-        require_positive("afid", tau=self.tau)
-        require_not_negative("afid", weight=self.weight, ramp=self.ramp)
 
 
 def ramp_weight(epoch: float, ramp: int, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from classification.options import TrainConfig
 from core.adm import Head
 from core.distillation import standardise
-from core.errors import InputError
+from core.errors import InputError, require_not_negative, require_positive
 from core.network import preserved, stage_maps
 from core.training.distiller import Batch, Losses, Progress, backward
 
@@ -38,17 +38,22 @@ Outputs = dict[str, Output]
 
 
 @dataclass(frozen=True)
-class NoOptions:
-    """A method without options."""
+class MethodOptions:
+    """Base of every method's options, and those of a method without any.
 
+    Raises: InputError where tau, scale or n is not positive, or another number negative.
+    """
 
-def is_teacher(role: str) -> bool:
-    return role.startswith("teacher")
+    def __post_init__(self) -> None:
+        section = type(self).__name__.removesuffix("Options").lower()
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)):
+                (require_positive if name in ("tau", "scale", "n") else require_not_negative)(section, **{name: value})
 
 
 def pairs_of(roles: Sequence[str]) -> list[tuple[str, str]]:
     """(student, teacher) for each student with each teacher (Table 11); no ADM between two students."""
-    return [(s, t) for s in roles if s.startswith("student") for t in roles if is_teacher(t)]
+    return [(s, t) for s in roles if s.startswith("student") for t in roles if t.startswith("teacher")]
 
 
 def standardised(head: Head, scale: float) -> Head:
@@ -70,13 +75,22 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def mean_over_all(sums: Tensor, count: int) -> Tensor:
+    """Sums over this process's ``count`` images -> means over those of all processes, which then decide alike.
+
+    Shares of different size need no weights here, for the images themselves are counted.
+    """
+    total = sum_over_processes(torch.cat([sums.flatten(), sums.new_full((1,), count)]))
+    return (total[:-1] / total[-1]).view_as(sums)
+
+
 class Method(nn.Module):
     """One method: a file, an entry in ``METHODS``, a test. Roles are names, teachers first; never positions.
 
     Args: the method's options; whether ADM is composed with it.
     """
 
-    Options: ClassVar[type] = NoOptions
+    Options: ClassVar[type] = MethodOptions
     """A frozen dataclass: the method's options on the command line (``--dml.tau 2``)."""
 
     min_networks: ClassVar[int] = 1
@@ -103,7 +117,7 @@ class Method(nn.Module):
 
     def __init__(self, options: Any = None, *, with_adm: bool = False) -> None:
         super().__init__()
-        self.options = options if options is not None else self.Options()
+        self.options: Any = options if options is not None else self.Options()
         self.with_adm = with_adm
 
     def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from classification.methods.base import Method, Outputs
+from classification.methods.base import Method, MethodOptions, Outputs
 from core.distillation import mutual_loss
-from core.errors import InputError, require_positive
+from core.errors import InputError
 from core.training.distiller import Batch, Losses, Progress
 
 
 @dataclass(frozen=True)
-class DMLOptions:
+class DMLOptions(MethodOptions):
     """Options of DML.
 
     Args:
@@ -32,9 +32,9 @@ class DMLOptions:
     peers: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
-        require_positive("dml", tau=self.tau)
         if self.weight < 0 or any(w < 0 for w in self.weights.values()):
             raise InputError(f"the weights of DML must not be negative: {self.weight}, {dict(self.weights)}")
+        super().__post_init__()
 
 
 class DML(Method):

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.methods.base import Method, Outputs, sum_over_processes
+from classification.methods.base import Method, MethodOptions, Outputs, mean_over_all
 from classification.options import TrainConfig
 from core.distillation import full_precision, kd_loss, min_logit_target, relative_logits
-from core.errors import InputError, require_not_negative, require_positive
+from core.errors import InputError
 from core.training.distiller import Batch, Losses, Progress
 
 RIDGE = 1e-6
@@ -21,7 +21,7 @@ RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
-class KDCLOptions:
+class KDCLOptions(MethodOptions):
     """Options of KDCL.
 
     Args:
@@ -40,10 +40,6 @@ class KDCLOptions:
     tau: float = 1.0
     weight: float = 1.0
     views: Literal["separate", "shared"] | None = None
-
-    def __post_init__(self) -> None:
-        require_positive("kdcl", tau=self.tau)
-        require_not_negative("kdcl", weight=self.weight)
 
 
 def naive_target(logits: Tensor, targets: Tensor) -> Tensor:
@@ -140,13 +136,11 @@ class KDCL(Method):
         """From epoch 1 on, w from all processes' held-out images; epoch 0 does not look at them."""
         if epoch == 0:
             return
-        m = len(self.weights)
-        sums = torch.zeros(m * m + 1, dtype=torch.float64, device=self.weights.device)  # C, and the number of images
+        correlation, count = torch.zeros_like(self.weights).diag(), 0
         for logits, targets in held_out:
-            sums[:-1] += error_correlation(torch.stack(list(logits.values())), targets).flatten()
-            sums[-1] += len(targets)
-        sum_over_processes(sums)
-        self.weights.copy_(general_weights((sums[:-1] / sums[-1]).view(m, m)))
+            correlation += error_correlation(torch.stack(list(logits.values())), targets)
+            count += len(targets)
+        self.weights.copy_(general_weights(mean_over_all(correlation, count)))
 
     @torch.no_grad()
     def target_logits(self, logits: Sequence[Tensor], targets: Tensor) -> Tensor:

@@ -14,18 +14,18 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.methods.base import Method, Output, Outputs, probe, standardised
+from classification.methods.base import Method, MethodOptions, Output, Outputs, probe, standardised
 from classification.networks.base import ConvBN, classifier_of, init_conv
 from classification.options import TrainConfig
 from core.adapter import pool_to
 from core.adm import Head
 from core.distillation import kd_loss
-from core.errors import InputError, require_positive
+from core.errors import InputError
 from core.training.distiller import Batch, Losses, Progress
 
 
 @dataclass(frozen=True)
-class SHAKEOptions:
+class SHAKEOptions(MethodOptions):
     """Options of SHAKE.
 
     Args:
@@ -38,9 +38,6 @@ class SHAKEOptions:
     tau: float = 1.0
     scale: float = 3.1415
     online_teacher: bool = False
-
-    def __post_init__(self) -> None:
-        require_positive("shake", tau=self.tau, scale=self.scale)
 
 
 def classify(feature_map: Tensor, classifier: nn.Linear) -> Tensor:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from classification.methods.base import Method, Outputs, is_teacher, pairs_of, sum_over_processes
+from classification.methods.base import Method, MethodOptions, Outputs, mean_over_all, pairs_of
 from classification.options import TrainConfig
 from core.distillation import distances, epsilon, kd_loss, learning
-from core.errors import InputError, require_not_negative, require_positive
+from core.errors import InputError
 from core.training.distiller import Batch, Losses, Progress
 
 FORMS = (
@@ -27,7 +26,7 @@ FORMS = (
 
 
 @dataclass(frozen=True)
-class SwitOKDOptions:
+class SwitOKDOptions(MethodOptions):
     """Options of SwitOKD.
 
     Args:
@@ -42,19 +41,6 @@ class SwitOKDOptions:
     tau: float = 1.0
     weight: float = 1.0
     official_quirks: bool = False
-
-    def __post_init__(self) -> None:
-        require_positive("switokd", tau=self.tau)
-        require_not_negative("switokd", weight=self.weight)
-
-
-def mean_over_all(sums: Tensor, count: int) -> Tensor:
-    """Sums over this process's ``count`` images -> means over those of all processes, which then decide alike.
-
-    Shares of different size need no weights here, for the images themselves are counted.
-    """
-    total = sum_over_processes(torch.cat([sums.flatten(), sums.new_full((1,), count)]))
-    return (total[:-1] / total[-1]).view_as(sums)
 
 
 class SwitOKD(Method):
@@ -93,7 +79,7 @@ class SwitOKD(Method):
         gates = {
             role: torch.stack([gate for (_, teacher), gate in learns.items() if teacher == role]).amax()
             for role in logits
-            if is_teacher(role)
+            if role.startswith("teacher")
         }
         steps_while_paused = options.official_quirks and len(pairs) > len(gates)  # 1T2S
         self.gates = {} if steps_while_paused else gates

@@ -21,29 +21,17 @@ __all__ = ["CIFAR_NETWORKS", "CifarNetwork", "create_network"]
 
 # Each takes num_classes, in_chans and preact.
 CIFAR_NETWORKS: dict[str, Callable[..., CifarNetwork]] = {
-    "cifar_resnet8": partial(ResNet, blocks=(1, 1, 1)),
-    "cifar_resnet14": partial(ResNet, blocks=(2, 2, 2)),
-    "cifar_resnet20": partial(ResNet, blocks=(3, 3, 3)),
-    "cifar_resnet32": partial(ResNet, blocks=(5, 5, 5)),
-    "cifar_resnet44": partial(ResNet, blocks=(7, 7, 7)),
-    "cifar_resnet56": partial(ResNet, blocks=(9, 9, 9)),
-    "cifar_resnet110": partial(ResNet, blocks=(18, 18, 18)),
-    "cifar_resnet20_a": partial(ResNet, blocks=(3, 3, 3), shortcut="A"),
-    "cifar_resnet32_a": partial(ResNet, blocks=(5, 5, 5), shortcut="A"),
-    "cifar_resnet44_a": partial(ResNet, blocks=(7, 7, 7), shortcut="A"),
-    "cifar_resnet56_a": partial(ResNet, blocks=(9, 9, 9), shortcut="A"),
-    "cifar_resnet110_a": partial(ResNet, blocks=(18, 18, 18), shortcut="A"),
+    # cifar_resnet8, 14, 20, 32, 44, 56, 110: 6n + 2 layers; cifar_resnet20_a, 32_a, 44_a, 56_a, 110_a
+    **{f"cifar_resnet{6 * n + 2}": partial(ResNet, blocks=(n, n, n)) for n in (1, 2, 3, 5, 7, 9, 18)},
+    **{f"cifar_resnet{6 * n + 2}_a": partial(ResNet, blocks=(n, n, n), shortcut="A") for n in (3, 5, 7, 9, 18)},
     "cifar_resnet8x4": partial(ResNet, blocks=(1, 1, 1), stem_width=32, widths=(64, 128, 256)),
     "cifar_resnet32x4": partial(ResNet, blocks=(5, 5, 5), stem_width=32, widths=(64, 128, 256)),
     "cifar_resnet50": partial(ResNet, block=Bottleneck, blocks=(3, 4, 6, 3), stem_width=64, widths=(64, 128, 256, 512)),
-    "cifar_wrn_10_1": partial(WideResNet, depth=10, width=1),
-    "cifar_wrn_10_2": partial(WideResNet, depth=10, width=2),
-    "cifar_wrn_16_1": partial(WideResNet, depth=16, width=1),
-    "cifar_wrn_16_2": partial(WideResNet, depth=16, width=2),
-    "cifar_wrn_16_10": partial(WideResNet, depth=16, width=10),
-    "cifar_wrn_40_1": partial(WideResNet, depth=40, width=1),
-    "cifar_wrn_40_2": partial(WideResNet, depth=40, width=2),
-    "cifar_wrn_40_4": partial(WideResNet, depth=40, width=4),
+    **{
+        f"cifar_wrn_{depth}_{width}": partial(WideResNet, depth=depth, width=width)
+        for depth, widths in {10: (1, 2), 16: (1, 2, 10), 40: (1, 2, 4)}.items()
+        for width in widths
+    },
     "cifar_vgg8": partial(VGG, count=1),
     "cifar_vgg13": partial(VGG, count=2),
     "cifar_mobilenetv1": MobileNetV1,

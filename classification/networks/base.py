@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -102,25 +102,23 @@ class CifarNetwork(nn.Module):
         stages: Sequence[nn.Module],
         neck: nn.Module | None = None,
         *,
-        channels: Sequence[int],
-        reductions: Sequence[int],
+        maps: Iterable[tuple[int, int]],
         num_features: int | None = None,
         num_classes: int,
         preact: bool,
     ) -> None:
-        """``channels`` and ``reductions`` are those of stem and stages; ``num_features`` is the neck's width."""
+        """``maps``: (channels, reduction) of stem and stages; ``num_features`` is the neck's width."""
         super().__init__()
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.neck = nn.Identity() if neck is None else neck
         self.relu_between_stages = neck is None
         self.preact = preact
-        self.num_features = num_features or channels[-1]
-        modules = ["stem", *(f"stages.{index}" for index in range(len(stages)))]
         self.feature_info: list[dict[str, Any]] = [
-            {"num_chs": width, "reduction": reduction, "module": module}
-            for width, reduction, module in zip(channels, reductions, modules, strict=True)
+            {"num_chs": width, "reduction": reduction, "module": f"stages.{index - 1}" if index else "stem"}
+            for index, (width, reduction) in enumerate(maps)
         ]
+        self.num_features = num_features or self.feature_info[-1]["num_chs"]
         self.apply(self._init)
         self.reset_classifier(num_classes)
 
@@ -193,8 +191,8 @@ class CifarNetwork(nn.Module):
         """
         if output_fmt != "NCHW":
             raise InputError(f"output_fmt {output_fmt!r}: CIFAR networks hand out 'NCHW' maps only")
-        taken = taken_indices(len(self.feature_info), indices)
         last, maps = len(self.feature_info) - 1, []
+        taken = range(last + 1) if indices is None else _taken(last + 1, indices)
         for index in range(max(taken) + 1 if stop_early else last + 1):
             x = self._next_map(index, x)
             if index in taken:
@@ -220,20 +218,12 @@ class CifarNetwork(nn.Module):
         return x if self.preact or self.relu_between_stages else F.relu(x)
 
 
-def taken_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Absolute positions among ``count`` maps for timm's three ways to ask: None = all, n = the last n, a sequence.
-
-    Raises: InputError for nothing asked for, or a position out of range.
-    """
-    if indices is None:
-        return list(range(count))
-    if isinstance(indices, int):
-        if not 0 < indices <= count:
-            raise InputError(f"indices {indices} asks for the last {indices} of {count} maps: take 1 to {count}")
-        return list(range(count - indices, count))
-    if not indices or not all(-count <= index < count for index in indices):
-        raise InputError(f"indices {list(indices)}: name one or more of the maps 0 to {count - 1}, or -{count} to -1")
-    return [index % count for index in indices]
+def _taken(count: int, indices: int | Sequence[int]) -> Sequence[int]:
+    """Absolute positions among ``count`` maps of the last so many, or of a sequence. Raises: InputError for none."""
+    wanted = range(-indices, 0) if isinstance(indices, int) else indices
+    if not wanted or not all(-count <= index < count for index in wanted):
+        raise InputError(f"indices {indices}: name one or more of the maps 0 to {count - 1}, or -{count} to -1")
+    return [index % count for index in wanted]
 
 
 def classifier_of(network: nn.Module) -> nn.Linear:

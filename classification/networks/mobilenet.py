@@ -38,8 +38,7 @@ class MobileNetV1(CifarNetwork):
                 Stage(SeparableConv(256, 512, 2), *(SeparableConv(512, 512, 1) for _ in range(5))),
                 Stage(SeparableConv(512, 1024, 2), SeparableConv(1024, 1024, 1)),
             ],
-            channels=[32, 128, 256, 512, 1024],
-            reductions=[1, 2, 4, 8, 16],
+            maps=[(32, 1), (128, 2), (256, 4), (512, 8), (1024, 16)],
             num_classes=num_classes,
             preact=preact,
         )
@@ -82,7 +81,6 @@ class MobileNetV2(CifarNetwork):
         ((6, 64, 4, 2), (6, 96, 3, 1)),
         ((6, 160, 3, 2), (6, 320, 1, 1)),
     )
-    FEATURES = 1280
 
     def __init__(self, num_classes: int = 100, in_chans: int = 3, preact: bool = True, *, width: float = 1.0) -> None:
         last = int(32 * width)
@@ -100,10 +98,9 @@ class MobileNetV2(CifarNetwork):
         super().__init__(
             stem,
             stages,
-            ConvBN(last, self.FEATURES, 1),
-            channels=channels,
-            reductions=[2, 2, 4, 8, 16],
-            num_features=self.FEATURES,
+            ConvBN(last, 1280, 1),
+            maps=zip(channels, (2, 2, 4, 8, 16), strict=True),
+            num_features=1280,
             num_classes=num_classes,
             preact=preact,
         )

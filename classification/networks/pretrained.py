@@ -176,7 +176,8 @@ def load_weights(network: nn.Module, file: str | Path) -> None:
     missing = [key for key in own if key not in state and not key.endswith(".num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
-    classes = _classifier_keys(network)
+    head = set(getattr(network, "get_classifier", nn.Identity)().parameters())
+    classes = {name for name, parameter in network.named_parameters() if parameter in head}
     if reshaped and not missing and not unexpected and all(key in classes for key in reshaped):
         in_file, in_network = state[reshaped[0]].shape[0], own[reshaped[0]].shape[0]
         if in_file != in_network:
@@ -187,12 +188,3 @@ def load_weights(network: nn.Module, file: str | Path) -> None:
     if problems := [f"{kind} {', '.join(keys[:3])}{more[kind]}" for kind, keys in parts.items() if keys]:
         raise InputError(f"{file} is of another architecture than {type(network).__name__}: {'; '.join(problems)}")
     network.load_state_dict({**own, **state})
-
-
-def _classifier_keys(network: nn.Module) -> set[str]:
-    """Names of the parameters of the network's classifier, where it tells which module that is."""
-    get_classifier = getattr(network, "get_classifier", None)
-    if get_classifier is None:
-        return set()
-    parameters = {id(parameter) for parameter in get_classifier().parameters()}
-    return {name for name, parameter in network.named_parameters() if id(parameter) in parameters}

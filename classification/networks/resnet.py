@@ -101,8 +101,7 @@ class ResNet(CifarNetwork):
         super().__init__(
             ConvBN(in_chans, stem_width, 3),
             make_stages(partial(block, shortcut=shortcut), channels, blocks, first_stride=1),
-            channels=channels,
-            reductions=[1, *(2**stage for stage in range(len(widths)))],
+            maps=zip(channels, [1, *(2**stage for stage in range(len(widths)))], strict=True),
             num_classes=num_classes,
             preact=preact,
         )
@@ -155,8 +154,7 @@ class WideResNet(CifarNetwork):
             nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False),
             make_stages(WideBlock, channels, [count] * 3, first_stride=1, kind=nn.Sequential),
             nn.BatchNorm2d(channels[-1]),
-            channels=channels,
-            reductions=[1, 1, 2, 4],
+            maps=zip(channels, (1, 1, 2, 4), strict=True),
             num_classes=num_classes,
             preact=preact,
         )

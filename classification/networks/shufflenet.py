@@ -51,59 +51,43 @@ class ShuffleNetV1(CifarNetwork):
         super().__init__(
             ConvBN(in_chans, STEM_WIDTH, 1),
             stages,
-            channels=channels,
-            reductions=[1, 2, 4, 8],
+            maps=zip(channels, (1, 2, 4, 8), strict=True),
             num_classes=num_classes,
             preact=preact,
         )
 
 
 class ShuffleUnitV2(NumberedConvs):
-    """Half of the channels passes; the other half goes through 1x1, depthwise 3x3 and 1x1 convolution; shuffle."""
+    """Half of the channels passes; the other half goes through 1x1, depthwise 3x3 and 1x1 convolution; shuffle.
 
-    def __init__(self, channels: int) -> None:
+    With stride 2 both branches take all channels, and the left one is a depthwise 3x3 and a 1x1 convolution.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         half = channels // 2
-        super().__init__((half, half, 1), (half, half, 3, 1, half), (half, half, 1))
+        right = half if stride == 1 else in_channels
+        left = ((in_channels, in_channels, 3, 2, in_channels), (in_channels, half, 1)) if stride == 2 else ()
+        super().__init__(*left, (right, half, 1), (half, half, 3, stride, half), (half, half, 1))
+        self.first = 1 + len(left)  # convolution of the right branch
 
     def forward(self, x: Tensor) -> Tensor:
-        left, right = x.chunk(2, dim=1)
-        right = self.active(3, self.layer(2, self.active(1, right)))
+        left, right = x.chunk(2, dim=1) if self.first == 1 else (self.active(2, self.layer(1, x)), x)
+        right = self.active(self.first + 2, self.layer(self.first + 1, self.active(self.first, right)))
         return F.channel_shuffle(torch.cat([left, right], dim=1), 2)
-
-
-class ShuffleDownV2(NumberedConvs):
-    """Halves the map in two branches: left depthwise 3x3 and 1x1 (1, 2), right 1x1, depthwise 3x3 and 1x1 (3, 4, 5)."""
-
-    def __init__(self, in_channels: int, channels: int) -> None:
-        half = channels // 2
-        left = ((in_channels, in_channels, 3, 2, in_channels), (in_channels, half, 1))
-        super().__init__(*left, (in_channels, half, 1), (half, half, 3, 2, half), (half, half, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        left = self.active(2, self.layer(1, x))
-        right = self.active(5, self.layer(4, self.active(3, x)))
-        return F.channel_shuffle(torch.cat([left, right], dim=1), 2)
-
-
-def unit_v2(in_channels: int, channels: int, stride: int) -> NumberedConvs:
-    return ShuffleDownV2(in_channels, channels) if stride == 2 else ShuffleUnitV2(channels)
 
 
 class ShuffleNetV2(CifarNetwork):
     """A 1x1 stem, stages of one halving unit and 3, 7 and 3 others, and a 1x1 convolution to 1024 channels."""
 
-    FEATURES = 1024
-
     def __init__(self, num_classes: int = 100, in_chans: int = 3, preact: bool = True) -> None:
-        channels = [STEM_WIDTH, 116, 232, 464]
-        stages = make_stages(unit_v2, channels, (4, 8, 4), first_stride=2, kind=nn.Sequential)  # drawn before the stem
+        channels = [STEM_WIDTH, 116, 232, 464]  # the stages are drawn before the stem
+        stages = make_stages(ShuffleUnitV2, channels, (4, 8, 4), first_stride=2, kind=nn.Sequential)
         super().__init__(
             nn.Sequential(ConvBN(in_chans, STEM_WIDTH, 1), nn.ReLU(inplace=True)),
             stages,
-            ConvBN(channels[-1], self.FEATURES, 1),
-            channels=channels,
-            reductions=[1, 2, 4, 8],
-            num_features=self.FEATURES,
+            ConvBN(channels[-1], 1024, 1),
+            maps=zip(channels, (1, 2, 4, 8), strict=True),
+            num_features=1024,
             num_classes=num_classes,
             preact=preact,
         )

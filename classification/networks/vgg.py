@@ -47,8 +47,7 @@ class VGG(CifarNetwork):
         super().__init__(
             stem,
             stages,
-            channels=WIDTHS,
-            reductions=[1, 2, 4, 8, 8],
+            maps=zip(WIDTHS, (1, 2, 4, 8, 8), strict=True),
             num_classes=num_classes,
             preact=preact,
         )

@@ -22,14 +22,8 @@ from classification.config import ONLINE, Command, Task, TrainConfig
 from classification.data import DataConfig
 from classification.distiller import NetworkConfig
 from classification.evaluation import evaluate
-from classification.experiment import (
-    Experiment,
-    build,
-    command_of,
-    first_images,
-    restore,
-)
-from classification.methods.base import NoOptions
+from classification.experiment import Experiment, build, command_of, images_at, restore
+from classification.methods.base import MethodOptions
 from classification.networks.pretrained import timm_normalisation
 from core.analysis.attention import KEYS
 from core.errors import InputError, TrainingError, unknown
@@ -112,7 +106,7 @@ def weights_command(options: Any) -> Command:
     std = tuple(options.std) if options.std else said.get("std")
     network = NetworkConfig(name, file, options.pretrained, mean=mean, std=std)
     networks = {said.get("role", "student"): network}
-    return Command(TrainConfig(options.data, networks, "vanilla"), NoOptions())
+    return Command(TrainConfig(options.data, networks, "vanilla"), MethodOptions())
 
 
 def evaluate_split(experiment: Experiment, split: str, source: dict[str, Any], device: str) -> dict[str, Any]:
@@ -184,7 +178,7 @@ def export_onnx(experiment: Experiment, role: str, split: str, file: Path) -> No
     except ImportError as error:
         raise InputError(f"--export onnx needs {error.name}: pip install 'adm-distillation[export]'") from error
     model = Normalised(distiller.export(role), *distiller.normalisation[role]).cpu().eval()
-    images = first_images(experiment.split(split), 7).float() / 255.0
+    images = images_at(experiment.split(split), 7).float() / 255.0
     with torch.no_grad():
         expected = model(images)
     scale = expected.abs().max().item()

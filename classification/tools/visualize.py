@@ -88,23 +88,21 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
 
 def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) -> Any:
     """The command line; ``data``: the defaults of its data options. Raises: InputError for anything wrong with it."""
+    from jsonargparse.typing import PositiveInt
+
     parser = tool_parser(
         "Draws a run's maps (Figure 1), attention over training (Table 17) and calibration (Figure 10)."
     )
     add = parser.add_argument
     add("run", type=str, help="run folder; figures go into its figures/")
     add("--checkpoint", type=str, default="last", help="last, best, step-00000123, or all that were kept")
-    add("--images", type=int, default=6, help="rows of maps.png, spread evenly over the split")
+    add("--images", type=PositiveInt, default=6, help="rows of maps.png, spread evenly over the split")
     add("--split", type=Literal["test", "validation"], default="test", help="which images")
     add("--boxes", type=str, default=None, help=BOXES_HELP)
-    add("--box_size", type=int, default=64, help="height and width in pixels of the images the boxes were drawn on")
+    add("--box_size", type=PositiveInt, default=64, help="height and width in pixels of the images with the boxes")
     add_device(parser)
     add("--data", type=DataConfig, default=data or DataConfig())
-    options = parse(parser, argv)
-    for name in ("images", "box_size"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1")
-    return options
+    return parse(parser, argv)
 
 
 def draw_pairs(experiment: Experiment, options: Any, boxes: Tensor | None, figures: Path, suffix: str) -> None:

@@ -18,34 +18,23 @@ from torch import Tensor, nn
 from classification.methods.base import Output, probe
 from classification.networks.base import ConvBN, init_conv
 from core.distillation import full_precision
-from core.errors import require_not_negative, require_positive
 from core.training.distiller import Progress
-from offline_kd.methods.kd import KD
+from offline_kd.methods.kd import KD, KDOptions
 
 
 @dataclass(frozen=True)
-class DisWOTOptions:
-    """Options of DisWOT. The defaults of KD's part are those for CIFAR-100; for ImageNet: 0.5, 0.5, tau 1.
+class DisWOTOptions(KDOptions):
+    """KD's options, and those of DisWOT.
 
     Args:
-        ce: weight of the cross-entropy.
-        kd: weight of the teacher's loss.
-        tau: temperature.
         relation: weight of the relation loss for a batch of 64. A batch of B takes B / 64 of it, since the loss itself
             goes as 1 / B; B is what one process sees at once (its share of batch_size, and of that a part of
             fit.accumulate).
         semantic: weight of the semantic loss.
     """
 
-    ce: float = 0.1
-    kd: float = 0.9
-    tau: float = 4.0
     relation: float = 3000.0
     semantic: float = 2.5
-
-    def __post_init__(self) -> None:
-        require_not_negative("diswot", ce=self.ce, kd=self.kd, relation=self.relation, semantic=self.semantic)
-        require_positive("diswot", tau=self.tau)
 
 
 def similarities(rows: Tensor) -> Tensor:

@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classification.methods.base import Output
+from classification.methods.base import MethodOptions, Output
 from core.distillation import full_precision
-from core.errors import require_not_negative, require_positive
 from core.training.distiller import Progress
 from offline_kd.methods.base import OfflineMethod
 
 
 @dataclass(frozen=True)
-class DKDOptions:
+class DKDOptions(MethodOptions):
     """Options of DKD. The defaults are those of ResNet-32x4 -> ResNet-8x4 on CIFAR-100; see ``DKD`` for other pairs.
 
     Args:
@@ -38,10 +37,6 @@ class DKDOptions:
     tau: float = 4.0
     warmup: int = 20
     ce: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_not_negative("dkd", alpha=self.alpha, beta=self.beta, warmup=self.warmup, ce=self.ce)
-        require_positive("dkd", tau=self.tau)
 
 
 def decoupled(logits: Tensor, target: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -99,21 +94,8 @@ def warmup_weight(epoch: float, warmup: int, like: Tensor) -> Tensor:
 class DKD(OfflineMethod):
     """``L = ce CE(z_s, y) + min(e / warmup, 1) (alpha TCKD + beta NCKD)``, e counted from 1.
 
-    The authors' values; those of a pair that is not here follow from the nearest one:
-
-    ============================================  =====  ====  ===  ======
-    pair                                          alpha  beta  tau  warmup
-    ============================================  =====  ====  ===  ======
-    ResNet-32x4 -> ResNet-8x4, ShuffleNetV2       1      8     4    20
-    ResNet-50 -> MobileNetV2 (half width)         1      8     4    20
-    WRN-40-2 -> WRN-16-2, WRN-40-1                1      6     4    20
-    VGG-13 -> MobileNetV2 (half width)            1      6     4    20
-    ResNet-56 -> ResNet-20                        1      2     4    20
-    ImageNet, ResNet-34 -> ResNet-18              1      0.5   1    1
-    ImageNet, ResNet-50 -> MobileNetV1            1      2     1    1
-    ============================================  =====  ====  ===  ======
-
-    WRN-16-2 -> MobileNetV2 (Table 8) has no published values; 6, as the other WRN and MobileNetV2 pairs, is taken.
+    ``docs/offline_kd.md`` has the authors' values by pair; those of any other follow from the nearest one. Theirs, too:
+    beta 6 for WRN-40-2 -> WRN-16-2, WRN-40-1 and for VGG-13 -> MobileNetV2 (half width).
     """
 
     Options = DKDOptions

@@ -7,15 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from classification.methods.base import Output
+from classification.methods.base import MethodOptions, Output
 from core.distillation import kd_loss
-from core.errors import require_not_negative, require_positive
 from core.training.distiller import Progress
 from offline_kd.methods.base import OfflineMethod
 
 
 @dataclass(frozen=True)
-class KDOptions:
+class KDOptions(MethodOptions):
     """Options of KD. The defaults are those for CIFAR-100; for ImageNet: 0.5, 0.5, tau 1.
 
     Args:
@@ -27,10 +26,6 @@ class KDOptions:
     ce: float = 0.1
     kd: float = 0.9
     tau: float = 4.0
-
-    def __post_init__(self) -> None:
-        require_not_negative("kd", ce=self.ce, kd=self.kd)
-        require_positive("kd", tau=self.tau)
 
 
 class KD(OfflineMethod):

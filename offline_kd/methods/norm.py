@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.methods.base import Output, Outputs, probe, standardised
+from classification.methods.base import MethodOptions, Output, Outputs, probe, standardised
 from classification.networks.base import CifarNetwork, ConvBN, classifier_of, init_conv
 from core.adapter import smaller_size
 from core.adm import Head
 from core.distillation import full_precision
-from core.errors import InputError, require_not_negative, require_positive
+from core.errors import InputError
 from core.network import preserved, stage_maps
 from core.training.distiller import Progress
 from offline_kd.methods.kd import KD
@@ -35,7 +35,7 @@ SCHEDULES: dict[str, tuple[float, tuple[float, ...], tuple[float, ...]]] = {
 
 
 @dataclass(frozen=True)
-class NORMOptions:
+class NORMOptions(MethodOptions):
     """Options of NORM. The defaults are those for CIFAR-100; for ImageNet: ce 1, schedule imagenet.
 
     Args:
@@ -59,8 +59,7 @@ class NORMOptions:
     schedule: Literal["cifar", "imagenet", "constant"] = "cifar"
 
     def __post_init__(self) -> None:
-        require_not_negative("norm", ce=self.ce, kd=self.kd, feature=self.feature)
-        require_positive("norm", tau=self.tau, scale=self.scale, n=self.n)
+        super().__post_init__()
         if not self.ce and not self.kd:
             raise InputError("norm.ce and norm.kd are both 0: nothing would train the classifier")
 

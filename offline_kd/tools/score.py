@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,15 +105,12 @@ def draw_weights(network: nn.Module) -> None:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-@dataclass(frozen=True)
-class Traits:
+class Traits(NamedTuple):
     """What the score compares of an untrained network, in float64: both terms are free of its scale."""
 
     parameters: int
-    feature_map: Tensor
-    """The last map behind its ReLU, ``[B, C, H, W]``."""
-    gradient: Tensor
-    """Of the cross-entropy with respect to the classifier's weight, ``[K, C]``."""
+    feature_map: Tensor  # the last map behind its ReLU, [B, C, H, W]
+    gradient: Tensor  # of the cross-entropy with respect to the classifier's weight, [K, C]
 
 
 def traits(name: str, images: Tensor, target: Tensor, classes: int) -> Traits:

@@ -681,5 +681,3 @@ def test_batches_that_processes_cannot_share_are_refused(digits: Arrays) -> None
     few = Arrays(digits.images[:3], digits.targets[:3], digits.indices[:3])
     with pytest.raises(InputError, match="3 training images are too few for 2 process"):
         InMemoryLoader(few, 8, train=True, world=2)
-    with pytest.raises(InputError, match="not held in memory"):
-        replace(few, augmentation="random_resized_crop")

@@ -335,7 +335,7 @@ def test_wrong_figures_end_in_one_line(run: Path, plain: Path, folder: Path, tmp
         ([], "run"),
         ([tmp_path], "no config.yaml"),
         ([run, "--checkpoint", "best2"], "no checkpoint"),
-        ([run, "--images", 0], "--images must be at least 1"),
+        ([run, "--images", 0], '"images": Not of type PositiveInt: 0'),
         ([run, "--boxes", good], "no files of their own"),
         ([plain, "--boxes", tmp_path / "none.tsv"], "no box file"),
         ([plain, "--boxes", write_boxes(tmp_path / "a.tsv", [], "image x0 y0 x1")], "first line"),

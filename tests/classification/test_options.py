@@ -14,7 +14,7 @@ from runs import RECIPE, ROOT, arguments
 from classification.config import ONLINE, Task, make_parser, parse_command
 from classification.experiment import build
 from classification.methods import METHODS
-from classification.methods.base import NoOptions
+from classification.methods.base import MethodOptions
 from core.errors import InputError
 from core.files import plain
 from core.training.run import flatten
@@ -38,7 +38,7 @@ def test_options_of_another_method_are_refused_with_the_methods_own(method: str,
     assert refusal("--method", method + adm, "--dml.tau", "2") == f"dml.tau does not apply to {method}: {known}"
 
 
-@pytest.mark.parametrize("method", [name for name in OTHERS if METHODS[name].Options is not NoOptions])
+@pytest.mark.parametrize("method", [name for name in OTHERS if METHODS[name].Options is not MethodOptions])
 def test_every_methods_options_are_its_own(method: str) -> None:
     field = next(f for f in fields(METHODS[method].Options) if f.type == "float")
     value = METHODS[method].Options()
@@ -52,7 +52,7 @@ def test_every_methods_options_are_its_own(method: str) -> None:
 def test_options_of_several_methods_in_a_recipe_serve_each_its_own(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("networks: {student: {name: cifar_resnet8}}\ndml: {weights: {teacher: 0.3}}\nkdcl: {tau: 2.0}\n")
-    for method, options in (("dml", METHODS["dml"].Options(weights={"teacher": 0.3})), ("vanilla", NoOptions())):
+    for method, options in (("dml", METHODS["dml"].Options(weights={"teacher": 0.3})), ("vanilla", MethodOptions())):
         for label in (method, f"{method}+adm"):
             command = parse_command(["--config", str(recipe), "--method", label])
             assert command.options == options
@@ -109,7 +109,7 @@ def test_messages_and_help_name_every_method() -> None:
     assert listed == list(METHODS)
     for name in METHODS:
         assert f" {name}," in f"{said},".replace(":", ",") and f"{name}+adm" in said
-        if METHODS[name].Options is not NoOptions:
+        if METHODS[name].Options is not MethodOptions:
             assert f"--{name}." in text
 
 

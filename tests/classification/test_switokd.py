@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from classification.config import TrainConfig, parse_command
 from classification.distiller import ClassificationDistiller, NetworkConfig, OptimizerConfig, build_networks
 from classification.methods import Output
-from classification.methods.switokd import SwitOKD, SwitOKDOptions, distances, epsilon, learning, mean_over_all
+from classification.methods.base import mean_over_all
+from classification.methods.switokd import SwitOKD, SwitOKDOptions, distances, epsilon, learning
 from classification.methods.vanilla import Vanilla
 from core.adm import ADMConfig
 from core.errors import InputError
