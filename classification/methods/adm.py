@@ -74,10 +74,12 @@ class ADM(nn.Module):
             adm: ADMLoss = self.adm[_key(student, teacher)]  # type: ignore[assignment]
             previous, delta = batch.get(f"previous/{teacher}"), batch.get(f"delta/{teacher}", 0.0)
             terms = adm.terms(s.maps[-1], t.maps[-1], batch["target"], s.head, t.head, previous=previous, delta=delta)
-            counts = {"consensus": (student, teachers), "phi": (student, 1), "divergence": (teacher, students)}
-            for term, (role, count) in counts.items():
-                if term in terms:
-                    add(role, term, terms[term] / count)
+            if "consensus" in terms:
+                add(student, "consensus", terms["consensus"] / teachers)
+            if "phi" in terms:
+                add(student, "phi", terms["phi"])
+            if "divergence" in terms:
+                add(teacher, "divergence", terms["divergence"] / students)
             if config.gamma > 0:
                 adapters = [*self.stage_adapters[_key(student, teacher)], adm.adapter]  # type: ignore[misc]
                 frozen = config.phi_loss == "own"

@@ -49,7 +49,8 @@ HEAVY = {
 OWN: dict[str, set[str]] = {
     "classification/networks/timm_models.py": {"timm"},
     "segmentation/": {"mmcv", "mmengine", "mmseg"},
-    "diffusion/": {"diffusers"},
+    "diffusion/": {"diffusers", "PIL"},
+    "diffusion/tools/": {"diffusers", "PIL", "jsonargparse"},  # the types of their options
     "tools/": {"yaml"},
 }
 
