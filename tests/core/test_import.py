@@ -50,7 +50,7 @@ OWN: dict[str, set[str]] = {
     "classification/networks/timm_models.py": {"timm"},
     "segmentation/": {"mmcv", "mmengine", "mmseg"},
     "diffusion/": {"diffusers", "PIL"},
-    "diffusion/tools/": {"diffusers", "PIL", "jsonargparse"},  # the types of their options
+    "diffusion/tools/": {"jsonargparse"},  # the types of their options
     "tools/": {"yaml"},
 }
 
