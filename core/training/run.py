@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, TrainingError
+from ..errors import InputError, TrainingError, notices
 from ..files import leftover, make_folder, plain, save_json, write_atomically
 
 PACKAGES = (
@@ -74,6 +74,8 @@ class RunFolder:
         make_folder(self.path, "--out")
         text = yaml.safe_dump(plain(self.config), sort_keys=False)
         write_atomically(self.path / "config.yaml", lambda p: p.write_text(text))
+        for message in notices():
+            self._log(message)
 
     @property
     def finished(self) -> bool:
@@ -110,7 +112,10 @@ class RunFolder:
             from tqdm import tqdm
 
             tqdm.write(message, file=sys.stderr)
-            _append(self.path / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
+            self._log(message)
+
+    def _log(self, message: str) -> None:
+        _append(self.path / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
 
     def draw(self) -> None:
         """``curves.png`` from ``metrics.jsonl``."""
