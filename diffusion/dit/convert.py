@@ -173,6 +173,8 @@ def _build(name: str, state: dict[str, Tensor], heads: int | None = None) -> DiT
             f"{name} does not say how many heads its attention has, and width {width} is of no published DiT: name the "
             "folder that was exported"
         )
+    if width % (heads or 1):
+        raise InputError(f"{name} says that it has {heads} heads, and its width {width} is no multiple of that")
     config = DiTConfig(None, width, depth, heads or published[width], patch)
     with torch.device("meta"):
         model = DiT(config, channels, input_size, classes, learn_sigma=out == 2 * channels)
