@@ -230,6 +230,8 @@ def folder_sources(root: str) -> tuple[FileSource, FileSource]:
     test_path = find_split(root, ("val", "validation", "test"), "test")
     train, test = list_classes(train_path), list_classes(test_path)
     _check_known(test, train, f"{test_path} has class", str(train_path))
+    if absent := [name for name in train if name not in test]:
+        notice(f"{test_path} has no image of {len(absent)} class(es), as {absent[0]}: no score counts them")
     return FileSource(train, tuple(train)), FileSource(test, tuple(train))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from classification.data.sources import FileSource, list_classes
+from classification.data.sources import FileSource, folder_sources, list_classes
 from core.errors import InputError, notices
 from core.images import class_folders, image_files, open_image, read_header
 from diffusion.data import DataConfig, load_images
@@ -184,3 +184,12 @@ def test_an_orientation_is_not_applied(orientation: int, tmp_path: Path) -> None
     exif[0x0112] = orientation
     assert open_image(picture(tmp_path / "x.jpg", exif=exif)).size == (8, 6)
     assert read_header(tmp_path / "x.jpg") == ("RGB", (8, 6))
+
+
+def test_a_class_without_a_test_image_is_said(tmp_path: Path) -> None:
+    two_classes(tmp_path / "train")
+    picture(tmp_path / "val/a/1.png")
+    notices()
+    train, test = folder_sources(str(tmp_path))
+    assert train.class_names == test.class_names == ("a", "b") and len(test.targets) == 1
+    assert "val has no image of 1 class(es), as b" in notices()[0]

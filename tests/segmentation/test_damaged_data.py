@@ -17,6 +17,7 @@ from street import arguments
 from core.errors import InputError
 from segmentation.config import _read_local
 from segmentation.data import check_label_map
+from segmentation.distiller import load_weights
 
 LABELS = "gtFine/{}/ulm/ulm_000001_gtFine_labelTrainIds.png"
 PICTURE = "leftImg8bit/{}/ulm/ulm_000001_leftImg8bit.png"
@@ -107,3 +108,24 @@ def test_a_backbones_file_is_read_as_data(tmp_path: Path) -> None:
     assert not mark.exists()
     torch.save({"model": {"module.a": torch.ones(1)}}, file)
     assert _read_local(str(file))["state_dict"].keys() == {"a"}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_mmengines_training_checkpoint_is_a_teacher(prefix: str, tmp_path: Path) -> None:
+    from mmengine.logging import HistoryBuffer
+
+    network, other = torch.nn.Conv2d(1, 1, 1), torch.nn.Conv2d(1, 1, 1)
+    state = {f"{prefix}teacher.{key}": tensor for key, tensor in other.state_dict().items()}
+    hub = {"log_scalars": {"loss": HistoryBuffer([1.0], [1])}, "runtime_info": {"iter": np.int64(3)}}
+    torch.save({"meta": {"iter": 3}, "message_hub": hub, "state_dict": state}, tmp_path / "iter_3.pth")
+    load_weights(network, tmp_path / "iter_3.pth", "teacher")
+    assert torch.equal(network.weight, other.weight)
+
+
+def test_weights_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    network = torch.nn.Conv2d(1, 1, 1)
+    torch.save({"weight": torch.full((1, 1, 1, 1), torch.nan), "bias": torch.zeros(1)}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"a\.pth: the weight weight is not finite"):
+        load_weights(network, tmp_path / "a.pth", "teacher")
+    load_weights(network, tmp_path / "a.pth", "teacher", training=False)
+    assert "not finite" in capsys.readouterr().err
