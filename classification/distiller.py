@@ -195,11 +195,16 @@ class ClassificationDistiller(Distiller):
 
 
 def build_networks(
-    configs: Mapping[str, NetworkConfig], num_classes: int, seed: int, files: Mapping[str, Path] | None = None
+    configs: Mapping[str, NetworkConfig],
+    num_classes: int,
+    seed: int,
+    files: Mapping[str, Path] | None = None,
+    *,
+    training: bool = True,
 ) -> dict[str, nn.Module]:
     """The networks by role, each initialised from (seed, role) alone: a student starts alike whatever trains beside it.
 
-    ``files``: the weight file of each network that starts from one.
+    ``files``: the weight file of each network that starts from one; ``training``: as in ``load_weights``.
     Raises: InputError for an unknown role or network, or weights that do not fit.
     """
     networks: dict[str, nn.Module] = {}
@@ -210,5 +215,5 @@ def build_networks(
         networks[role] = create_network(config.name, num_classes, pretrained=config.pretrained)
         if (file := (files or {}).get(role)) is not None:
             check_weights(file, role, config.name, num_classes, config.sha256)
-            load_weights(networks[role], file)
+            load_weights(networks[role], file, training=training)
     return networks

@@ -87,7 +87,7 @@ class Experiment:
 def build(command: Command, roles: Sequence[str] | None = None, *, check: bool = True) -> Experiment:
     """Loads the data and builds the networks, all or only ``roles``. Raises: InputError for what cannot be.
 
-    ``check``: ask the method too whether it can train them; of a trained run that has been answered.
+    ``check``: whether they are to be trained: ask the method too if it can, and refuse weights that are not finite.
     """
     config, data = command.config, command.config.data
     datasets, noise = load_datasets(data), None
@@ -107,7 +107,7 @@ def build(command: Command, roles: Sequence[str] | None = None, *, check: bool =
     said = {r: timm_normalisation(c.name) if c.pretrained else {} for r, c in networks.items()}
     said |= {role: read_metadata(file) for role, file in files.items()}
     distiller = ClassificationDistiller(
-        build_networks(networks, classes, config.seed, files),
+        build_networks(networks, classes, config.seed, files, training=check),
         networks,
         {
             role: (c.mean or said[role].get("mean", datasets.mean), c.std or said[role].get("std", datasets.std))
@@ -187,7 +187,7 @@ def restore(command: Command, checkpoint: Path) -> Experiment:
 def load_checkpoint(distiller: ClassificationDistiller, checkpoint: Path) -> None:
     """Puts a checkpoint's weights into the trained networks, the adapters and whatever else is no network."""
     for role in distiller.trained():
-        load_weights(distiller.networks[role], checkpoint / f"{role}.safetensors")
+        load_weights(distiller.networks[role], checkpoint / f"{role}.safetensors", training=False)
     file = checkpoint / "state.pt"
     try:
         extra = read_torch(file)["extra"]

@@ -23,8 +23,9 @@ class NetworkConfig:
 
     Args:
         name: a CIFAR network of this package (cifar_resnet20, ...) or any timm model.
-        weights: file to start from (.safetensors, published .pth); or a run folder, for the last weights of the same
-            role; or a checkpoint folder.
+        weights: file to start from (.safetensors, published .pth), as FILE#KEY to take that of a checkpoint's state
+            dicts and not the moving average; or a run folder, for the last weights of the same role; or a checkpoint
+            folder.
         pretrained: timm's own pre-trained weights.
         lr: this network's learning rate; the recipe's unless given.
         mean: per channel, of images in [0, 1], subtracted before this network; unless given, what the weights were

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
 
 
@@ -26,6 +28,23 @@ def require_not_negative(section: str, **values: float) -> None:
     for name, value in values.items():
         if value < 0:
             raise InputError(f"{section}.{name} must not be negative: {value}")
+
+
+_notices: list[str] = []
+
+
+def notice(message: str) -> None:
+    """A line on the terminal about something legal, once a process; the run that is opened next logs it too."""
+    if message not in _notices and os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+        _notices.append(message)
+
+
+def notices() -> list[str]:
+    """What was said by ``notice`` since it was last asked for."""
+    said = _notices.copy()
+    _notices.clear()
+    return said
 
 
 def first_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from core.errors import InputError, first_line
 from core.files import make_folder
-from core.images import open_image
+from core.images import image_files, open_image
 from core.weights import read_torch
 from diffusion import proxies
 
@@ -182,17 +182,16 @@ class InMemory(Dataset):
 
 
 class InFolder(Dataset):
-    """The .png, .jpg and .jpeg files below a folder, in RGB, as torch-fidelity reads them with --samples-find-deep.
+    """The .png, .jpg and .jpeg files below a folder, in RGB, as torch-fidelity finds them with --samples-find-deep.
 
     Raises: InputError for no such folder, one without images, and (as it is read) a file that is no image.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        from torch_fidelity.utils import glob_samples_paths
-
         if not Path(folder).is_dir():
             raise InputError(f"no folder of images {folder}")
-        self.files = glob_samples_paths(str(folder), True, "png,jpg,jpeg", verbose=False)
+        found = (f for f in image_files(folder) if f.lower().endswith((".png", ".jpg", ".jpeg")))
+        self.files = [os.path.join(os.path.realpath(folder), file) for file in found]
         if not self.files:
             raise InputError(f"no .png, .jpg or .jpeg file in {folder}")
         self.size: tuple[int, ...] | None = None

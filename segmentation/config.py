@@ -31,6 +31,8 @@ from mmseg.registry import DATASETS, MODELS
 from core.adm import ADMConfig
 from core.errors import InputError, first_line, require_positive, unknown
 from core.training.command import LineParser
+from core.weights import check_finite, read_state_dict, read_torch, split_key
+from segmentation.data import check_label_map
 from segmentation.distiller import ROLES, load_weights
 from segmentation.losses import adm_config, parse_method
 
@@ -208,8 +210,12 @@ def ready_loader(loader: Any, root: str | None) -> Any:
     loader = copy.deepcopy(loader)
     if loader.get("num_workers", 0) == 0:
         loader.persistent_workers = False
+    data = _datasets(loader.dataset)[-1]
     if root is not None:
-        _datasets(loader.dataset)[-1].data_root = root
+        data.data_root = root
+    for step in data.get("pipeline", ()):
+        if step.get("type") == "LoadImageFromFile":  # an EXIF orientation would turn the image, and not its labels
+            step.setdefault("color_type", "color_ignore_orientation")
     return loader
 
 
@@ -275,9 +281,11 @@ def check_images(loader: Any, classes: int) -> None:
     if not len(dataset):
         raise InputError(f"no image *{dataset.img_suffix} in {images}: {where}")
     files = [Path(dataset.get_data_info(i)["seg_map_path"]) for i in range(len(dataset))]
-    if missing := next((file for file in files if not file.is_file()), None):
+    if missing := next((file for file in files if not file.exists()), None):
         made = " (made by cityscapesscripts' createTrainIdLabelImgs)" if "TrainIds" in missing.name else ""
         raise InputError(f"no label map {missing}{made}: every image needs one")
+    for i, file in enumerate(files):
+        check_label_map(Path(dataset.get_data_info(i)["img_path"]), file)
     if len(dataset.metainfo["classes"]) != classes:
         raise InputError(
             f"{config.type} has {len(dataset.metainfo['classes'])} classes, the networks' heads have {classes}: "
@@ -294,6 +302,8 @@ def check_pretrained(cfg: Config, networks: Mapping[str, Any]) -> None:
             what, give = f"the {role}'s backbone starts from {name}", f"--cfg-options {option}=FILE"
             try:
                 state = CheckpointLoader.load_checkpoint(name, map_location="cpu", logger="silent")
+            except InputError as error:
+                raise InputError(f"{what}: {error}") from error
             except FileNotFoundError as error:
                 raise InputError(f"{what}, and there is no such file: {give} names one, {option}=None none") from error
             except Exception as error:  # no network, a cut off file, an unknown name
@@ -309,6 +319,18 @@ def check_pretrained(cfg: Config, networks: Mapping[str, Any]) -> None:
             wrong = [k for k, shape in own.items() if k not in state or state[k].shape != shape]
             if wrong:
                 raise InputError(f"{what}, which is of another network: {len(wrong)} weights do not fit, as {wrong[0]}")
+            check_finite(name, {key: state[key] for key in own}, training=True)
+
+
+@CheckpointLoader.register_scheme(prefixes="", force=True)
+def _read_local(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """In place of mmengine's own, which runs what it cannot read as data."""
+    file = split_key(os.path.expanduser(filename))[0]
+    if not file.is_file():
+        raise FileNotFoundError(f"no weight file {filename}")
+    content = {} if file.suffix == ".safetensors" else read_torch(file)
+    beside = content if isinstance(content, Mapping) and "meta" in content else {}
+    return {**beside, "state_dict": read_state_dict(os.path.expanduser(filename))}
 
 
 def _pretrained(role: str, network: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,8 @@ import itertools
 import random
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from mmseg.datasets.transforms import PhotoMetricDistortion
 from mmseg.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
 from torch.utils.data import Dataset, Sampler
 
-from core.errors import InputError
+from core.errors import InputError, first_line
+from core.images import EXTENSIONS, read_header
 
 Draw = tuple[int, int]  # index of the image, number of the draw over all processes
 
@@ -71,15 +73,37 @@ class NumberedDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
-        """``inputs`` uint8 ``[3 or 6, H, W]`` and ``data_samples``. Raises: InputError naming a file's wrong label."""
-        if isinstance(draw, tuple):
-            index, number = draw
-            with _seeded(zlib.crc32(repr((self.seed, number)).encode())):
+        """``inputs`` uint8 ``[3 or 6, H, W]`` and ``data_samples``.
+
+        Raises: InputError naming a file that cannot be decoded, or its wrong label.
+        """
+        index, number = draw if isinstance(draw, tuple) else (draw, None)
+        try:
+            with nullcontext() if number is None else _seeded(zlib.crc32(repr((self.seed, number)).encode())):
                 sample = self.dataset[index]
-        else:
-            sample = self.dataset[draw]
+        except Exception as error:  # what OpenCV, Pillow and the transforms raise for a damaged file
+            files = self.dataset.get_data_info(index)
+            raise InputError(
+                f"cannot read {files['img_path']} with its labels {files.get('seg_map_path')}: {first_line(error)}"
+            ) from error
         check_labels(sample["data_samples"], len(self.metainfo["classes"]), self.dataset.ignore_index)
         return sample
+
+
+def check_label_map(image: Path, labels: Path) -> None:
+    """A cheap look at the headers. Raises: InputError where a file is no image, or the labels are no map of it."""
+    if labels.suffix.lower() not in EXTENSIONS or image.suffix.lower() not in EXTENSIONS:
+        return
+    (_, size), (mode, own) = read_header(image), read_header(labels)
+    if mode not in ("L", "P", "1"):
+        raise InputError(
+            f"the label map {labels} is {mode}: it must have one channel of 8 bits, the class of each pixel"
+        )
+    if own != size:
+        raise InputError(
+            f"the label map {labels} is {own[0]} x {own[1]} pixels, its image {image} {size[0]} x {size[1]}: both must "
+            "be of one size"
+        )
 
 
 def check_labels(sample: Any, classes: int, ignore: int) -> None:

@@ -21,7 +21,7 @@ from core.adm import spatial_similarity
 from core.distillation import full_precision, kd_loss
 from core.errors import InputError, require_not_negative, require_positive, unknown
 from core.training.seed import random_state, restore_random_state, seed_everything
-from core.weights import read_state_dict
+from core.weights import check_finite, read_state_dict
 from segmentation.losses import (
     DenseADM,
     Output,
@@ -332,11 +332,11 @@ def splits(head: BaseDecodeHead) -> bool:
     return "_forward_feature" in vars(own) and type(head).cls_seg is BaseDecodeHead.cls_seg and one_by_one
 
 
-def load_weights(network: nn.Module, file: Path, role: str | None = None) -> None:
+def load_weights(network: nn.Module, file: Path, role: str | None = None, *, training: bool = True) -> None:
     """Loads an mmseg checkpoint, a state dict, a ``.safetensors``, or this role's part of a run's own checkpoint.
 
     ``role``: None for a pair, whose both networks are loaded.
-    Raises: InputError where the file is absent, cannot be read safely or does not fit.
+    Raises: InputError where the file is absent, cannot be read safely, does not fit or (in ``training``) is not finite.
     """
     whose = "" if role is None else f"{role}: "
     try:
@@ -355,4 +355,5 @@ def load_weights(network: nn.Module, file: Path, role: str | None = None) -> Non
         raise InputError(
             f"{whose}the weights {file} are of another network: {wrong[0]} and {len(wrong) - 1} more{hint}"
         )
+    check_finite(file, state, training=training)
     network.load_state_dict(state)

@@ -57,7 +57,7 @@ def restore(
     init_default_scope("mmseg")
     settings = network_model(cfg, role) if pair and role else copy.deepcopy(cfg.model)
     model = build(settings if role is None else {**settings, "pretrained": None})
-    load_weights(model, file, role)
+    load_weights(model, file, role, training=False)
     networks = model.networks if role is None else {role: model}
     source = cfg.get("val_dataloader") or cfg.get("test_dataloader")
     if source is None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from core.errors import InputError
-from core.images import EXTENSIONS, broken_image, image_files, open_image
+from core.errors import InputError, notice
+from core.images import EXTENSIONS, broken_image, class_folders, is_image_name, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -135,8 +135,8 @@ class TimmSource:
                 return open_image(file, self.describe(position))
         try:
             return self.dataset[position][0].convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise broken_image(self.describe(position)) from error
+        except Exception as error:  # a damaged image can raise anything
+            raise broken_image(self.describe(position), error) from error
 
     def describe(self, position: int) -> str:
         samples = getattr(self.dataset, "samples", None)
@@ -168,8 +168,10 @@ def list_classes(split: Path) -> dict[str, list[File]]:
     """
     files: dict[str, list[File]]
     if split.is_dir():
-        names = sorted(entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith("."))
-        files = {n: [(os.path.join(split, n, file), 0, None) for file in image_files(split / n)] for n in names}
+        files = {
+            name: [(os.path.join(split, name, file), 0, None) for file in images]
+            for name, images in class_folders(split).items()
+        }
     else:
         files = _list_tar(split)
     if not files:
@@ -184,9 +186,12 @@ def _list_tar(split: Path) -> dict[str, list[File]]:
     """The class is the folder directly above the image; images of one class keep the order of their names."""
     try:
         with tarfile.open(split, "r:") as tar:
-            members = [m for m in tar if m.isfile() and m.name.lower().endswith(EXTENSIONS)]
+            images = [m for m in tar if m.isfile() and is_image_name(m.name)]
     except (OSError, tarfile.TarError) as error:
         raise InputError(f"cannot read {split} as an uncompressed tar file: {error}") from error
+    members = [m for m in images if not any(part.startswith(".") for part in PurePosixPath(m.name).parts)]
+    if hidden := len(images) - len(members):
+        notice(f"{split}: {hidden} hidden image(s), whose names or folders begin with a dot, are left out")
     files: dict[str, list[File]] = {}
     for member in sorted(members, key=lambda m: (PurePosixPath(m.name).parent.name, m.name)):
         name = PurePosixPath(member.name).parent.name
@@ -225,6 +230,8 @@ def folder_sources(root: str) -> tuple[FileSource, FileSource]:
     test_path = find_split(root, ("val", "validation", "test"), "test")
     train, test = list_classes(train_path), list_classes(test_path)
     _check_known(test, train, f"{test_path} has class", str(train_path))
+    if absent := [name for name in train if name not in test]:
+        notice(f"{test_path} has no image of {len(absent)} class(es), as {absent[0]}: no score counts them")
     return FileSource(train, tuple(train)), FileSource(test, tuple(train))
 
 

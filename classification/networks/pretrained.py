@@ -18,22 +18,22 @@ from classification.networks.vgg import VGG
 from core.errors import InputError
 from core.files import files_hash
 from core.training.checkpoint import LAST
-from core.weights import read_metadata, read_state_dict
+from core.weights import check_finite, read_metadata, read_state_dict, split_key
 
 
 def find_weights(place: str | Path, role: str, architecture: str) -> Path:
     """The weight file of a network: ``place`` itself, or the one in a run folder or in one of its checkpoint folders.
 
     Args:
-        place: a weight file; a run folder of ours (its last checkpoint counts); a checkpoint folder (last, best,
-            step-00000123).
+        place: a weight file, or FILE#KEY; a run folder of ours (its last checkpoint counts); a checkpoint folder
+            (last, best, step-00000123).
         role: the role asked for. A folder's file of that role is taken; without one, the folder's only file of that
             architecture (its only teacher's, where a teacher is asked for and others fit too).
         architecture: the network's name.
     Raises: InputError where there is no such file, or several.
     """
     place = Path(place)
-    if place.is_file():
+    if split_key(place)[0].is_file():
         return place
     if not place.is_dir():
         raise InputError(f"no weight file {place}")
@@ -80,7 +80,7 @@ def check_weights(file: Path, role: str, architecture: str, num_classes: int, sh
 
 def file_hash(file: Path, expected: str | None = None) -> str:
     """The SHA-256 of a file. Raises: InputError where it is not the ``expected`` one (the file has changed)."""
-    found = files_hash([file])
+    found = files_hash([split_key(file)[0]])
     if expected is not None and found != expected:
         raise InputError(
             f"{file} is not the weight file on record: its SHA-256 is {found[:12]}..., and not "
@@ -160,11 +160,11 @@ _PUBLISHED: dict[type[nn.Module], Rules] = {
 }
 
 
-def load_weights(network: nn.Module, file: str | Path) -> None:
+def load_weights(network: nn.Module, file: str | Path, *, training: bool = True) -> None:
     """Loads a weight file that fits exactly: in the network's own keys, or published ones for a CIFAR network.
 
-    Raises: InputError for no such file, not a readable one, another architecture, or another number of classes;
-        ``network`` is then unchanged.
+    Raises: InputError for no such file, not a readable one, another architecture, another number of classes, or (unless
+        not ``training``, which has a line of warning) values that are not finite; ``network`` is then unchanged.
     """
     state = {}
     for key, tensor in read_state_dict(file).items():
@@ -187,4 +187,5 @@ def load_weights(network: nn.Module, file: str | Path) -> None:
     more = {kind: f" and {len(keys) - 3} more" if len(keys) > 3 else "" for kind, keys in parts.items()}
     if problems := [f"{kind} {', '.join(keys[:3])}{more[kind]}" for kind, keys in parts.items() if keys]:
         raise InputError(f"{file} is of another architecture than {type(network).__name__}: {'; '.join(problems)}")
+    check_finite(file, state, training=training)
     network.load_state_dict({**own, **state})

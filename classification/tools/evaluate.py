@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
         experiment = restore(replace(command, config=replace(command.config, data=options.data)), folder)
         source = {"run": str(run), "checkpoint": folder.name}
     else:
-        experiment = build(weights_command(options))
+        experiment = build(weights_command(options), check=False)
         source = {"weights": options.weights or f"timm's {options.network}"}
     device = device_of(options)
     experiment.distiller.to(device)
@@ -71,7 +71,12 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     add = parser.add_argument
     add("run", nargs="?", type=str, help="run folder; data set, networks and method come from its config.yaml")
     add("--checkpoint", type=str, default="last", help="of the run: last, best or step-00000123")
-    add("--weights", type=str, default=None, help="instead of a run, one weight file (.safetensors, published .pth)")
+    add(
+        "--weights",
+        type=str,
+        default=None,
+        help="instead of a run, one weight file (.safetensors, published .pth), or FILE#KEY",
+    )
     add("--network", type=str, default=None, help="its network, as cifar_resnet20 or a timm name; our files say it")
     add("--pretrained", type=bool, default=False, help="instead of a file, timm's own weights of --network")
     add("--mean", type=float, nargs="+", default=None, help="per channel, of images in [0, 1] (see --std)")

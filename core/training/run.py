@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, TrainingError, first_line
+from ..errors import InputError, TrainingError, first_line, notices
 from ..files import leftover, make_folder, plain, save_json, write_atomically
 from . import lock
 
@@ -91,6 +91,8 @@ class RunFolder:
         self._check()  # again: nobody else can change it now
         text = signed(yaml.safe_dump(self.config, sort_keys=False) + f"{IDENTITY}{self.identity}\n")
         write_atomically(self.path / "config.yaml", lambda p: p.write_text(text))
+        for message in notices():
+            self._log(message)
 
     @property
     def finished(self) -> bool:
@@ -158,7 +160,10 @@ class RunFolder:
             from tqdm import tqdm
 
             tqdm.write(message, file=sys.stderr)
-            _append(self.path / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
+            self._log(message)
+
+    def _log(self, message: str) -> None:
+        _append(self.path / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
 
     def draw(self) -> None:
         """``curves.png`` from ``metrics.jsonl``."""

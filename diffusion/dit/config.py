@@ -9,6 +9,7 @@ from typing import Literal
 
 from core.errors import InputError
 from core.training.fit import FitConfig
+from core.weights import split_key
 from diffusion.dit.convert import find_transformer
 from diffusion.dit.data import LabelledConfig
 from diffusion.dit.distiller import ADMConfig, DistillConfig
@@ -106,12 +107,12 @@ class DiTTrainingConfig(TrainingConfig):
         if self.teacher is None or self.online:
             return ()
         path = teacher_path(self.teacher)
-        return [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+        return [split_key(path)[0]] if not path.is_dir() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
 
 
 def teacher_path(given: str) -> Path:
     """The file, or the folder of diffusers' network, that ``--teacher`` names. Raises: InputError where it is none."""
     path = Path(given)
-    if not path.exists():
+    if not split_key(path)[0].exists():
         raise InputError(f"--teacher {given} does not exist: name a run, a file or folder of weights, or online")
     return find_transformer(path) if path.is_dir() else path

@@ -6,7 +6,6 @@ for DiT's own weights. ``load_dit_pipeline`` puts that right; a folder opened by
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from core.errors import InputError, first_line
 from core.training.checkpoint import numbered
-from core.weights import read_metadata, read_state_dict
+from core.weights import read_metadata, read_state_dict, split_key
 from diffusion.dit.model import SIZES, DiT, DiTConfig, sincos_table
 from diffusion.files import read_json, reading, save_pipeline
 
@@ -46,21 +45,19 @@ def load_dit(path: str | Path) -> DiT:
     """A DiT in evaluation mode, float32, on the CPU; its sizes are read off the weights.
 
     Args:
-        path: DiT's ``.pt`` (a state dict, or a checkpoint, of which it takes "ema" or else "model"), a ``.safetensors``
-            of DiT's names, a diffusers folder (of the network or of a DiTPipeline), or the folder of a run of ours:
-            of that the last exported student.
+        path: DiT's ``.pt`` (a state dict, or a checkpoint, of which it takes "ema" or else "model", or what FILE#KEY
+            says), a ``.safetensors`` of DiT's names, a diffusers folder (of the network or of a DiTPipeline), or the
+            folder of a run of ours: of that the last exported student.
     Raises: InputError for what is none of these, unreadable, not finite, or a pickle that could run code.
     """
     path = Path(path)
     if path.is_dir():
         folder = find_transformer(path)
         return _build(str(folder), *_read_folder(folder))
-    if not path.is_file():
+    if not split_key(path)[0].is_file():
         raise InputError(f"no DiT at {path}: name a .pt or .safetensors file, a diffusers folder or a run folder")
     heads = read_metadata(path).get("heads")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # DiT's own checkpoints keep their command line
-        state = read_state_dict(path, inside=("ema", "model"))
-    return _build(str(path), state, None if heads is None else int(heads))
+    return _build(str(path), read_state_dict(path), None if heads is None else int(heads))
 
 
 def find_transformer(folder: Path) -> Path:
@@ -176,6 +173,8 @@ def _build(name: str, state: dict[str, Tensor], heads: int | None = None) -> DiT
             f"{name} does not say how many heads its attention has, and width {width} is of no published DiT: name the "
             "folder that was exported"
         )
+    if width % (heads or 1):
+        raise InputError(f"{name} says that it has {heads} heads, and its width {width} is no multiple of that")
     config = DiTConfig(None, width, depth, heads or published[width], patch)
     with torch.device("meta"):
         model = DiT(config, channels, input_size, classes, learn_sigma=out == 2 * channels)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
-from core.images import EXTENSIONS, image_files
+from core.images import EXTENSIONS, class_folders
 from diffusion.data import DataConfig, ImageLoader, Shuffled, in_order, read_files, read_named
 
 INDEX = "index.json"
@@ -260,21 +260,16 @@ def class_files(root: str | Path) -> ClassFiles:
     if not os.path.isdir(folder):
         raise InputError(f"image folder {folder} does not exist: give one with a sub-folder for each class")
     train = os.path.join(folder, "train")
-    if os.path.isdir(train) and _subfolders(train):
-        folder = train
-    names = _subfolders(folder)
+    classes = class_folders(train) if os.path.isdir(train) else {}
+    folder, classes = (train, classes) if classes else (folder, class_folders(folder))
+    names = tuple(classes)
     if not names:
         raise InputError(f"no class folders in {folder}: expected {folder}/<class>/<image>{EXTENSIONS[0]}")
-    files = [[os.path.join(name, file) for file in image_files(os.path.join(folder, name))] for name in names]
+    files = [[os.path.join(name, file) for file in found] for name, found in classes.items()]
     if [] in files:
         raise InputError(f"no image ({', '.join(EXTENSIONS)}) in the class folder {folder}/{names[files.index([])]}")
     labels = torch.arange(len(names)).repeat_interleave(torch.tensor([len(found) for found in files]))
-    return ClassFiles(folder, [file for found in files for file in found], labels, tuple(names))
-
-
-def _subfolders(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    return ClassFiles(folder, [file for found in files for file in found], labels, names)
 
 
 def labelled_loader(data: LabelledData, batch_size: int, **options: Any) -> ImageLoader | LatentLoader:

@@ -376,3 +376,27 @@ def test_a_folder_that_is_no_dit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
     with pytest.raises(InputError, match="cannot read the network"):
         load_dit(tmp_path)
+
+
+def test_what_trainers_leave_is_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """DiT's own training script keeps weights, average, optimiser and command line; some compile and wrap as well."""
+    model, average = published_state(), {key: 2 * tensor for key, tensor in published_state().items()}
+    average["pos_embed"] = model["pos_embed"]
+    file = tmp_path / "0050000.pt"
+    for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        named = ({f"{prefix}{key}": tensor for key, tensor in state.items()} for state in (model, average))
+        torch.save(dict(zip(("model", "ema"), named, strict=True)) | {"opt": {}, "args": argparse.Namespace(a=1)}, file)
+        key = "y_embedder.embedding_table.weight"
+        assert torch.equal(load_dit(file).state_dict()[key], average[key])
+        assert torch.equal(load_dit(f"{file}#model").state_dict()[key], model[key])
+    assert "ema was taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("heads", ["0", "-1", "five", "", "5", "1000"])
+def test_metadata_that_say_no_possible_heads_are_refused(heads: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(published_state(), tmp_path / "a.safetensors", {"heads": heads})
+    with pytest.raises(InputError, match="heads") as caught:
+        load_dit(tmp_path / "a.safetensors")
+    assert "\n" not in str(caught.value)
