@@ -201,4 +201,6 @@ class DiTDistiller(DiffusionDistiller):
 
     def metadata(self, role: str) -> dict[str, str]:
         # the heads are what ``load_dit`` cannot read off the tensors
-        return {"role": role, "kind": "dit", "heads": str(self._network(role).heads)}
+        network = self._network(role)
+        label = {} if network.null_label else {"null_label": "untrained"}
+        return {"role": role, "kind": "dit", "heads": str(network.heads), **label}

@@ -121,7 +121,8 @@ class DiT(nn.Module):
     Args:
         channels, input_size: of the latents (or images) ``[B, channels, input_size, input_size]``.
         classes: labels are 0 .. classes - 1.
-    Attributes: ``gradient_checkpointing``: recompute each block in the backward pass instead of keeping its insides.
+    Attributes: ``gradient_checkpointing``: recompute each block in the backward pass instead of keeping its insides;
+        ``null_label``: whether it has learned the id that stands for no label, without which nothing can be guided.
     Raises: InputError where the input cannot be cut into patches.
     """
 
@@ -136,7 +137,7 @@ class DiT(nn.Module):
         self.learn_sigma, self.patch, self.side = learn_sigma, patch, input_size // patch
         self.width, self.heads = width, heads
         self.out_channels = 2 * channels if learn_sigma else channels
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.null_label = False, True
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, patch)})
         hidden, last, table = nn.Linear(256, width), nn.Linear(width, width), nn.Embedding(classes + 1, width)
         self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(hidden, nn.SiLU(), last)})
