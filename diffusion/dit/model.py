@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core.errors import InputError, unknown
+from core.ranges import Size, check_ranges
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 """Width, blocks and heads (Table 1 of DiT)."""
@@ -32,15 +33,14 @@ class DiTConfig:
     """
 
     size: str | None = "S/2"
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    patch: int | None = None
+    width: Size | None = None
+    depth: Size | None = None
+    heads: Size | None = None
+    patch: Size | None = None
 
     def __post_init__(self) -> None:
-        width, depth, heads, patch = self.resolved()
-        if min(width, depth, heads, patch) < 1:
-            raise InputError("a DiT's width, depth, heads and patch must be at least 1")
+        check_ranges("a DiT's ", self)
+        width, _, heads, _ = self.resolved()
         if width % 4 or width % heads:
             raise InputError(f"a DiT's width must be a multiple of 4 and of its {heads} heads: {width}")
 

@@ -184,7 +184,7 @@ def dit_options(options: Any, networks: Sequence[Path], device: torch.device | s
     precision = options.precision or "tf32"
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    settings = {
+    settings: dict[str, Any] = {
         "steps": options.sampling_steps or 250,
         "sampler": options.sampler or "ddpm",
         "cfg_channels": options.cfg_channels or 3,

@@ -199,9 +199,7 @@ def test_bad_input_is_one_clear_line(student: DiTStudent, tmp_path: Path) -> Non
     save_dit(tmp_path / "without", calm(null_label=False))
     unguided = load_dit_student(tmp_path / "without")
     assert torch.equal(unguided.sample([0], 0, steps=2), student.sample([0], 0, steps=2))
-    with pytest.raises(
-        InputError, match=r"without never learned a null label .*; give --guidance 1"
-    ):
+    with pytest.raises(InputError, match=r"without never learned a null label .*; give --guidance 1"):
         unguided.sample([0], 0, steps=2, guidance=4.0)
     broken = DiTStudent(tmp_path, calm(), LinearSchedule(), None, None)
     with torch.no_grad():
