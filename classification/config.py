@@ -15,7 +15,7 @@ from classification.networks.pretrained import file_hash, find_weights
 from classification.options import NetworkConfig, TrainConfig
 from core.errors import InputError, parse_label
 from core.training.command import dry_run_wanted, parse, say_ranges, train_parser
-from core.training.run import flatten
+from core.training.run import flatten, read_config
 
 # What a resumed run may change: where and on what it runs, not what it computes.
 MAY_CHANGE = ("data.root", "data.download", "data.workers", "fit.device", "fit.keep", "fit.trackers", "progress_bar")
@@ -61,13 +61,11 @@ class Command:
 
         Raises: InputError where a weight file is missing, or is not the one that the run in ``out`` began with.
         """
-        import yaml
-
         values = asdict(self.config)
         if self.task is not ONLINE:
             values = {"task": self.task.name, **values}
         file = self.config.out / "config.yaml"
-        recorded = flatten(yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+        recorded = flatten(read_config(file)) if file.is_file() else {}
         for role, weights in self.weight_files.items():
             expected = self.config.networks[role].sha256 or recorded.get(f"networks.{role}.sha256")
             values["networks"][role]["sha256"] = file_hash(weights, expected)

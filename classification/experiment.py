@@ -20,6 +20,7 @@ from classification.distiller import ClassificationDistiller, build_networks
 from classification.networks.pretrained import load_weights, timm_keeps_head, timm_normalisation
 from core.errors import InputError, first_line
 from core.images import EXTENSIONS
+from core.training.run import read_config
 from core.weights import read_metadata, read_torch
 
 EVALUATION_BATCH = 256
@@ -158,6 +159,7 @@ def command_of(run: Path, task: Task = ONLINE) -> Command:
     file = run / "config.yaml"
     if not file.is_file():
         raise InputError(f"{run} is no run folder: it has no config.yaml" if run.is_dir() else f"no run folder {run}")
+    read_config(file)  # which says it where the file is not whole
     if (said := task_of(file) or ONLINE.name) != task.name:
         raise InputError(f"{run} is a run of {said}: use the tools in {said}/tools")
     try:

@@ -19,6 +19,7 @@ from torch import nn
 from core.errors import InputError
 from core.files import write_atomically
 from core.training.checkpoint import find_checkpoint
+from core.training.run import read_signed
 from segmentation.config import PAIR, build, check_images, load_config, read_config, ready_loader
 from segmentation.distiller import load_weights
 
@@ -46,6 +47,7 @@ def restore(
         config = f"{run}/config.py"
         if not Path(config).is_file():
             raise InputError(f"{run} is no run folder of segmentation: it has no config.py")
+        read_signed(Path(config))  # which says it where the file is not whole
     cfg = read_config(config or "")
     if pair := cfg.model.get("type") == PAIR:
         cfg = load_config(config or "")

@@ -21,7 +21,7 @@ from core.errors import InputError, TrainingError
 from core.files import write_atomically
 from core.training.checkpoint import LAST, latest_checkpoint
 from core.training.command import DONE, Stop
-from core.training.run import RunFolder
+from core.training.run import RunFolder, signed
 from core.training.step import bytes_needed, shortest
 from core.training.task import dry_run, estimate, exit_code, gigabytes, open_run
 from core.weights import read_torch
@@ -97,7 +97,7 @@ def _run(run: RunFolder, cfg: Config, ready: Config, model: Any) -> int:
             model.networks[role].backbone.init_cfg = None
     run.open()
     if run.main:
-        write_atomically(run.path / "config.py", lambda path: path.write_text(as_text(cfg)))
+        write_atomically(run.path / "config.py", lambda path: path.write_text(signed(as_text(cfg))))
     parts = ("train_dataloader", "val_dataloader", "train_cfg", "val_cfg", "optim_wrapper", "param_scheduler")
     others = ("default_hooks", "custom_hooks", "env_cfg", "log_level", "visualizer", "default_scope", "randomness")
     runner = Runner(
@@ -154,8 +154,9 @@ def resolved(cfg: Config) -> dict[str, Any]:
     values = cfg.to_dict()
     adm = values["model"]["adm"]
     del adm["delta"]  # of the kd form of divergence, which is refused here
-    if adm["control"] == "none":
-        del adm["control"]
+    for key, usual in (("control", "none"), ("phi", "needed")):
+        if adm[key] == usual:
+            del adm[key]
     return {"task": "segmentation", "method": values["model"].pop("method"), **values}
 
 

@@ -21,7 +21,7 @@ import yaml
 
 from core.errors import InputError
 from core.files import make_folder, write_atomically
-from core.training.run import flatten
+from core.training.run import flatten, identity_of, read_config, read_json, read_metrics
 
 KEPT = "runs.jsonl"
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # C's is ten times as fast, where it was built
@@ -145,30 +145,30 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     try:
         files: dict[str, Any] = {}
         if (folder / "config.yaml").is_file():
-            files["config"] = yaml.load((folder / "config.yaml").read_text(), Loader) or {}
+            files["config"] = read_config(folder / "config.yaml")
         documents = sorted(folder.glob("*.json"), key=lambda f: (f.stem not in ("environment", "summary"), f.stem))
-        files |= {file.stem: json.loads(file.read_text()) for file in documents}
-        if lines := [line for line in _log(folder / "metrics.jsonl") if line.get("kind") == "evaluation"]:
+        own = ("environment.json", "summary.json")
+        files |= {f.stem: read_json(f) if f.name in own else json.loads(f.read_text()) for f in documents}
+        for name in ("environment", "summary") if "config" in files else ():
+            if files.get(name, {}).get("run", identity := identity_of(folder / "config.yaml")) != identity:
+                raise InputError(f"{folder / name}.json is another run's: resuming the run writes its own")
+        if lines := [line for line in read_metrics(folder / "metrics.jsonl") if line.get("kind") == "evaluation"]:
             files["metrics"] = lines
         if rounds := {one.name: found for one in sorted(folder.glob("*/")) if (found := _read_round(one))}:
             files["rounds"] = rounds
         if not all(isinstance(values, (Mapping, list)) for values in files.values()):
             raise ValueError("a file of it is no mapping")
         return files
+    except InputError:
+        raise
     except (ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
         raise InputError(f"{folder} is damaged: {str(error).splitlines()[0]}") from error
 
 
 def _read_round(folder: Path) -> dict[str, Any]:
     summary = folder / "summary.json"
-    found = {"summary": json.loads(summary.read_text())} if summary.is_file() else {}
-    return found | ({"last": lines[-1]} if (lines := _log(folder / "metrics.jsonl")) else {})
-
-
-def _log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that is still being written has no end yet, and is left out."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    found = {"summary": read_json(summary)} if summary.is_file() else {}
+    return found | ({"last": lines[-1]} if (lines := read_metrics(folder / "metrics.jsonl")) else {})
 
 
 def _kept_beside(path: Path) -> tuple[Path, Mapping[Path, Any]]:

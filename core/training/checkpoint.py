@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, TrainingError, first_line
-from ..files import leftover, remove, write_atomically
+from ..files import files_hash, leftover, remove, write_atomically
+from ..weights import save_tensors
 
 LAST, BEST = "last", "best"
 
@@ -82,8 +83,6 @@ def save_checkpoint(
     Raises: TrainingError naming a network whose weights are not finite, or a disk that takes no more: whatever was
     saved before stays.
     """
-    from safetensors.torch import save_file
-
     # Clones, since the format refuses tensors that share storage (tied weights).
     tensors = {r: {k: v.detach().cpu().contiguous().clone() for k, v in sd.items()} for r, (sd, _) in networks.items()}
     for owner, values in [*tensors.items(), ("outside the networks", state.get("extra", {}))]:
@@ -91,9 +90,11 @@ def save_checkpoint(
 
     def write(temporary: Path) -> None:
         temporary.mkdir()
+        files = {f"{role}.safetensors": temporary / f"{role}.safetensors" for role in tensors}
         for role, values in tensors.items():
-            save_file(values, temporary / f"{role}.safetensors", dict(networks[role][1]))
-        torch.save(dict(state), temporary / "state.pt")
+            save_tensors(values, files[f"{role}.safetensors"], networks[role][1])
+        digests = {name: files_hash([file]) for name, file in files.items()}
+        torch.save({**state, "files": digests}, temporary / "state.pt")
 
     target = folder / f"step-{step:08d}"
     write_atomically(target, write)
@@ -102,11 +103,18 @@ def save_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """``({role: state dict}, state)`` of one checkpoint folder. Raises whatever a damaged file raises."""
+    """``({role: state dict}, state)`` of one checkpoint folder.
+
+    Raises: InputError for a file that is missing or not the one that was saved; whatever a damaged file raises.
+    """
     from safetensors.torch import load_file
 
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    for name, digest in state.get("files", {}).items():
+        if not (folder / name).is_file() or files_hash([folder / name]) != digest:
+            raise InputError(f"{folder / name} is missing, or not the file that was saved there")
     networks = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    return networks, torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return networks, state
 
 
 def latest_checkpoint(

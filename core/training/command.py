@@ -24,7 +24,10 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # ful
 
 
 class Stop:
-    """Set by the first Ctrl-C or SIGTERM: the loop finishes its step, saves, leaves. A second Ctrl-C leaves at once."""
+    """Set by the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal): the loop finishes its step, saves, leaves.
+
+    A second Ctrl-C leaves at once.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -36,9 +39,10 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Stop]:
-        """Catches both signals inside the block (in the main thread; elsewhere it does nothing)."""
+        """Catches these signals inside the block (in the main thread; elsewhere it does nothing)."""
+        caught = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
         try:
-            before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+            before = {number: signal.signal(number, self._handle) for number in caught}
         except ValueError:
             yield self
             return

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .checkpoint import BEST, numbered, point, step_of
 from .meters import Clock, LossBuffer, peak_memory
 from .run import RunFolder, read_metrics
@@ -52,6 +53,8 @@ class Recorder:
         self.run.cut_metrics(0 if state is None else state["metrics_size"])
         if state is None:
             return None
+        if state.get("run", self.run.identity) != self.run.identity:
+            raise InputError(f"{self.run.checkpoints} are of another run: move them away, or choose another --out")
         processes = state["processes"]
         own = processes[min(rank, len(processes) - 1)]
         self.best, self.losses.rows = state["best"], own["window"]
@@ -107,7 +110,7 @@ class Recorder:
         window = [{**row, "values": row["values"].cpu()} for row in self.losses.rows]
         own = {"random": random_state(), "window": window}
         return {
-            "best": self.best, "seconds": self.clock.seconds, "samples": self.clock.samples,
+            "run": self.run.identity, "best": self.best, "seconds": self.clock.seconds, "samples": self.clock.samples,
             "metrics_size": self.run.metrics_size(), "processes": self.gather(own),
         }  # fmt: skip
 

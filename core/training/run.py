@@ -1,12 +1,16 @@
 """The run folder: what a run leaves for people and tools to read. Needs neither accelerate nor ``fit``.
 
 ``config.yaml`` (resolved), ``environment.json``, ``metrics.jsonl`` (a line per log point and per evaluation, full
-precision), ``log.txt``, ``curves.png``, ``summary.json``, ``checkpoints/``.
+precision), ``log.txt``, ``curves.png``, ``summary.json``, ``checkpoints/``; ``run.lock`` while and after it trains.
+
+``config.yaml`` ends in two comments: the run's identity, a hash of all that decides its results, which its other files
+repeat, and a hash of the lines above. A file that a crash or a person has spoiled is thus known everywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -17,14 +21,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, TrainingError
+from ..errors import InputError, TrainingError, first_line
 from ..files import leftover, make_folder, plain, save_json, write_atomically
+from . import lock
 
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "onedl-mmengine", "onedl-mmcv",
     "onedl-mmsegmentation", "mmengine", "mmcv", "mmsegmentation", "diffusers", "torch-fidelity",
 )  # fmt: skip
 """Whose versions ``environment.json`` names, where they are installed."""
+IDENTITY, DIGEST = "# run: ", "# sha256 of the lines above: "
 
 
 class RunFolder:
@@ -38,26 +44,32 @@ class RunFolder:
     def __init__(
         self, path: Path | str, config: Mapping[str, Any], *, main: bool = True, may_change: Sequence[str] = ()
     ) -> None:
-        self.path, self.config, self.main = Path(path), dict(config), main
+        self.path, self.config, self.main = Path(path), plain(config), main
         self.checkpoints = self.path / "checkpoints"
         self.metrics_file = self.path / "metrics.jsonl"
-        self._check(may_change)
+        self.may_change = tuple(may_change)
+        decides = {key: value for key, value in flatten(self.config).items() if not self._may_change(key)}
+        self.identity = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        self._check()
 
-    def _check(self, may_change: Sequence[str]) -> None:
-        import yaml
+    def _may_change(self, key: str) -> bool:
+        return any(key == free or key.startswith(f"{free}.") for free in self.may_change)
 
+    def _check(self) -> None:
         file = self.path / "config.yaml"
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file: --out names the folder of a run")
+        if self.main:
+            lock.check_free(self.path)
         if not file.exists():
-            if self.path.exists() and any(not leftover(file) for file in self.path.iterdir()):
+            others = [p for p in self.path.glob("*") if not leftover(p) and p.name != lock.NAME]
+            if others and not self._own("environment.json"):  # else it is this run, and its config.yaml was lost
                 raise InputError(f"{self.path} is not empty and holds no run (no config.yaml): choose another --out")
             return
-        before = flatten(yaml.safe_load(file.read_text()) or {})
-        now = flatten(plain(self.config))
+        before, now = flatten(read_config(file)), flatten(self.config)
         first = ("task", "method")  # of another task or method everything differs
         for key in sorted(before.keys() | now.keys(), key=lambda key: (key not in first, key)):
-            if before.get(key) != now.get(key) and not any(key == f or key.startswith(f"{f}.") for f in may_change):
+            if before.get(key) != now.get(key) and not self._may_change(key):
                 then = f"with {key} = {before[key]!r}" if key in before else f"without {key}"
                 says = repr(now[key]) if key in now else "nothing of it"
                 raise InputError(
@@ -66,30 +78,48 @@ class RunFolder:
                 )
 
     def open(self) -> None:
-        """Makes the folder and writes ``config.yaml``. Raises: InputError where there can be no such folder."""
+        """Makes the folder, takes its lock and writes ``config.yaml``.
+
+        Raises: InputError where there can be no such folder, or another process trains in it.
+        """
         import yaml
 
         if not self.main:
             return
         make_folder(self.path, "--out")
-        text = yaml.safe_dump(plain(self.config), sort_keys=False)
+        lock.hold(self.path)
+        self._check()  # again: nobody else can change it now
+        text = signed(yaml.safe_dump(self.config, sort_keys=False) + f"{IDENTITY}{self.identity}\n")
         write_atomically(self.path / "config.yaml", lambda p: p.write_text(text))
 
     @property
     def finished(self) -> bool:
-        """Whether the run reached its end."""
-        file = self.path / "summary.json"
-        return file.exists() and json.loads(file.read_text()).get("status") == "finished"
+        """Whether the run reached its end. A spoiled ``summary.json`` says nothing: it is written anew."""
+        return self._own("summary.json").get("status") == "finished"
+
+    def _own(self, name: str) -> dict[str, Any]:
+        """What one of the run's JSON files says; nothing where it is not there, damaged or another run's."""
+        file = self.path / name
+        try:
+            values = read_json(file) if file.exists() else {}
+        except InputError as error:
+            self.say(f"{error}: it is written anew")
+            return {}
+        if values.get("run", self.identity) != self.identity:
+            self.say(f"{file} is another run's: it is written anew")
+            return {}
+        return values
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         if self.main:
-            save_json(values, self.path / name)
+            values = plain({"run": self.identity, **values}, finite=True)
+            save_json({**values, "sha256": _digest(values)}, self.path / name)
 
     def write_environment(self, device: str) -> None:
         """``environment.json``: appended to on each start, so that a resumed run names every machine it ran on."""
-        file = self.path / "environment.json"
-        starts = json.loads(file.read_text())["starts"] if self.main and file.exists() else []
-        self.write_json("environment.json", {"starts": [*starts, environment(device)]})
+        if self.main:
+            starts = self._own("environment.json").get("starts", [])
+            self.write_json("environment.json", {"starts": [*starts, environment(device)]})
 
     def metric(self, values: Mapping[str, Any]) -> None:
         """One line of ``metrics.jsonl``."""
@@ -97,12 +127,30 @@ class RunFolder:
             _append(self.metrics_file, json.dumps(plain(values, finite=True)))
 
     def metrics_size(self) -> int:
-        """Bytes of ``metrics.jsonl``: a checkpoint remembers it, a resume cuts the file back to it."""
-        return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        """Bytes of ``metrics.jsonl``, which are on the disk then: a checkpoint remembers them."""
+        if not self.metrics_file.exists():
+            return 0
+        with open(self.metrics_file, "rb") as opened:
+            os.fsync(opened.fileno())
+        return self.metrics_file.stat().st_size
 
     def cut_metrics(self, size: int) -> None:
-        if self.main and self.metrics_size() > size:
-            os.truncate(self.metrics_file, size)
+        """Cuts ``metrics.jsonl`` back to a checkpoint's size; lines that a crash spoiled go too, which is said."""
+        if not self.main or not (self.metrics_file.exists() or size):
+            return
+        content = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
+        good = b"".join(line for line in content[:size].splitlines(keepends=True) if _is_whole(line))
+        if len(good) < size:
+            self.say(
+                f"{self.metrics_file} lacks {size - len(good)} of {size} bytes, or they are damaged: it goes on so"
+            )
+        if good != content:
+            write_atomically(self.metrics_file, lambda file: file.write_bytes(good))
+
+    def say(self, message: str) -> None:
+        """A line on the terminal alone: a command that may still be refused writes nothing."""
+        if self.main:
+            print(message, file=sys.stderr)
 
     def log(self, message: str) -> None:
         """A line on the terminal (clear of the progress bar) and in ``log.txt``."""
@@ -118,7 +166,10 @@ class RunFolder:
             from ..analysis.curves import draw_curves
 
             if metrics := read_metrics(self.metrics_file):
-                draw_curves(metrics, self.path / "curves.png")
+                try:
+                    draw_curves(metrics, self.path / "curves.png")
+                except (InputError, TrainingError) as error:  # no picture ends a run
+                    self.log(f"{error}; the training goes on")
 
 
 def _append(file: Path, line: str) -> None:
@@ -129,10 +180,75 @@ def _append(file: Path, line: str) -> None:
         raise TrainingError(f"cannot write {file}: {error.strerror}") from error
 
 
+def _is_whole(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """All lines of a ``metrics.jsonl``, none where there is no file; a last one that is not whole is left out."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in (lines if not lines or lines[-1].endswith("}") else lines[:-1])]
+    """All lines of a ``metrics.jsonl``, none where there is no file; one that is not whole is left out."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if _is_whole(line)]
+
+
+def signed(text: str) -> str:
+    """A text of whole lines and below it a comment by which ``read_signed`` knows that nothing was lost."""
+    return f"{text}{DIGEST}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def read_signed(file: Path) -> str:
+    """What was ``signed``. Raises: InputError where it is not whole: cut off, spoiled, or changed by hand."""
+    try:
+        text, mark, digest = file.read_text().rpartition(DIGEST)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {file}: {first_line(error)}") from error
+    if not mark and _of_earlier_version(file.parent):
+        return digest
+    if not mark or digest.strip() != hashlib.sha256(text.encode()).hexdigest():
+        raise InputError(f"{file} is damaged, or was changed by hand: delete it, and the run's command writes it again")
+    return text
+
+
+def _of_earlier_version(folder: Path) -> bool:
+    """Whether a run was begun before its files repeated its identity; nothing was signed then."""
+    try:
+        return "run" not in read_json(folder / "environment.json")
+    except InputError:
+        return False
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A run's ``config.yaml``. Raises: InputError where it is not whole."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # C's is ten times as fast, where it was built
+    return yaml.load(read_signed(file), loader) or {}
+
+
+def identity_of(file: Path) -> str:
+    """The run's identity, which the end of its ``config.yaml`` says."""
+    _, mark, identity = read_signed(file).rpartition(IDENTITY)
+    return identity.strip() if mark else ""
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a run's ``environment.json`` or ``summary.json`` says. Raises: InputError where it is damaged."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is damaged ({first_line(error)})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{file} is damaged (it holds a {type(values).__name__})")
+    digest = values.pop("sha256", None)
+    if "run" in values and digest != _digest(values):
+        raise InputError(f"{file} is damaged, or was changed by hand")
+    return values
 
 
 def is_main_process() -> bool:

@@ -14,6 +14,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from core.errors import InputError
 from core.files import make_folder
+from core.training.run import read_config as read_signed_config
 from diffusion.data import DataConfig
 from diffusion.dit.convert import null_label
 from diffusion.dit.data import LabelledConfig
@@ -95,12 +96,10 @@ def device_of(options: Any) -> str:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.yaml`` of a run, or of the round or run around a network's folder; empty where there is none."""
-    import yaml
-
     for place in (folder, *list(folder.absolute().parents)[:3]):
         file = place / "config.yaml"
         if file.is_file():
-            return yaml.safe_load(file.read_text()) or {}
+            return read_signed_config(file)
     return {}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import ROOT, arguments, assert_same, assert_same_runs, metrics, stop_at, undrawn
+from runs import ROOT, arguments, assert_same, assert_same_runs, environment, metrics, stop_at, undrawn
 
 from classification.config import parse_command
 from classification.distiller import ClassificationDistiller
@@ -319,8 +319,14 @@ def test_compiled_run_learns_what_the_plain_one_does(
         (["--data.image_size", "100000"], "data.image_size must be in [4, 4096]: 100000"),
         (["--adm.delta", "[0.2, .nan]"], "adm.delta must be a number: nan"),
         (["--adm", '{"alpha": 0, "beta": 0, "gamma": 0}'], "are all 0: give one of them, or --method dml"),
-        (["--networks.student_0.name", "cifar_resnet8"], "networks.student_0: a student's roles are student, student_2"),
-        (["--networks.teacher_3.name", "cifar_resnet8"], "networks.teacher_3: a teacher's roles are teacher, teacher_2"),
+        (
+            ["--networks.student_0.name", "cifar_resnet8"],
+            "networks.student_0: a student's roles are student, student_2",
+        ),
+        (
+            ["--networks.teacher_3.name", "cifar_resnet8"],
+            "networks.teacher_3: a teacher's roles are teacher, teacher_2",
+        ),
         (["--networks.student.sha256", "00"], "sha256 is that of a weight file, and there is none: give weights"),
         (["--networks.student.nosuch", "3"], "unknown option networks.student.nosuch"),
         (["--batch_size", "100000"], "batch_size 100000 is more than the"),
@@ -468,3 +474,16 @@ def test_a_really_full_disk_ends_the_run_in_one_line(tmp_path: Path) -> None:
         read_checkpoint(disk / "run/checkpoints/last")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_two_commands_with_one_folder_end_as_one_run_and_a_refusal(tmp_path: Path) -> None:
+    """Started at once: one exits 2 in one line that says who trains there, the other's run is whole."""
+    command = [sys.executable, "classification/tools/train.py", *arguments(tmp_path / "run")]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes) for _ in range(2)]
+    ended = [(process.communicate(timeout=300)[1], process.returncode) for process in both]
+    assert sorted(code for _, code in ended) == [0, 2], ended
+    (refusal,) = [said for said, code in ended if code == 2]
+    assert f"{tmp_path / 'run'} is being trained by process " in refusal and "Traceback" not in refusal
+    assert main(arguments(tmp_path / "alone")) == 0
+    assert_same_runs(tmp_path / "run", tmp_path / "alone")

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from runs import ROOT
+from safetensors import safe_open
 from torch import nn
 
 from core.errors import InputError, TrainingError
@@ -202,6 +204,47 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_said(
     assert os.readlink(tmp_path / "last") == "step-00000001" and not (tmp_path / "best").is_symlink()
 
 
+def another_runs(file: Path) -> None:
+    """The same file of a run with other weights."""
+    other = save_checkpoint(file.parents[1] / "other", 3, network(9.0), {"step": 3})
+    shutil.copy(other / file.name, file)
+    shutil.rmtree(other.parent)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, another_runs], ids=["missing", "another run's"])
+def test_weights_that_are_not_those_that_were_saved_are_stepped_over(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, network(step), {"step": step})
+    damage(tmp_path / "step-00000002/student.safetensors")
+    said: list[str] = []
+    found = latest_checkpoint(tmp_path, said.append)
+    assert found is not None and found[1]["step"] == 1
+    assert "student.safetensors is missing, or not the file that was saved" in said[0]
+
+
+def test_equal_checkpoints_have_equal_bytes(tmp_path: Path) -> None:
+    """Also in another process, whose order of metadata is its own; and any reader reads them."""
+    about = {name: str(number) for number, name in enumerate(["role", "architecture", "mean", "std", "num_classes"])}
+    networks = {"student": ({"w": torch.eye(3), "ü": torch.ones(2).half()}, about)}
+    folders = [save_checkpoint(tmp_path / name, 1, networks, {"step": 1}) for name in "ab"]
+    first, second = (tree(folder) for folder in folders)
+    assert first == second
+    code = f"""
+import torch
+from pathlib import Path
+from core.training.checkpoint import save_checkpoint
+networks = {{"student": ({{"w": torch.eye(3), "ü": torch.ones(2).half()}}, {about!r})}}
+save_checkpoint(Path({str(tmp_path / "c")!r}), 1, networks, {{"step": 1}})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert tree(tmp_path / "c/step-00000001") == first
+    with safe_open(folders[0] / "student.safetensors", "pt") as opened:
+        assert opened.metadata() == about and set(opened.keys()) == {"w", "ü"}
+        assert torch.equal(opened.get_tensor("w"), torch.eye(3))
+
+
 def test_all_damaged_is_wrong_input_and_nothing_is_removed(tmp_path: Path) -> None:
     for step in (1, 2):
         save_checkpoint(tmp_path, step, network(step), {})
@@ -236,7 +279,9 @@ def no_space(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("writer", ["torch.save", "safetensors.torch.save_file", "os.fsync", "pathlib.Path.symlink_to"])
+@pytest.mark.parametrize(
+    "writer", ["torch.save", "core.training.checkpoint.save_tensors", "os.fsync", "pathlib.Path.symlink_to"]
+)
 def test_a_full_disk_costs_nothing_that_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
     save_checkpoint(tmp_path, 1, network(1), {"step": 1}, best=True)
     before = tree(tmp_path)

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from runs import assert_same, assert_same_runs, lines
+from runs import ROOT, assert_same, assert_same_runs, lines
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +27,7 @@ from core.training import checkpoint as checkpoints
 from core.training.command import Stop, run_command
 from core.training.distiller import Distiller, Progress
 from core.training.fit import FitConfig, durations, fit, make_accelerator
-from core.training.run import RunFolder, read_metrics
+from core.training.run import RunFolder, read_config, read_json, read_metrics
 from core.training.schedule import ScheduleConfig, make_schedule
 from core.training.seed import random_state, restore_random_state, seed_everything
 
@@ -579,8 +581,8 @@ def test_summary_counts_images_seconds_and_memory(tmp_path: Path) -> None:
     result = train(tmp_path / "run", FitConfig(epochs=2))
     assert result["images_per_second"] == pytest.approx(40 / result["seconds"])
     assert result["peak_memory_bytes"] > 1e7 and result["method"] == "tiny"
-    file = json.loads((tmp_path / "run/summary.json").read_text())
-    assert file == json.loads(json.dumps(result))
+    said = read_json(tmp_path / "run/summary.json")
+    assert {**json.loads(json.dumps(result)), "run": said["run"]} == said
 
 
 def test_bf16_on_the_cpu(tmp_path: Path) -> None:
@@ -684,8 +686,124 @@ def test_folders_that_hold_no_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed/config.yaml.writing").write_text("se")  # by a run killed in its first moments
     opened(tmp_path / "killed", {"seed": 1})
-    assert (tmp_path / "killed/config.yaml").read_text() == "seed: 1\n"
+    assert yaml.safe_load((tmp_path / "killed/config.yaml").read_text()) == {"seed": 1}
     assert not (tmp_path / "killed/config.yaml.writing").exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from core.training.run import RunFolder
+run = RunFolder(Path(sys.argv[1]), {"seed": 0})
+run.open()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    """The second is refused and told who trains there; a killed one holds nothing."""
+    run = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"is being trained by process {holder.pid} on "):
+            RunFolder(run, {"seed": 0})
+        RunFolder(run, {"seed": 0}, main=False)  # another rank of the same job
+        assert read_config(run / "config.yaml") == {"seed": 0}  # whoever only reads is not kept out
+        holder.kill()
+        holder.wait()
+        opened(run, {"seed": 0})
+        opened(run, {"seed": 0})  # the same process, again
+    finally:
+        holder.kill()
+
+
+def test_who_comes_between_check_and_lock_is_refused(tmp_path: Path) -> None:
+    late = RunFolder(tmp_path / "run", {"seed": 0})  # nothing there yet
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(late.path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        before = (late.path / "config.yaml").read_bytes()
+        with pytest.raises(InputError, match="is being trained by"):
+            late.open()
+        assert (late.path / "config.yaml").read_bytes() == before
+    finally:
+        holder.kill()
+
+
+def spoiled(content: bytes) -> dict[str, bytes]:
+    """What a crash, a full disk or a hand leaves of a file."""
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    lines = content.splitlines(keepends=True)
+    return {
+        "empty": b"", "half": content[:middle], "zeros": bytes(len(content)), "flipped": flipped,
+        "garbage": b"\xff\x00{[",
+        "without its last line": b"".join(lines[:-1]), "cut at a line": b"".join(lines[: len(lines) // 2]),
+    }  # fmt: skip
+
+
+def test_a_spoiled_config_is_known_and_written_again_by_its_own_command_alone(tmp_path: Path) -> None:
+    config = {"method": "dml", "data": {"name": "digits", "root": "a"}, "seed": 0}
+    run = opened(tmp_path / "run", config)
+    run.write_environment("cpu")
+    file = run.path / "config.yaml"
+    for how, content in spoiled(file.read_bytes()).items():
+        file.write_bytes(content)
+        for read_it in (lambda: read_config(file), lambda: RunFolder(run.path, config)):
+            with pytest.raises(InputError, match=r"config\.yaml"):
+                read_it()
+                pytest.fail(how)
+        file.unlink()
+        with pytest.raises(InputError, match="holds no run"):
+            RunFolder(run.path, {**config, "seed": 1})
+        opened(run.path, config)
+        assert read_config(file) == config
+
+
+@pytest.mark.parametrize("name", ["environment.json", "summary.json"])
+def test_spoiled_json_is_written_anew(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run, other = opened(tmp_path / "run", {"seed": 0}), opened(tmp_path / "other", {"seed": 1})
+    for one in (run, other):
+        one.write_environment("cpu")
+        one.write_json("summary.json", {"status": "finished"})
+    whole, foreign = (run.path / name).read_bytes(), (other.path / name).read_bytes()
+    assert run.finished
+    for how, content in {**spoiled(whole), "another run's": foreign}.items():
+        (run.path / name).write_bytes(content)
+        capsys.readouterr()
+        if name == "summary.json":
+            assert not run.finished, how
+        else:
+            run.write_environment("cpu")
+            assert len(json.loads((run.path / name).read_text())["starts"]) == 1, how
+        (said,) = capsys.readouterr().err.splitlines()
+        assert name in said and "written anew" in said
+
+
+def test_metrics_that_a_crash_spoiled_are_repaired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = opened(tmp_path / "run", {"seed": 0})
+    for step in range(6):
+        run.metric({"kind": "train", "step": step})
+    size = run.metrics_size()
+    whole = run.metrics_file.read_bytes()
+    for content, left in (
+        (whole + b'{"kind": "train", "st', 6),  # after the checkpoint: cut back, nothing to say
+        (whole[:-4], 5),
+        (whole[: size // 2] + bytes(size - size // 2), 3),
+        (b"", 0),
+        (bytes(size), 0),
+        (whole[:10] + b"\xff" + whole[11:], 5),
+        (None, 0),
+    ):
+        run.metrics_file.unlink() if content is None else run.metrics_file.write_bytes(content)
+        capsys.readouterr()
+        run.cut_metrics(size)
+        assert len(read_metrics(run.metrics_file)) == left
+        run.metric({"kind": "train", "step": 6})
+        assert read_metrics(run.metrics_file)[-1]["step"] == 6
+        assert capsys.readouterr().err.count("\n") == (left < 6)
 
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
@@ -801,4 +919,5 @@ def test_a_config_keeps_numbers_that_are_not_finite_and_json_has_none(tmp_path: 
     with pytest.raises(InputError, match="clip"):
         RunFolder(run.path, {"clip": None, "sides": (1, 2)})
     run.write_json("summary.json", {"loss": math.nan, "place": tmp_path})
-    assert json.loads((run.path / "summary.json").read_text()) == {"loss": None, "place": str(tmp_path)}
+    said = json.loads((run.path / "summary.json").read_text())
+    assert {key: said[key] for key in ("loss", "place")} == {"loss": None, "place": str(tmp_path)}

@@ -14,6 +14,8 @@ from PIL import Image
 from runs import ROOT, in_two_processes
 from small_dit import dit
 
+from core.training.run import signed
+
 pytest.importorskip("diffusers")
 pytest.importorskip("torch_fidelity")
 
@@ -44,7 +46,7 @@ def run(tmp_path: Path) -> Path:
     run = tmp_path / "runs/dit"
     for step in (20, 100):
         export(run, step)
-    (run / "config.yaml").write_text("data: {name: digits, limit: 300}\nmethod: vanilla\n")
+    (run / "config.yaml").write_text(signed("data: {name: digits, limit: 300}\nmethod: vanilla\n"))
     return run
 
 
@@ -182,7 +184,7 @@ def test_latents_are_decoded_and_meet_the_reference_of_guided_diffusion(
     vae.save_pretrained(tmp_path / "vae")
     run = tmp_path / "runs/latents"
     save_dit(run / "export/step-00000020/student", dit(channels=4, size=4), latent_scale=0.18215, step=20)
-    (run / "config.yaml").write_text("data: {name: latents, root: nowhere}\n")
+    (run / "config.yaml").write_text(signed("data: {name: latents, root: nowhere}\n"))
 
     pixels = load_labelled(DATA).pixels
     assert pixels is not None
@@ -226,7 +228,7 @@ def test_jpeg_folder_by_a_residual_network(tmp_path: Path, shell: Shell, small: 
     torch.save(proxies.CifarResNet(8).network.state_dict(), weights)
     run = tmp_path / "runs/jpeg"
     save_dit(run / "export/step-00000020/student", dit(channels=3, classes=2), step=20)
-    (run / "config.yaml").write_text(f"data: {{name: folder, root: {tmp_path / 'moved'}}}\n")
+    (run / "config.yaml").write_text(signed(f"data: {{name: folder, root: {tmp_path / 'moved'}}}\n"))
     arguments = [str(run), *small, "--features", f"resnet8:{weights}", "--data.root", str(tmp_path / "images")]
     code, out, err = shell(evaluate.main, arguments)
     assert code == 0, err

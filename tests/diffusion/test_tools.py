@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from runs import ROOT, in_two_processes
 
+from core.training.run import signed
+
 pytest.importorskip("diffusers")
 pytest.importorskip("torch_fidelity")
 
@@ -40,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     parameter.add_(0.02 * torch.randn_like(parameter))
         (run / folder).parent.mkdir(parents=True)
         save_student(run / folder, network, "x", steps, 1024)
-    (run / "config.yaml").write_text("data: {name: digits, limit: 300}\nteacher: null\nmethod: pd\n")
+    (run / "config.yaml").write_text(signed("data: {name: digits, limit: 300}\nteacher: null\nmethod: pd\n"))
     return run
 
 

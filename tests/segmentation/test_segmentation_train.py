@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -292,6 +293,8 @@ def test_a_run_of_before_the_controls_is_recognised(street: Path, run: Path, tra
     config["run"].pop("trackers")
     assert not {"control", "delta"} & config["model"]["adm"].keys()
     (old / "config.yaml").write_text(yaml.safe_dump(config))
+    for name in ("environment.json", "summary.json"):
+        (old / name).write_text(json.dumps({k: v for k, v in read(old / name).items() if k != "run"}))
     python = Config.fromfile(str(old / "config.py"))
     for key in ("control", "delta"):
         python.model.adm.pop(key)

@@ -20,6 +20,7 @@ from written import write_chain, write_run
 
 from core.errors import InputError
 from core.training import command as shell
+from core.training.run import signed
 from tools import plan, processes, reproduce
 from tools.paper import PAPER, load_tables
 from tools.processes import Job, Outcome, run_jobs, state
@@ -406,7 +407,7 @@ def test_a_run_counts_as_finished_only_with_its_scores_and_pictures(tables: Path
     drawn = plan.make_job(known["figure05"], "same", "proxy", 0, place)
     assert plain.folder == drawn.folder == tmp_path / "table01/proxy/vanilla-0"
     plain.folder.mkdir(parents=True)
-    (plain.folder / "config.yaml").write_text("method: vanilla\n")
+    (plain.folder / "config.yaml").write_text(signed("method: vanilla\n"))
     for text, ends in (
         ('{"status": "interrup', False),
         (FINISHED.replace("finished", "interrupted"), False),
@@ -460,7 +461,7 @@ def test_status_counts_what_is_there(command: Callable[..., str], tmp_path: Path
     for name, text in (("vanilla-0", FINISHED), ("vanilla-12", '{"status": "interrupted"}')):
         folder = tmp_path / "runs/table01/proxy" / name
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text("method: vanilla\n")
+        (folder / "config.yaml").write_text(signed("method: vanilla\n"))
         (folder / "summary.json").write_text(text)
     (tmp_path / "runs/table01/proxy/wrong-1.log").write_text("== a command\nerror: no\n== ended: failed\n")
     assert command("status", "1").splitlines() == [
@@ -562,7 +563,7 @@ def test_durations_are_those_of_the_same_run_with_another_seed(
     def write(seed: int, seconds: float, device: str) -> None:
         folder = tmp_path / f"runs/table01/proxy/vanilla-{seed}"
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text("method: vanilla\n")
+        (folder / "config.yaml").write_text(signed("method: vanilla\n"))
         (folder / "summary.json").write_text(json.dumps({"status": "finished", "seconds": seconds}))
         start = {"device": device, "device_name": f"some {device}", "processes": 1}
         (folder / "environment.json").write_text(json.dumps({"starts": [start]}))

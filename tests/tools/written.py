@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from core.training.run import signed
+
 TABLE = """
 table: 1
 title: Top-1 accuracy of two methods
@@ -52,7 +54,7 @@ def write_run(
     options = {"method": method, "seed": seed, "adm": {"alpha": 0.01}, **config}
     if not method.endswith("+adm"):
         del options["adm"]
-    (path / "config.yaml").write_text(yaml.safe_dump(options))
+    (path / "config.yaml").write_text(signed(yaml.safe_dump(options)))
     lines: list[dict[str, Any]] = []
     for epoch, value in enumerate(students, start=1):
         others = {"teacher": 5.0} if roles is None else roles
@@ -75,7 +77,9 @@ def write_chain(path: Path, seed: int, method: str, fids: Mapping[int, float]) -
     """A diffusion run as training and evaluate.py leave it. ``fids``: by sampling steps."""
     path.mkdir(parents=True)
     teacher = {"teacher": f"runs/base-{seed}", "teacher_sha256": f"{seed}" * 64}
-    (path / "config.yaml").write_text(yaml.safe_dump({"method": method, "seed": seed, "chain": [8, 4, 2], **teacher}))
+    (path / "config.yaml").write_text(
+        signed(yaml.safe_dump({"method": method, "seed": seed, "chain": [8, 4, 2], **teacher}))
+    )
     (path / "summary.json").write_text(json.dumps({"status": "finished", "method": method, "seed": seed}))
     rows = [{"network": f"{path}/round-{n:04d}/student", "steps": n, "FID": v, "IS": 10 - v} for n, v in fids.items()]
     write_evaluation(path / "evaluation-inception.json", {"distance": "FID", "score": "IS"}, rows)
