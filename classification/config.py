@@ -14,7 +14,7 @@ from classification.methods.base import MethodOptions
 from classification.networks.pretrained import file_hash, find_weights
 from classification.options import NetworkConfig, TrainConfig
 from core.errors import InputError, parse_label
-from core.training.command import dry_run_wanted, parse, train_parser
+from core.training.command import dry_run_wanted, parse, say_ranges, train_parser
 from core.training.run import flatten, read_config
 
 # What a resumed run may change: where and on what it runs, not what it computes.
@@ -99,6 +99,7 @@ def make_parser(prog: str | None = None, task: Task = ONLINE) -> Any:
     for name, method in task.methods.items():
         if fields(method.Options):
             parser.add_argument(f"--{name}", type=method.Options, default=method.Options())
+            say_ranges(parser, method.Options, f"--{name}.")
     return parser
 
 
@@ -117,6 +118,7 @@ def parse_command(argv: Sequence[str] | None = None, prog: str | None = None, ta
     _check_flags(task, name, with_adm, argv)
     if not config.networks:
         raise InputError("no networks: choose a recipe (--config), or give --networks.student.name cifar_resnet8x4")
+    _check_pairs(config, with_adm)
     return Command(config, options.get(name, MethodOptions()), dry_run, task)
 
 
@@ -138,6 +140,20 @@ def _check_task(task: Task, argv: Sequence[str]) -> None:
         file = value if equals else following
         if flag == "--config" and (said := task_of(Path(file))) not in (None, task.name):
             raise InputError(f"{file} is of {said}, and this is {task.name}: use {said}/tools/train.py")
+
+
+def _check_pairs(config: TrainConfig, with_adm: bool) -> None:
+    """Raises: InputError for options that are right alone, and not beside each other."""
+    for role in config.networks:
+        kind, _, number = role.partition("_")
+        before = kind if number in ("", "2") else f"{kind}_{int(number) - 1}" if number.isdecimal() else None
+        if kind not in ("teacher", "student"):
+            continue  # whoever builds it says so, with the nearest role
+        if role != kind and (before not in config.networks or number != str(int(number)) or int(number) < 2):
+            raise InputError(f"networks.{role}: a {kind}'s roles are {kind}, {kind}_2, {kind}_3, ..., without a gap")
+    if with_adm and not (config.adm.alpha or config.adm.beta or config.adm.gamma):
+        name = config.method.partition("+")[0]
+        raise InputError(f"adm.alpha, adm.beta and adm.gamma are all 0: give one of them, or --method {name}")
 
 
 def _check_flags(task: Task, name: str, with_adm: bool, argv: Sequence[str]) -> None:

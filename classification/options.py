@@ -13,6 +13,7 @@ import torch
 from classification.data import DataConfig
 from core.adm import ADMConfig
 from core.errors import InputError
+from core.ranges import Count, NonNegative, Positive, Seed, Share, check_ranges
 from core.training.fit import FitConfig
 from core.training.schedule import ScheduleConfig
 
@@ -37,14 +38,15 @@ class NetworkConfig:
     name: str
     weights: str | None = None
     pretrained: bool = False
-    lr: float | None = None
+    lr: NonNegative | None = None
     mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        if self.lr is not None and self.lr < 0:
-            raise InputError(f"the learning rate of {self.name} must not be negative: {self.lr}")
+        check_ranges(f"network {self.name}: ", self)
+        if self.sha256 is not None and self.weights is None:
+            raise InputError(f"network {self.name}: sha256 is that of a weight file, and there is none: give weights")
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,14 @@ class OptimizerConfig:
         nesterov: Nesterov's momentum.
     """
 
-    lr: float = 0.1
-    learning_rates: Mapping[str, float] = field(default_factory=dict)
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    lr: NonNegative = 0.1
+    learning_rates: Mapping[str, NonNegative] = field(default_factory=dict)
+    momentum: Share = 0.9
+    weight_decay: NonNegative = 5e-4
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.lr, self.momentum, self.weight_decay, *self.learning_rates.values()) < 0:
-            raise InputError("optimizer: learning rates, momentum and weight decay must not be negative")
+        check_ranges("optimizer.", self)
         if self.nesterov and not self.momentum:
             raise InputError("optimizer.nesterov needs optimizer.momentum above 0")
 
@@ -110,8 +111,11 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     fit: FitConfig = field(default_factory=FitConfig)
-    batch_size: int = 128
-    seed: int = 0
+    batch_size: Count = 128
+    seed: Seed = 0
     channels_last: bool = False
     out: Path = Path("runs/classification")
     progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        check_ranges("", self)

@@ -58,6 +58,10 @@ def train(command: Command) -> int:
 
     epochs = durations(config.fit, len(loader))[0] / len(loader)
     schedule = make_schedule(config.schedule, epochs)
+    if lines := config.schedule.remarks(epochs):
+        run.open()
+        for line in lines:
+            run.log(line)
     fixed = [role for role in distiller.networks if role not in distiller.trained()]
     known: dict[str, Any] = {}  # what the fixed networks score: they are not evaluated again
     if fixed:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, pool_to, smaller_size
 from .distillation import NoiseFilter, full_precision, kd_loss
-from .errors import InputError, require_not_negative, require_positive, unknown
+from .errors import unknown
+from .ranges import NonNegative, Positive, Unit, check_ranges
 
 Head = Callable[[Tensor], Tensor]
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -192,23 +193,20 @@ class ADMConfig:
     Raises: InputError for a negative weight, a value out of range or an unknown word.
     """
 
-    alpha: float = 0.01
-    beta: float = 0.01
-    gamma: float = 1.0
+    alpha: NonNegative = 0.01
+    beta: NonNegative = 0.01
+    gamma: NonNegative = 1.0
     consensus: Form = "ce"
     divergence: Form = "ce"
-    tau: float = 1.0
-    delta: tuple[float, float] = (0.2, 0.6)
+    tau: Positive = 1.0
+    delta: tuple[Unit, Unit] = (0.2, 0.6)
     feature_filter: NoiseFilter = "none"
     phi: Literal["needed", "always"] = "needed"
     phi_loss: Literal["own", "feature"] = "own"
     control: Control = "none"
 
     def __post_init__(self) -> None:
-        require_not_negative("adm", alpha=self.alpha, beta=self.beta, gamma=self.gamma)
-        require_positive("adm", tau=self.tau)
-        if not all(0 <= value <= 1 for value in self.delta):
-            raise InputError(f"adm.delta must lie in [0, 1]: {list(self.delta)}")
+        check_ranges("adm.", self)
         for name, kind in get_type_hints(type(self)).items():  # a config that no parser has read is checked here
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 raise unknown(f"value of adm.{name}", str(getattr(self, name)), get_args(kind))

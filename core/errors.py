@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -19,14 +20,14 @@ class TrainingError(RuntimeError):
 def require_positive(section: str, **values: float) -> None:
     """Raises: InputError naming the first option of ``section`` that is 0 or less."""
     for name, value in values.items():
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise InputError(f"{section}.{name} must be positive: {value}")
 
 
 def require_not_negative(section: str, **values: float) -> None:
     """Raises: InputError naming the first option of ``section`` that is below 0."""
     for name, value in values.items():
-        if value < 0:
+        if not 0 <= value < math.inf:
             raise InputError(f"{section}.{name} must not be negative: {value}")
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from core.adm import Control, Head, consensus_attention, consensus_kd_loss, control, spatial_similarity
 from core.distillation import full_precision
-from core.errors import InputError, require_not_negative
+from core.errors import InputError
 from core.network import Network, Split
+from core.ranges import Factor, NonNegative, check_ranges
 from diffusion.proxies import load_resnet, resnet_depth
 
 
@@ -45,17 +46,15 @@ class ConsensusConfig:
         classifier: file of the frozen classifier of form "classifier"; a CIFAR ResNet, as resnet56:FILE.
     """
 
-    alpha: float = 1.0
+    alpha: NonNegative = 1.0
     form: Literal["output", "head", "feature", "classifier"] = "output"
     control: Control = "none"
     centre: bool = False
-    gate: float = 0.4
+    gate: Factor = 0.4
     classifier: str | None = None
 
     def __post_init__(self) -> None:
-        require_not_negative("adm", alpha=self.alpha)
-        if not 0 < self.gate <= 1:
-            raise InputError(f"adm.gate is a share of the schedule's times, above 0 and at most 1: {self.gate}")
+        check_ranges("adm.", self)
         if (self.form == "classifier") != (self.classifier is not None):
             raise InputError(
                 "adm.form classifier needs --adm.classifier resnet56:FILE, and no other form has a use for it: "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.images import EXTENSIONS, image_files, open_image
+from core.ranges import Count, Pixels, check_ranges
 from core.training.order import EpochOrder
 
 
@@ -37,15 +38,12 @@ class DataConfig:
     name: Literal["cifar10", "folder", "digits"] = "cifar10"
     root: str = "data"
     download: bool = False
-    image_size: int | None = None
+    image_size: Pixels | None = None
     flip: bool | None = None
-    limit: int | None = None
+    limit: Count | None = None
 
     def __post_init__(self) -> None:
-        for key in ("limit", "classes", "image_size"):
-            value = getattr(self, key, None)
-            if value is not None and value < 1:
-                raise InputError(f"data.{key} must be at least 1: {value}")
+        check_ranges("data.", self)
         if self.image_size is not None and self.name in ("cifar10", "digits"):
             raise InputError(f"data.image_size {self.image_size}: {self.name} has a size of its own, leave it out")
 

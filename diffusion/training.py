@@ -69,6 +69,8 @@ def parse_config(kind: type[Config], argv: Sequence[str], prog: str | None = Non
     dry_run = dry_run_wanted(values.pop("dry_run"), values.pop("time"))
     values.pop("config", None)
     config = kind(**values)
+    if config.teacher_sha256 is not None and not list(config.teacher_files()):
+        raise InputError("--teacher_sha256 is that of a teacher's weights, and there are none: give --teacher")
     for begin, needs in config.idle().items():
         for flag in (word.partition("=")[0] for word in argv):
             if flag.startswith(begin):

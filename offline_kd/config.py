@@ -8,6 +8,7 @@ from pathlib import Path
 from classification.config import Task
 from classification.options import OptimizerConfig, TrainConfig
 from core.adm import ADMConfig
+from core.ranges import Count
 from core.training.fit import FitConfig
 from core.training.schedule import ScheduleConfig
 from offline_kd.methods import METHODS
@@ -24,7 +25,7 @@ class OfflineConfig(TrainConfig):
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=0.05, learning_rates=SLOWER))
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(milestones=(150, 180, 210)))
     fit: FitConfig = field(default_factory=lambda: FitConfig(epochs=240))
-    batch_size: int = 64
+    batch_size: Count = 64
     out: Path = Path("runs/offline_kd")
 
 

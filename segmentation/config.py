@@ -8,39 +8,34 @@ Our configs add to mmengine's keys: ``stock`` in a network (a file of mmseg's ow
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
 import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mmseg
 import torch
-from mmengine import registry
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import init_default_scope
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import get_external_models
-from mmseg import registry as mmseg_registry
 from mmseg.registry import DATASETS, MODELS
 
-from core.adm import ADMConfig
-from core.errors import InputError, first_line, require_positive, unknown
+from core.errors import InputError, first_line, unknown
 from core.training.command import LineParser
 from core.weights import check_finite, read_state_dict, read_torch, split_key
 from segmentation.data import check_label_map
 from segmentation.distiller import ROLES, load_weights
 from segmentation.losses import adm_config, parse_method
+from segmentation.options import check_option, check_settings
 
 NEEDED = (
     "model", "train_dataloader", "val_dataloader", "val_evaluator", "train_cfg", "optim_wrapper", "param_scheduler",
     "default_hooks", "env_cfg", "data_root", "crop_size", "batch_size", "seed", "run",
 )  # fmt: skip
-TRACKERS = ("tensorboard",)
 PAIR = "DistillationSegmentor"
 STOCK_CONFIGS = Path(mmseg.__file__).parent / ".mim" / "configs"
 
@@ -76,15 +71,12 @@ def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> C
             cfg.merge_from_dict({key: value})
         except (TypeError, KeyError) as error:
             raise InputError(f"the option {key} does not fit the config: {' '.join(str(error).split())}") from error
-    require_positive("run", log_every=cfg.run.log_every, keep=cfg.run.keep)
-    for tracker in cfg.run.setdefault("trackers", list(TRACKERS)):
-        if tracker not in TRACKERS:
-            raise unknown("tracker", str(tracker), TRACKERS)
+    check_settings(cfg)
     method, with_adm = parse_method(cfg.model.method)
     cfg.model.adm = asdict(adm_config(cfg.model.get("adm") or {}, method, used=with_adm))
-    crop = tuple(cfg.crop_size)
-    if len(crop) != 2 or not all(isinstance(side, int) and side > 0 for side in crop):
-        raise InputError(f"crop_size {crop}: two positive numbers, height and width in pixels")
+    crop = tuple(cfg.crop_size) if isinstance(cfg.crop_size, (list, tuple)) else ()
+    if len(crop) != 2:
+        raise InputError(f"crop_size {cfg.crop_size}: two numbers, height and width in pixels, as crop_size=512,1024")
     for step in _datasets(cfg.train_dataloader.dataset)[-1].pipeline:
         if step.type == "RandomCrop":
             step.crop_size = crop
@@ -122,62 +114,6 @@ def stock_network(network: Mapping[str, Any]) -> ConfigDict:
     whole.merge_from_dict({"network": changes})
     whole.network.pop("data_preprocessor", None)  # the pair has one
     return whole.network
-
-
-def check_option(cfg: Config, key: str, value: Any) -> None:
-    """Raises: InputError for an option that nothing would read, offering the nearest, or a text instead of a number."""
-    here: Any = cfg
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        place = ".".join(parts[:depth])
-        if isinstance(here, (list, tuple)):
-            if not part.isdigit() or int(part) >= len(here):
-                raise InputError(f"unknown option {key}: {place} has the items 0 to {len(here) - 1}")
-            here = here[int(part)]
-        elif isinstance(here, (Mapping, Config)):
-            if part not in here and (known := _accepted(here, place)) is not None and part not in known:
-                names = sorted(known | set(here))
-                nearest = difflib.get_close_matches(part, names, n=1, cutoff=0.5)
-                meant = ".".join([*parts[:depth], *nearest])
-                hint = f"did you mean {meant}?" if nearest else f"{place or 'a config'} has {', '.join(names)}"
-                raise InputError(f"unknown option {key}: {hint}")
-            here = here.get(part)
-            if isinstance(here, (int, float)) and isinstance(value, str) and depth == len(parts) - 1:
-                raise InputError(f"the option {key} is a number or a switch, not {value!r}")
-        elif here is None:
-            return
-        else:
-            raise InputError(f"unknown option {key}: {place} is {here!r}, it has no parts")
-
-
-def _accepted(section: Mapping[str, Any] | Config, place: str) -> set[str] | None:
-    """The arguments that a section's class takes besides those it has; None where they cannot be known."""
-    if not place:
-        return set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"} | {"find_unused_parameters"}
-    if place == "model.adm":
-        return {field.name for field in fields(ADMConfig)}
-    if place == "run":
-        return set()
-    if "type" not in section:
-        return set(inspect.signature(torch.utils.data.DataLoader).parameters) if "sampler" in section else None
-    owner = _class_of(section["type"])
-    if owner is None:
-        return None
-    names: set[str] = set()
-    for parent in owner.__mro__ if inspect.isclass(owner) else (owner,):
-        parameters = inspect.signature(parent.__init__ if inspect.isclass(parent) else parent).parameters.values()
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return names | {"init_cfg"}
-
-
-def _class_of(name: Any) -> Any:
-    if not isinstance(name, str):
-        return name
-    registries = [value for source in (mmseg_registry, registry) for value in vars(source).values()]
-    owners = (value.get(name) for value in registries if isinstance(value, registry.Registry))
-    return next((owner for owner in owners if owner is not None), None)
 
 
 def complete(cfg: Config, processes: int, device: str) -> Config:
@@ -346,4 +282,9 @@ def build(model: Mapping[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Default ``avg_non_ignore`` is False")  # `normalise` says it
         warnings.filterwarnings("ignore", message="DeprecationWarning: pretrained is a deprecated")  # stock configs
-        return MODELS.build(model)
+        try:
+            return MODELS.build(model)
+        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"the networks cannot be built: {first_line(error)}") from error

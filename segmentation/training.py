@@ -154,8 +154,9 @@ def resolved(cfg: Config) -> dict[str, Any]:
     values = cfg.to_dict()
     adm = values["model"]["adm"]
     del adm["delta"]  # of the kd form of divergence, which is refused here
-    if adm["control"] == "none":
-        del adm["control"]
+    for key, usual in (("control", "none"), ("phi", "needed")):
+        if adm[key] == usual:
+            del adm[key]
     return {"task": "segmentation", "method": values["model"].pop("method"), **values}
 
 

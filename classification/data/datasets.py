@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 from classification.data.loaders import StreamLoader
 from classification.data.sources import Arrays, Augmentation, Source, Split, Streamed, sources
 from core.errors import InputError, unknown
+from core.ranges import Count, Pixels, Range, Seed, Share, check_ranges
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,18 +76,21 @@ class DataConfig:
     name: str = "cifar100"
     root: str = "data"
     download: bool = False
-    image_size: int | None = None
+    image_size: Pixels | None = None
     in_memory: bool | None = None
     augmentation: Augmentation | None = None
-    padding: int = 4
-    validation: float = 0.0
-    classes: int | None = None
-    per_class: int | None = None
-    workers: int = 4
-    split_seed: int = 0
-    noise: float = 0.0
+    padding: Annotated[int, Range(0, 4096)] = 4
+    validation: Share = 0.0
+    classes: Count | None = None
+    per_class: Count | None = None
+    workers: Annotated[int, Range(0, 1024)] = 4
+    split_seed: Seed = 0
+    noise: Share = 0.0
     noise_exclude_true: bool = False
-    noise_seed: int | None = None
+    noise_seed: Seed | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges("data.", self)
 
 
 @dataclass(frozen=True)
@@ -153,13 +157,6 @@ def _check(config: DataConfig) -> None:
         raise unknown("data set", config.name, NAMES)
     if config.augmentation is not None and config.augmentation not in get_args(Augmentation):
         raise unknown("augmentation", config.augmentation, get_args(Augmentation))
-    for field in ("validation", "noise"):
-        if not 0 <= getattr(config, field) < 1:
-            raise InputError(f"data.{field} is a share in [0, 1), not {getattr(config, field)}")
-    for field, least in (("image_size", 1), ("classes", 1), ("per_class", 1), ("padding", 0), ("workers", 0)):
-        value = getattr(config, field)
-        if value is not None and value < least:
-            raise InputError(f"data.{field} must be at least {least}, not {value}")
     if config.name in IN_MEMORY_NAMES and config.in_memory is False:
         hint = f"; torch/{config.name} streams it" if config.name != "digits" else ""
         raise InputError(f"data set {config.name} is always held in memory: leave data.in_memory out{hint}")

@@ -24,6 +24,7 @@ from core.adapter import pool_to
 from core.distillation import full_precision, mutual_loss
 from core.errors import InputError
 from core.network import preserved, stage_maps
+from core.ranges import NonNegative, Positive
 from core.training.distiller import Batch, Losses, Progress, backward
 
 
@@ -74,11 +75,11 @@ class AFDOptions(MethodOptions):
         weight_decay: of the discriminators and transfer layers under that Adam; the networks have none there.
     """
 
-    tau: float = 1.0
-    weight: float = 1.0
-    adversarial: float = 1.0
-    lr: float = 2e-5
-    weight_decay: float = 0.1
+    tau: Positive = 1.0
+    weight: NonNegative = 1.0
+    adversarial: NonNegative = 1.0
+    lr: NonNegative = 2e-5
+    weight_decay: NonNegative = 0.1
 
     def __post_init__(self) -> None:
         if self.adversarial <= 0:

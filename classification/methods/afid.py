@@ -26,6 +26,7 @@ from core.adapter import Adapter, smaller_size
 from core.adm import Head
 from core.distillation import full_precision, kd_loss
 from core.errors import InputError
+from core.ranges import Index, NonNegative, Positive
 from core.training.distiller import Batch, Losses, Progress
 
 FUSION = "fusion"
@@ -43,9 +44,9 @@ class AFIDOptions(MethodOptions):
             of epochs and no share of the run: one of fewer than 80 never gets there, and one of 20 never passes 0.06.
     """
 
-    tau: float = 1.0
-    weight: float = 1.0
-    ramp: int = 80
+    tau: Positive = 1.0
+    weight: NonNegative = 1.0
+    ramp: Index = 80
 
 
 def ramp_weight(epoch: float, ramp: int, like: Tensor) -> Tensor:

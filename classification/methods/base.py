@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from classification.options import TrainConfig
 from core.adm import Head
 from core.distillation import standardise
-from core.errors import InputError, require_not_negative, require_positive
+from core.errors import InputError
 from core.network import preserved, stage_maps
+from core.ranges import check_ranges
 from core.training.distiller import Batch, Losses, Progress, backward
 
 
@@ -39,16 +40,11 @@ Outputs = dict[str, Output]
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Base of every method's options, and those of a method without any.
-
-    Raises: InputError where tau, scale or n is not positive, or another number negative.
-    """
+    """Base of every method's options, and those of a method without any. Raises: InputError as ``check_ranges``."""
 
     def __post_init__(self) -> None:
         section = type(self).__name__.removesuffix("Options").lower()
-        for name, value in vars(self).items():
-            if isinstance(value, (int, float)):
-                (require_positive if name in ("tau", "scale", "n") else require_not_negative)(section, **{name: value})
+        check_ranges(f"{section}.", self)
 
 
 def pairs_of(roles: Sequence[str]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from typing import Literal
 from classification.methods.base import Method, MethodOptions, Outputs
 from core.distillation import mutual_loss
 from core.errors import InputError
+from core.ranges import NonNegative, Positive
 from core.training.distiller import Batch, Losses, Progress
 
 
@@ -25,16 +26,11 @@ class DMLOptions(MethodOptions):
         peers: the mean over the other networks (Eq. 4), or their sum.
     """
 
-    tau: float = 1.0
-    weight: float = 1.0
-    weights: Mapping[str, float] = field(default_factory=dict)
+    tau: Positive = 1.0
+    weight: NonNegative = 1.0
+    weights: Mapping[str, NonNegative] = field(default_factory=dict)
     update: Literal["simultaneous", "alternate"] = "simultaneous"
     peers: Literal["mean", "sum"] = "mean"
-
-    def __post_init__(self) -> None:
-        if self.weight < 0 or any(w < 0 for w in self.weights.values()):
-            raise InputError(f"the weights of DML must not be negative: {self.weight}, {dict(self.weights)}")
-        super().__post_init__()
 
 
 class DML(Method):

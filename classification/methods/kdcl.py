@@ -14,6 +14,7 @@ from classification.methods.base import Method, MethodOptions, Outputs, mean_ove
 from classification.options import TrainConfig
 from core.distillation import full_precision, kd_loss, min_logit_target, relative_logits
 from core.errors import InputError
+from core.ranges import NonNegative, Positive
 from core.training.distiller import Batch, Losses, Progress
 
 RIDGE = 1e-6
@@ -37,8 +38,8 @@ class KDCLOptions(MethodOptions):
     """
 
     variant: Literal["minlogit", "naive", "linear", "general", "mean"] = "minlogit"
-    tau: float = 1.0
-    weight: float = 1.0
+    tau: Positive = 1.0
+    weight: NonNegative = 1.0
     views: Literal["separate", "shared"] | None = None
 
 

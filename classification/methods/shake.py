@@ -21,6 +21,7 @@ from core.adapter import pool_to
 from core.adm import Head
 from core.distillation import kd_loss
 from core.errors import InputError
+from core.ranges import Positive
 from core.training.distiller import Batch, Losses, Progress
 
 
@@ -35,8 +36,8 @@ class SHAKEOptions(MethodOptions):
             teacher instead of student and shadow.
     """
 
-    tau: float = 1.0
-    scale: float = 3.1415
+    tau: Positive = 1.0
+    scale: Positive = 3.1415
     online_teacher: bool = False
 
 

@@ -16,6 +16,7 @@ from classification.methods.base import Method, MethodOptions, Outputs, mean_ove
 from classification.options import TrainConfig
 from core.distillation import distances, epsilon, kd_loss, learning
 from core.errors import InputError
+from core.ranges import NonNegative, Positive
 from core.training.distiller import Batch, Losses, Progress
 
 FORMS = (
@@ -38,8 +39,8 @@ class SwitOKDOptions(MethodOptions):
             Without ADM.
     """
 
-    tau: float = 1.0
-    weight: float = 1.0
+    tau: Positive = 1.0
+    weight: NonNegative = 1.0
     official_quirks: bool = False
 
 

@@ -6,16 +6,20 @@ import argparse
 import contextlib
 import difflib
 import errno
+import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import is_dataclass
+from functools import cache
 from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast, get_type_hints
 
 from ..errors import InputError, TrainingError
+from ..ranges import Range, ranges
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_INPUT, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over quota, read-only, broken
 
 
@@ -62,22 +66,35 @@ def missing_extra(error: ImportError, extra: str) -> InputError:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command and exits: 0 done, 2 wrong input, 1 anything else that can be said in a line, 130 interrupted."""
+    """Runs a command and exits: 0 done, 2 wrong input, 1 anything else that can be said in a line, 130 interrupted.
+
+    141, as a shell has it, where whoever read the output has closed it (``| head -1``).
+    """
     try:
-        code = main() or DONE
+        try:
+            code = _run(main)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written fails no more
+        code = CLOSED
+    sys.exit(code)
+
+
+def _run(main: Callable[[], int | None]) -> int:
+    try:
+        return main() or DONE
     except (InputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = WRONG_INPUT if isinstance(error, InputError) else FAILED
+        return WRONG_INPUT if isinstance(error, InputError) else FAILED
     except OSError as error:
         if error.errno not in _DISK:
             raise
         print(f"error: cannot write {error.filename or 'to the disk'}: {error.strerror}", file=sys.stderr)
-        code = FAILED
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    sys.stdout.flush()
-    sys.exit(code)
+        return INTERRUPTED
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -94,7 +111,33 @@ def tool_parser(description: str, **options: Any) -> Any:
     """The jsonargparse parser of a tool, for ``parse``."""
     from jsonargparse import ArgumentParser
 
+    _refuse_duplicates()
     return ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False, **options)
+
+
+@cache
+def _refuse_duplicates() -> None:
+    """Makes jsonargparse refuse YAML that says a key twice, of which it would take the last."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+
+    def checked(stream: str, path: str = "") -> Any:
+        nodes = [yaml.compose(stream, yaml.SafeLoader)]
+        while nodes and (node := nodes.pop()) is not None:
+            if isinstance(node, yaml.MappingNode):
+                keys = [key.value for key, _ in node.value]
+                if twice := next((key for key in keys if keys.count(key) > 1), None):
+                    line = node.start_mark.line + 1
+                    where = f"{path}: {twice}" if path else twice
+                    raise InputError(f"{where} stands twice in the mapping that begins in line {line}: leave one")
+                nodes += [value for _, value in node.value]
+            elif isinstance(node, yaml.SequenceNode):
+                nodes += node.value
+        return load(stream)
+
+    set_loader("yaml", checked, (yaml.YAMLError,))
 
 
 def add_device(parser: Any) -> None:
@@ -118,8 +161,19 @@ def train_parser(config: type, prog: str | None = None, description: str | None 
     parser = tool_parser(description or (config.__doc__ or "").partition("\n")[0], prog=prog, epilog=epilog)
     parser.add_argument("--config", action="config", help="a recipe or a run's config.yaml; later flags override it")
     parser.add_class_arguments(config)
+    say_ranges(parser, config)
     add_dry_run(parser.add_argument)
     return parser
+
+
+def say_ranges(parser: Any, config: type, prefix: str = "--") -> None:
+    """Adds to the help of a dataclass's options which numbers they may be (see ``core.ranges``)."""
+    kinds = get_type_hints(config)
+    for name, bounds in ranges(config).items():
+        if is_dataclass(kinds[name]):
+            say_ranges(parser, cast(type, kinds[name]), f"{prefix}{name}.")
+        elif bounds != Range() and (action := parser._option_string_actions.get(f"{prefix}{name}")):
+            action.help = f"{(action.help or name).rstrip('.')}; {bounds}"
 
 
 def add_dry_run(add: Callable[..., Any]) -> None:
@@ -148,10 +202,11 @@ def parse(parser: Any, argv: Sequence[str] | None = None, nested: Sequence[str] 
         return parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
         keys = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        raise InputError(_one_line(str(error), [*keys, *nested])) from error
+        flags = [word.lstrip("-").partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+        raise InputError(_one_line(str(error), [*keys, *nested], flags)) from error
 
 
-def _one_line(message: str, keys: list[str]) -> str:
+def _one_line(message: str, keys: list[str], flags: list[str]) -> str:
     message = " ".join(line.strip() for line in message.splitlines() if line.strip())
     found = re.search(r"[Uu]nrecognized arguments?:? --([\w.]+)", message)
     found = found or re.search(r"[Gg]roup '([\w.]+)' does not accept option '([\w.]+)'", message)
@@ -162,4 +217,5 @@ def _one_line(message: str, keys: list[str]) -> str:
     known = {re.sub(r"<\w+>\.", "", key): key for key in keys if not key.endswith(".help")}  # as the message names them
     nearest = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     hint = f"did you mean {known[nearest[0]]}?" if nearest else "see --help"
-    return f"unknown option {given}: {hint}"
+    within = given.replace(".", r"\.(?:.+\.)?")  # the message leaves out what it is in: networks.<role>.nme
+    return f"unknown option {next((f for f in flags if re.fullmatch(within, f)), given)}: {hint}"

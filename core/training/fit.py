@@ -9,7 +9,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from ..errors import InputError, require_positive, unknown
+from ..errors import InputError, unknown
+from ..ranges import Count, Positive, check_ranges
 from . import checkpoint as checkpoints
 from .command import Stop
 from .distiller import Batch, Distiller, Progress
@@ -48,18 +49,21 @@ class FitConfig:
         trackers: where metrics go besides the run folder: tensorboard, wandb, ... (accelerate's names).
     """
 
-    epochs: float | None = None
-    steps: int | None = None
-    accumulate: int = 1
-    clip: float | None = None
-    log_every: int = 50
-    evaluate_every: int | None = None
-    keep: int = 2
+    epochs: Positive | None = None
+    steps: Count | None = None
+    accumulate: Count = 1
+    clip: Positive | None = None
+    log_every: Count = 50
+    evaluate_every: Count | None = None
+    keep: Count = 2
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
     compile: bool = False
     deterministic: bool = False
     trackers: tuple[str, ...] = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        check_ranges("fit.", self)
 
 
 def make_accelerator(config: FitConfig, run: RunFolder | str, *, unused_parameters: bool = False) -> Any:
@@ -132,6 +136,8 @@ def fit(
         track=lambda values, step: accelerator.log(values, step=step), progress_bar=progress_bar,
     )  # fmt: skip
     run.open()
+    if config.log_every > total_steps:
+        run.log(f"warning: fit.log_every {config.log_every} is longer than the run of {total_steps} steps")
     parts: dict[str, Any] = {"optimizer": optim, "data": data, "scaler": accelerator.scaler}
     step = _load(recorder, distiller, parts, accelerator)
     purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
@@ -189,13 +195,8 @@ def durations(config: FitConfig, steps_per_epoch: int | None) -> tuple[int, int]
     if config.steps is None and steps_per_epoch is None:
         raise InputError("data without an end need --fit.steps")
     total = round((config.epochs or 0) * (steps_per_epoch or 0)) if config.steps is None else config.steps
-    for name in ("accumulate", "log_every", "keep", "evaluate_every"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise InputError(f"fit.{name} must be at least 1")
-    if config.clip is not None:
-        require_positive("fit", clip=config.clip)
     if total < 1:
-        raise InputError("nothing to train: fit.epochs or fit.steps is 0 or less")
+        raise InputError(f"nothing to train: fit.epochs {config.epochs} is less than one step")
     return total, config.evaluate_every or steps_per_epoch or total
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import InputError
+from ..ranges import Factor, NonNegative, check_ranges
 
 Schedule = Callable[[float], float]
 
@@ -25,15 +26,23 @@ class ScheduleConfig:
     """
 
     name: Literal["multistep", "cosine", "linear", "constant"] = "multistep"
-    milestones: tuple[float, ...] = (140, 200, 250)
-    factor: float = 0.1
-    warmup: float = 0.0
+    milestones: tuple[NonNegative, ...] = (140, 200, 250)
+    factor: Factor = 0.1
+    warmup: NonNegative = 0.0
 
     def __post_init__(self) -> None:
+        check_ranges("schedule.", self)
         if list(self.milestones) != sorted(self.milestones):
             raise InputError(f"schedule.milestones must rise: {list(self.milestones)}")
-        if self.warmup < 0:
-            raise InputError(f"schedule.warmup must not be negative: {self.warmup}")
+
+    def remarks(self, epochs: float) -> list[str]:
+        """What is legal in a run of so many epochs, and probably meant otherwise: a line each."""
+        lines = []
+        if self.name == "multistep" and (late := [m for m in self.milestones if m >= epochs]):
+            lines.append(f"warning: schedule.milestones {late} are not before the end of the run, epoch {epochs:g}")
+        if self.warmup >= epochs:
+            lines.append(f"warning: schedule.warmup {self.warmup:g} lasts the whole run of {epochs:g} epochs")
+        return lines
 
 
 def make_schedule(config: ScheduleConfig, epochs: float) -> Schedule:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from core.errors import InputError
+from core.ranges import Count, NonNegative, Positive, Seed, Share, check_ranges
 from core.training.fit import FitConfig
 from core.weights import split_key
 from diffusion.dit.convert import find_transformer
@@ -52,20 +53,21 @@ class DiTTrainingConfig(TrainingConfig):
     teacher_network: DiTConfig = field(default_factory=lambda: DiTConfig("B/2"))
     distill: DistillConfig = field(default_factory=DistillConfig)
     adm: ADMConfig = field(default_factory=ADMConfig)
-    label_dropout: float = 0.1
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    ema: float = 0.9999
+    label_dropout: Share = 0.1
+    lr: Positive = 1e-4
+    weight_decay: NonNegative = 0.0
+    ema: Share = 0.9999
     gradient_checkpointing: bool = False
     tf32: bool = True
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=400_000, log_every=100, evaluate_every=50_000))
-    batch_size: int = 256
-    seed: int = 0
+    batch_size: Count = 256
+    seed: Seed = 0
     teacher_sha256: str | None = None
     out: Path = Path("runs/dit")
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
+        check_ranges("--", self)
         if self.method == "vanilla" and self.teacher is not None:
             raise InputError(f"--method vanilla trains the student alone: leave --teacher {self.teacher} out")
         if self.method != "vanilla" and self.teacher is None:
@@ -78,14 +80,6 @@ class DiTTrainingConfig(TrainingConfig):
             raise InputError(
                 f"the student has patches of {ours} pixels, teacher_network of {theirs}: give both the same"
             )
-        for name in ("lr", "batch_size"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name} must be positive: {getattr(self, name)}")
-        if self.weight_decay < 0:
-            raise InputError(f"--weight_decay must not be negative: {self.weight_decay}")
-        for name in ("label_dropout", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--{name} must be in [0, 1): {getattr(self, name)}")
         if self.fit.epochs is not None:
             raise InputError("fit.epochs does not count here: give --fit.steps")
 

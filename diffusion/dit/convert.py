@@ -53,11 +53,27 @@ def load_dit(path: str | Path) -> DiT:
     path = Path(path)
     if path.is_dir():
         folder = find_transformer(path)
-        return _build(str(folder), *_read_folder(folder))
+        model = _build(str(folder), *_read_folder(folder))
+        about = folder / "adm.json" if (folder / "adm.json").is_file() else folder.parent / "adm.json"
+        model.null_label = bool(read_json(about).get("null_label", True))
+        return model
     if not split_key(path)[0].is_file():
         raise InputError(f"no DiT at {path}: name a .pt or .safetensors file, a diffusers folder or a run folder")
-    heads = read_metadata(path).get("heads")
-    return _build(str(path), read_state_dict(path), None if heads is None else int(heads))
+    said, state = read_metadata(path), read_state_dict(path)
+    # A published file does not say whether it has a null label: 10, 100 or 1000 rows are classes, and nothing else.
+    table = state.get("y_embedder.embedding_table.weight", torch.empty(0))
+    without = said.get("kind") != "dit" and len(table) in (10, 100, 1000)
+    if without:
+        state["y_embedder.embedding_table.weight"] = torch.cat([table, torch.zeros_like(table[:1])])
+    model = _build(str(path), state, None if "heads" not in said else int(said["heads"]))
+    model.null_label = not without and said.get("null_label") != "untrained"
+    return model
+
+
+def null_label(path: Path) -> bool:
+    """Whether the network of a file or folder can be guided (see ``DiT``); of a folder it reads no weights."""
+    file = split_key(path)[0].is_file()
+    return load_dit(path).null_label if file else bool(read_json(path / "adm.json").get("null_label", True))
 
 
 def find_transformer(folder: Path) -> Path:
@@ -97,7 +113,7 @@ def save_dit(folder: Path, model: DiT, *, latent_scale: float | None = None, **a
         )
     network.load_state_dict(_to_diffusers(model), assign=True)
     scheduler: Any = DDIMScheduler(clip_sample=False)  # its other defaults are DiT's schedule
-    said = {name: getattr(model, name) for name in ("channels", "input_size", "classes", "learn_sigma")}
+    said = {name: getattr(model, name) for name in ("channels", "input_size", "classes", "learn_sigma", "null_label")}
     about = {"kind": "dit", **said, "latent_scale": latent_scale, **about}
     vae: list[str | None] = [None, None] if latent_scale is None else ["diffusers", "AutoencoderKL"]
     save_pipeline(folder, network, "transformer", "DiTPipeline", json.loads(scheduler.to_json_string()), about, vae=vae)

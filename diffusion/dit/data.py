@@ -23,6 +23,7 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.images import EXTENSIONS, class_folders
+from core.ranges import Count, Positive
 from diffusion.data import DataConfig, ImageLoader, Shuffled, in_order, read_files, read_named
 
 INDEX = "index.json"
@@ -43,8 +44,8 @@ class LabelledConfig(DataConfig):
     """
 
     name: Literal["latents", "digits", "cifar10", "folder"] = "latents"  # type: ignore[assignment]
-    classes: int | None = None
-    latent_scale: float | None = None
+    classes: Count | None = None
+    latent_scale: Positive | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from core.adapter import Adapter
 from core.adm import consensus_attention, control, divergence_attention
 from core.distillation import feature_loss, full_precision
-from core.errors import InputError, require_not_negative
+from core.errors import InputError
+from core.ranges import NonNegative, check_ranges
 from core.training.distiller import Batch, Losses, Progress
 from diffusion.consensus import ConsensusConfig, gate, map_loss, observations, output_loss, similarity
 from diffusion.dit.gaussian import LinearSchedule
@@ -32,12 +33,12 @@ class DistillConfig:
         sigma: that difference, and ADM's, over all channels; else over those of the noise alone.
     """
 
-    task_weight: float = 1.0
-    weight: float = 1.0
+    task_weight: NonNegative = 1.0
+    weight: NonNegative = 1.0
     sigma: bool = False
 
     def __post_init__(self) -> None:
-        require_not_negative("distill", task_weight=self.task_weight, weight=self.weight)
+        check_ranges("distill.", self)
         if self.task_weight == self.weight == 0:
             raise InputError(
                 "distill.task_weight and distill.weight are both 0: the student would have nothing to learn"
@@ -56,12 +57,11 @@ class ADMConfig(ConsensusConfig):
     """
 
     map: Literal["tokens", "final_norm"] = "tokens"
-    beta: float = 1.0
-    gamma: float = 0.0
+    beta: NonNegative = 1.0
+    gamma: NonNegative = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_not_negative("adm", beta=self.beta, gamma=self.gamma)
         if self.form == "classifier":
             raise InputError("adm.form classifier compares images, of which a DiT sees none: output, head or feature")
         if self.form == "head" and self.map == "tokens":
@@ -201,4 +201,6 @@ class DiTDistiller(DiffusionDistiller):
 
     def metadata(self, role: str) -> dict[str, str]:
         # the heads are what ``load_dit`` cannot read off the tensors
-        return {"role": role, "kind": "dit", "heads": str(self._network(role).heads)}
+        network = self._network(role)
+        label = {} if network.null_label else {"null_label": "untrained"}
+        return {"role": role, "kind": "dit", "heads": str(network.heads), **label}

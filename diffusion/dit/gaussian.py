@@ -7,6 +7,7 @@ on the channels of Peebles & Xie 2023. The samplers are DDPM with respaced times
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -100,19 +101,25 @@ def guided(model: Any, z: Tensor, t: Tensor, y: Tensor, scale: float, channels: 
 
 
 def spaced_times(steps: int, timesteps: int = 1000, sampler: Sampler = "ddpm") -> list[int]:
-    """The times of ``steps`` sampling steps, noisiest first, as DiT's code spaces them.
+    """The times of ``steps`` sampling steps, noisiest first, exactly as DiT's ``space_timesteps`` has them.
 
-    ddpm: from T - 1 to 0 in steps as equal as rounding allows (250 of 1000: 999, 995, ..., 4, 0); diffusers'
-    "linspace". ddim: multiples of ``T // steps``, down to 0; diffusers' "leading". A single step starts at T - 1.
-    Raises: InputError where there are not so many times.
+    ddpm: from T - 1 to 0 in steps as equal as rounding allows (250 of 1000: 999, 995, ..., 4, 0); a position is a sum
+    of strides, whose own rounding decides halves. ddim: the multiples of the smallest stride of which there are
+    ``steps`` below T (50 of 1000: 980, 960, ..., 20, 0).
+    Raises: InputError where there are not so many times, where no stride has them, and for a single step, which DiT's
+    code puts at time 0, where there is no noise.
     """
-    if not 1 <= steps <= timesteps:
-        raise InputError(f"{steps} sampling steps: there are 1 to {timesteps} on this schedule")
-    if steps == 1:
-        return [timesteps - 1]
+    if not 2 <= steps <= timesteps:
+        raise InputError(f"{steps} sampling steps: there are 2 to {timesteps} on this schedule")
     if sampler == "ddim":
-        return [k * (timesteps // steps) for k in reversed(range(steps))]
-    return [round(k * (timesteps - 1) / (steps - 1)) for k in reversed(range(steps))]
+        stride = -(-timesteps // steps)
+        times = range(0, timesteps, stride)
+        if len(times) != steps:
+            more = len(range(0, timesteps, stride - 1))
+            raise InputError(f"{steps} sampling steps: ddim has {len(times)} or {more} of {timesteps} by equal strides")
+        return list(reversed(times))
+    strides = itertools.repeat((timesteps - 1) / (steps - 1), steps - 1)
+    return [round(position) for position in itertools.accumulate(strides, initial=0.0)][::-1]
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core.errors import InputError, unknown
+from core.ranges import Size, check_ranges
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 """Width, blocks and heads (Table 1 of DiT)."""
@@ -32,15 +33,14 @@ class DiTConfig:
     """
 
     size: str | None = "S/2"
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    patch: int | None = None
+    width: Size | None = None
+    depth: Size | None = None
+    heads: Size | None = None
+    patch: Size | None = None
 
     def __post_init__(self) -> None:
-        width, depth, heads, patch = self.resolved()
-        if min(width, depth, heads, patch) < 1:
-            raise InputError("a DiT's width, depth, heads and patch must be at least 1")
+        check_ranges("a DiT's ", self)
+        width, _, heads, _ = self.resolved()
         if width % 4 or width % heads:
             raise InputError(f"a DiT's width must be a multiple of 4 and of its {heads} heads: {width}")
 
@@ -121,7 +121,8 @@ class DiT(nn.Module):
     Args:
         channels, input_size: of the latents (or images) ``[B, channels, input_size, input_size]``.
         classes: labels are 0 .. classes - 1.
-    Attributes: ``gradient_checkpointing``: recompute each block in the backward pass instead of keeping its insides.
+    Attributes: ``gradient_checkpointing``: recompute each block in the backward pass instead of keeping its insides;
+        ``null_label``: whether it has learned the id that stands for no label, without which nothing can be guided.
     Raises: InputError where the input cannot be cut into patches.
     """
 
@@ -136,7 +137,7 @@ class DiT(nn.Module):
         self.learn_sigma, self.patch, self.side = learn_sigma, patch, input_size // patch
         self.width, self.heads = width, heads
         self.out_channels = 2 * channels if learn_sigma else channels
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.null_label = False, True
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, patch)})
         hidden, last, table = nn.Linear(256, width), nn.Linear(width, width), nn.Embedding(classes + 1, width)
         self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(hidden, nn.SiLU(), last)})

@@ -71,13 +71,15 @@ class DiTStudent:
             guidance, cfg_channels: as ``guided``.
             vae: what ``load_vae`` gives, for a network of latents.
             precision: bf16 computes the network, but not the sampler, under autocast. tf32 is torch's own switch.
-        Raises: InputError for classes or steps that there are not, and where the VAE is missing or of other latents;
-            TrainingError where an image is not finite (broken or diverged weights).
+        Raises: InputError for classes or steps that there are not, for guidance of a network that never learned a null
+            label, and where the VAE is missing or of other latents; TrainingError where an image is not finite (broken
+            or diverged weights).
         """
         count = self.model.classes
         labels = [index % count for index in indices] if classes is None else list(classes)
         if wrong := [label for label in labels if not 0 <= label < count]:
             raise InputError(f"{self.folder} has the classes 0 to {count - 1}, not {wrong[0]}")
+        check_guidance(self.folder, self.model.null_label, guidance)
         self.check_vae(vae)
         times = spaced_times(steps, self.schedule.timesteps, sampler)
 
@@ -121,6 +123,15 @@ class DiTStudent:
                 f"{vae.config.scaling_factor}: is it the VAE that encoded them?",
                 stacklevel=3,
             )
+
+
+def check_guidance(network: Path, null_label: bool, *scales: float) -> None:
+    """Raises: InputError for guidance of a network that never learned a null label."""
+    if not null_label and any(scale != 1 for scale in scales):
+        raise InputError(
+            f"{network} never learned a null label (--label_dropout 0, or no row for it): it cannot be guided; give "
+            "--guidance 1"
+        )
 
 
 def load_dit_student(folder: str | Path, device: torch.device | str = "cpu") -> DiTStudent:

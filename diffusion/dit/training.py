@@ -78,6 +78,11 @@ def make_distiller(config: DiTTrainingConfig, data: LabelledData) -> DiTDistille
         teacher.gradient_checkpointing = config.gradient_checkpointing
     elif config.teacher is not None:
         teacher = load_teacher(config.teacher, data, student.patch)
+        if config.label_dropout > 0 and not teacher.null_label:
+            raise InputError(f"--teacher {config.teacher} never learned a null label: give --label_dropout 0")
+    for network in (student, teacher if config.online else None):
+        if network is not None:
+            network.null_label = config.label_dropout > 0
     return DiTDistiller(
         student,
         teacher,

@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from core.errors import InputError, require_not_negative, require_positive
+from core.errors import InputError
+from core.ranges import Count, Index, NonNegative, Positive, Range, Seed, Share, check_ranges
 from core.training.fit import FitConfig
 from diffusion.data import DataConfig
 from diffusion.progressive.distiller import ADMConfig
@@ -29,17 +30,14 @@ class BaseConfig:
         ema: decay of the moving average of the weights, from which the chain starts.
     """
 
-    steps: int = 800_000
-    lr: float = 2e-4
-    warmup: int = 5_000
-    weight_decay: float = 0.0
-    ema: float = 0.9999
+    steps: Count = 800_000
+    lr: Positive = 2e-4
+    warmup: Index = 5_000
+    weight_decay: NonNegative = 0.0
+    ema: Share = 0.9999
 
     def __post_init__(self) -> None:
-        require_positive("base", steps=self.steps, lr=self.lr)
-        require_not_negative("base", warmup=self.warmup, weight_decay=self.weight_decay)
-        if not 0 <= self.ema < 1:
-            raise InputError(f"base.ema must be in [0, 1): {self.ema}")
+        check_ranges("base.", self)
 
 
 @dataclass(frozen=True)
@@ -54,15 +52,14 @@ class RoundsConfig:
         weight_decay: of Adam.
     """
 
-    steps: int = 10_000
-    last_steps: int = 20_000
-    lr: float = 5e-5
+    steps: Count = 10_000
+    last_steps: Count = 20_000
+    lr: Positive = 5e-5
     schedule: Literal["cosine", "linear"] = "cosine"
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
 
     def __post_init__(self) -> None:
-        require_positive("rounds", steps=self.steps, last_steps=self.last_steps, lr=self.lr)
-        require_not_negative("rounds", weight_decay=self.weight_decay)
+        check_ranges("rounds.", self)
 
     def length(self, steps: int) -> int:
         """Optimiser steps of the round of the student that samples in ``steps``."""
@@ -102,7 +99,7 @@ class ProgressiveConfig(TrainingConfig):
     network: UNetConfig = field(default_factory=UNetConfig)
     predict: Prediction = "x"
     weight: Weighting = "snr_trunc"
-    timesteps: int = 1024
+    timesteps: Annotated[int, Range(1, 65536)] = 1024
     chain: tuple[int, ...] = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
     teacher: str | None = None
     init: str | None = None
@@ -111,13 +108,14 @@ class ProgressiveConfig(TrainingConfig):
     method: Literal["pd", "pd+adm"] = "pd+adm"
     adm: ADMConfig = field(default_factory=ADMConfig)
     fit: FitConfig = field(default_factory=lambda: FitConfig(clip=1.0, log_every=100, evaluate_every=5_000))
-    batch_size: int = 128
-    seed: int = 0
+    batch_size: Count = 128
+    seed: Seed = 0
     teacher_sha256: str | None = None
     out: Path = Path("runs/progressive")
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
+        check_ranges("--", self)
         check_chain(self.chain, self.timesteps)
         if self.teacher is not None and self.init is not None:
             raise InputError("--teacher replaces the base network, --init starts it: give one of them")

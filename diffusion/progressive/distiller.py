@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from core.adm import consensus_attention, control
 from core.errors import InputError
 from core.network import Split
+from core.ranges import Count
 from core.training.distiller import Batch, Losses, Progress
 from diffusion.consensus import ConsensusConfig, classifier_loss, gate, map_loss, observations, output_loss, similarity
 from diffusion.progressive.network import InputHook
@@ -36,7 +37,7 @@ class ADMConfig(ConsensusConfig):
 
     teacher_map: Literal["target", "second", "first"] = "target"
     gate_time: Literal["end", "mid", "start", "none"] = "end"
-    adm_rounds: Literal["all"] | tuple[int, ...] = (4, 2, 1)
+    adm_rounds: Literal["all"] | tuple[Count, ...] = (4, 2, 1)
 
     def acts(self, steps: int) -> bool:
         """Whether ADM acts in the round of the student with so many steps."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from core.errors import InputError
+from core.ranges import Count, Range, Share, Size, check_ranges
 from diffusion.files import read_json, save_pipeline
 from diffusion.sampling import Student, load_student, read_unet
 from diffusion.schedule import CosineSchedule, Prediction, cosine_betas
@@ -32,21 +33,20 @@ class UNetConfig:
             "diffusers", torch's defaults.
     """
 
-    width: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    blocks: int = 2
-    attention: tuple[int, ...] = (16,)
-    dropout: float = 0.1
-    groups: int = 32
+    width: Size = 128
+    multipliers: tuple[Annotated[int, Range(1, 64)], ...] = (1, 2, 2, 2)
+    blocks: Annotated[int, Range(1, 64)] = 2
+    attention: tuple[Count, ...] = (16,)
+    dropout: Share = 0.1
+    groups: Size = 32
     init: Literal["cfd", "diffusers"] = "cfd"
 
     def __post_init__(self) -> None:
-        if min(self.width, self.blocks, self.groups, *self.multipliers) < 1 or not self.multipliers:
-            raise InputError("network: width, multipliers, blocks and groups must be at least 1")
+        check_ranges("network.", self)
+        if not self.multipliers:
+            raise InputError("network.multipliers needs a level at least, as [1, 2]")
         if self.width % self.groups:
             raise InputError(f"network.width {self.width} is no multiple of network.groups {self.groups}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"network.dropout must be in [0, 1): {self.dropout}")
 
     def arguments(self, channels: int, size: int) -> dict[str, Any]:
         """diffusers' arguments for images of ``channels`` x ``size`` x ``size``. Raises: InputError for a size."""

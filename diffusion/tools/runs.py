@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from core.errors import InputError
 from core.files import make_folder
 from core.training.run import read_config as read_signed_config
 from diffusion.data import DataConfig
+from diffusion.dit.convert import null_label
 from diffusion.dit.data import LabelledConfig
-from diffusion.dit.gaussian import Sampler
-from diffusion.dit.sampling import Precision, load_vae
+from diffusion.dit.gaussian import Sampler, spaced_times
+from diffusion.dit.sampling import Precision, check_guidance, load_vae
 from diffusion.files import read_json
 
 
@@ -171,18 +173,22 @@ def dit_options(options: Any, networks: Sequence[Path], device: torch.device | s
                 raise InputError(f"--{name} counts only for DiTs, and there is none among the networks")
         return None
     guidance = tuple(dict.fromkeys(options.guidance or (4.0, 1.0)))
-    if min(guidance) < 0:
-        raise InputError(f"--guidance must not be negative: {min(guidance)}")
+    if not all(0 <= scale < math.inf for scale in guidance):
+        raise InputError(f"--guidance must be finite and not negative: {list(guidance)}")
+    if any(scale != 1 for scale in guidance):
+        for network in filter(is_dit, networks):
+            check_guidance(network, null_label(network), *guidance)
     if options.last_step != "noisy":
         raise InputError("--last_step counts only for the students of a chain, not for DiTs")
     precision = options.precision or "tf32"
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    vae = None if options.vae is None else load_vae(options.vae, device)
-    settings = {
+    settings: dict[str, Any] = {
         "steps": options.sampling_steps or 250,
         "sampler": options.sampler or "ddpm",
         "cfg_channels": options.cfg_channels or 3,
         "precision": precision,
     }
+    spaced_times(settings["steps"], sampler=settings["sampler"])  # refuses before anything is read
+    vae = None if options.vae is None else load_vae(options.vae, device)
     return DiTOptions(guidance, vae, settings)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from classification.methods.base import Output, probe
 from classification.networks.base import ConvBN, init_conv
 from core.distillation import full_precision
+from core.ranges import NonNegative
 from core.training.distiller import Progress
 from offline_kd.methods.kd import KD, KDOptions
 
@@ -33,8 +34,8 @@ class DisWOTOptions(KDOptions):
         semantic: weight of the semantic loss.
     """
 
-    relation: float = 3000.0
-    semantic: float = 2.5
+    relation: NonNegative = 3000.0
+    semantic: NonNegative = 2.5
 
 
 def similarities(rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from classification.methods.base import MethodOptions, Output
 from core.distillation import full_precision
+from core.ranges import Index, NonNegative, Positive
 from core.training.distiller import Progress
 from offline_kd.methods.base import OfflineMethod
 
@@ -32,11 +33,11 @@ class DKDOptions(MethodOptions):
         ce: weight of the cross-entropy.
     """
 
-    alpha: float = 1.0
-    beta: float = 8.0
-    tau: float = 4.0
-    warmup: int = 20
-    ce: float = 1.0
+    alpha: NonNegative = 1.0
+    beta: NonNegative = 8.0
+    tau: Positive = 4.0
+    warmup: Index = 20
+    ce: NonNegative = 1.0
 
 
 def decoupled(logits: Tensor, target: Tensor, tau: float) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from classification.methods.base import MethodOptions, Output
 from core.distillation import kd_loss
+from core.ranges import NonNegative, Positive
 from core.training.distiller import Progress
 from offline_kd.methods.base import OfflineMethod
 
@@ -23,9 +24,9 @@ class KDOptions(MethodOptions):
         tau: temperature.
     """
 
-    ce: float = 0.1
-    kd: float = 0.9
-    tau: float = 4.0
+    ce: NonNegative = 0.1
+    kd: NonNegative = 0.9
+    tau: Positive = 4.0
 
 
 class KD(OfflineMethod):

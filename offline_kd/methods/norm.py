@@ -23,6 +23,7 @@ from core.adm import Head
 from core.distillation import full_precision
 from core.errors import InputError
 from core.network import preserved, stage_maps
+from core.ranges import NonNegative, Positive, Size
 from core.training.distiller import Progress
 from offline_kd.methods.kd import KD
 
@@ -50,12 +51,12 @@ class NORMOptions(MethodOptions):
             Runs of another length take the same shares of it.
     """
 
-    ce: float = 0.1
-    kd: float = 0.0
-    feature: float = 1.0
-    tau: float = 4.0
-    scale: float = 2.5
-    n: int = 8
+    ce: NonNegative = 0.1
+    kd: NonNegative = 0.0
+    feature: NonNegative = 1.0
+    tau: Positive = 4.0
+    scale: Positive = 2.5
+    n: Size = 8
     schedule: Literal["cifar", "imagenet", "constant"] = "cifar"
 
     def __post_init__(self) -> None:

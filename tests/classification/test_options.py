@@ -40,7 +40,7 @@ def test_options_of_another_method_are_refused_with_the_methods_own(method: str,
 
 @pytest.mark.parametrize("method", [name for name in OTHERS if METHODS[name].Options is not MethodOptions])
 def test_every_methods_options_are_its_own(method: str) -> None:
-    field = next(f for f in fields(METHODS[method].Options) if f.type == "float")
+    field = next(f for f in fields(METHODS[method].Options) if f.type in ("Positive", "NonNegative"))
     value = METHODS[method].Options()
     changed = getattr(value, field.name) / 2 or 0.5
     said = refusal("--method", "dml+adm", f"--{method}.{field.name}", str(changed))

@@ -18,7 +18,7 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 
 from core.errors import InputError
-from diffusion.dit.convert import load_dit, load_dit_pipeline, save_dit
+from diffusion.dit.convert import load_dit, load_dit_pipeline, null_label, save_dit
 from diffusion.dit.distiller import DiTDistiller
 from diffusion.dit.model import DiT, DiTConfig
 from diffusion.dit.training import load_teacher
@@ -68,7 +68,7 @@ def test_an_exported_network_comes_back(tmp_path: Path, learn_sigma: bool) -> No
         assert torch.equal(output_of(again), output_of(network))
     assert json.loads((tmp_path / "student/adm.json").read_text()) == {
         "kind": "dit", "channels": 3, "input_size": 8, "classes": 10, "learn_sigma": learn_sigma,
-        "latent_scale": None, "step": 7,
+        "null_label": True, "latent_scale": None, "step": 7,
     }  # fmt: skip
 
 
@@ -251,6 +251,19 @@ def test_dits_own_files_load(tmp_path: Path, layout: str) -> None:
     assert again.config.resolved() == PUBLISHED.resolved()
     assert (again.classes, again.input_size, again.learn_sigma) == (10, 8, True)
     assert torch.equal(output_of(again), output_of(network))
+
+
+def test_a_file_without_a_null_label_has_as_many_classes_as_rows(tmp_path: Path) -> None:
+    network = dit(PUBLISHED)
+    state = network.state_dict()
+    table = "y_embedder.embedding_table.weight"
+    torch.save({"ema": {**state, table: state[table][:10]}}, tmp_path / "DiT.pt")
+    torch.save(state, tmp_path / "eleven.pt")
+    again = load_dit(tmp_path / "DiT.pt")
+    assert again.classes == 10 and torch.equal(output_of(again)[:3], output_of(network)[:3])
+    save_dit(tmp_path / "folder", again)
+    for name, learned in (("DiT.pt", False), ("folder", False), ("eleven.pt", True)):
+        assert load_dit(tmp_path / name).null_label is null_label(tmp_path / name) is learned
 
 
 def test_a_published_size_is_known_by_its_name(tmp_path: Path) -> None:

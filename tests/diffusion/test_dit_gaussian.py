@@ -172,11 +172,31 @@ def test_times_are_dits() -> None:
         position += 999 / 249
     assert times == expected[::-1]
     assert spaced_times(1000) == spaced_times(1000, sampler="ddim") == list(range(999, -1, -1))
-    assert spaced_times(4) == [999, 666, 333, 0] and spaced_times(1) == [999]
-    assert spaced_times(4, sampler="ddim") == [750, 500, 250, 0]
-    for steps in (0, 1001):
-        with pytest.raises(InputError, match=f"{steps} sampling steps: there are 1 to 1000"):
+    assert spaced_times(4) == [999, 666, 333, 0] and spaced_times(4, sampler="ddim") == [750, 500, 250, 0]
+    for steps in (0, 1, 1001):
+        with pytest.raises(InputError, match=f"{steps} sampling steps: there are 2 to 1000"):
             spaced_times(steps)
+
+
+def test_times_are_dits_for_every_number_of_steps() -> None:
+    """Against the rule of its code: sums of one stride, rounded; and the multiples of a stride that fit, if any do."""
+    multiples = {len(range(0, 1000, stride)): stride for stride in range(999, 0, -1)}  # the smallest stride stays
+    refused = 0
+    for steps in range(2, 1001):
+        position, expected = 0.0, []
+        for _ in range(steps):
+            expected.append(round(position))
+            position += 999 / (steps - 1)
+        assert spaced_times(steps) == expected[::-1]
+        if stride := multiples.get(steps):
+            assert spaced_times(steps, sampler="ddim") == list(range(0, 1000, stride))[::-1]
+            continue
+        refused += 1
+        with pytest.raises(InputError, match=f"^{steps} sampling steps: ddim has ") as error:
+            spaced_times(steps, sampler="ddim")
+        near = [int(word) for word in str(error.value).split() if word.isdigit()][1:3]
+        assert near[0] < steps < near[1] and all(number in multiples for number in near)
+    assert refused == 1000 - len(multiples) - 1
 
 
 class Labelled(nn.Module):
@@ -269,7 +289,7 @@ def test_ddpm_trajectory_is_diffusers(schedule: LinearSchedule, steps: int, monk
         assert (found - z).abs().max() < 5e-5 * scale
 
 
-@pytest.mark.parametrize("steps", [1000, 250, 50, 7])
+@pytest.mark.parametrize("steps", [1000, 250, 50, 8])
 def test_ddim_trajectory_is_diffusers(schedule: LinearSchedule, steps: int) -> None:
     diffusers = pytest.importorskip("diffusers")
     scheduler: Any = diffusers.DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=False)

@@ -26,7 +26,9 @@ SHAPE = (3, 8, 8)
 
 def calm(**options: Any) -> DiT:
     """Its noise is about as large as noise, so that samples stay in the range of images."""
+    null_label = options.pop("null_label", True)
     network = dit(**options)
+    network.null_label = null_label
     with torch.no_grad():
         network.final_layer.linear.weight.mul_(0.3)
         network.final_layer.linear.bias.mul_(0.1)
@@ -194,6 +196,11 @@ def test_bad_input_is_one_clear_line(student: DiTStudent, tmp_path: Path) -> Non
             student.sample([0, 1], 0, classes=classes)
     with pytest.raises(InputError, match="1001 sampling steps"):
         student.sample([0], 0, steps=1001)
+    save_dit(tmp_path / "without", calm(null_label=False))
+    unguided = load_dit_student(tmp_path / "without")
+    assert torch.equal(unguided.sample([0], 0, steps=2), student.sample([0], 0, steps=2))
+    with pytest.raises(InputError, match=r"without never learned a null label .*; give --guidance 1"):
+        unguided.sample([0], 0, steps=2, guidance=4.0)
     broken = DiTStudent(tmp_path, calm(), LinearSchedule(), None, None)
     with torch.no_grad():
         broken.model.final_layer.linear.bias.fill_(math.nan)

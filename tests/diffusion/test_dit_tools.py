@@ -259,9 +259,11 @@ def test_single_network_reads_its_run_s_data(run: Path, shell: Shell, small: lis
     [
         (["RUN", "--steps", "50"], "has no network of iteration 50, only of [20, 100]"),
         (["RUN", "--last_step", "clean"], "--last_step counts only for the students of a chain"),
-        (["RUN", "--guidance", "-1"], "--guidance must not be negative: -1.0"),
+        (["RUN", "--guidance", "-1"], "--guidance must be finite and not negative: [-1.0]"),
+        (["RUN", "--guidance", "1", ".nan"], "--guidance must be finite"),
         (["RUN", "--cfg_channels", "2"], "cfg_channels"),
-        (["RUN", "--sampling_steps", "1001"], "1001 sampling steps: there are 1 to 1000"),
+        (["RUN", "--sampling_steps", "1001"], "1001 sampling steps: there are 2 to 1000"),
+        (["RUN", "--sampler", "ddim", "--sampling_steps", "501"], "501 sampling steps: ddim has 500 or 1000"),
         (["RUN", "--data.root", "/absent", "--data.name", "folder"], "/absent does not exist"),
         (["RUN", "--data.nme", "digits"], "did you mean data.name"),
         (["RUN", "--vae", "/absent/vae"], "no VAE in /absent/vae"),
@@ -273,6 +275,15 @@ def test_wrong_input_is_one_line(run: Path, shell: Shell, small: list[str], argu
     code, _, err = shell(evaluate.main, [*small, *given])
     assert code == 2 and message in err and err.count("\n") == 1, err
     assert not (run / "evaluation-digits.json").exists()
+
+
+def test_a_run_without_label_dropout_is_not_guided(run: Path, shell: Shell, small: list[str]) -> None:
+    for about in run.glob("export/*/student/adm.json"):
+        about.write_text(json.dumps({**json.loads(about.read_text()), "null_label": False}))
+    code, _, err = shell(evaluate.main, [*small, str(run)])
+    assert code == 2 and "cannot be guided; give --guidance 1" in err and err.count("\n") == 1, err
+    assert not (run / "evaluation-digits.json").exists()
+    assert shell(evaluate.main, [*small, str(run), "--guidance", "1"])[0] == 0
 
 
 def test_damaged_results_are_not_overwritten(run: Path, shell: Shell, small: list[str]) -> None:

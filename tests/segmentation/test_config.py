@@ -14,7 +14,7 @@ from street import CONFIGS, DEEPLAB
 from core.errors import InputError
 from segmentation import config
 from segmentation.config import STOCK_CONFIGS as STOCK
-from segmentation.config import complete, load_config, parse_options
+from segmentation.config import build, complete, load_config, parse_options
 
 SHIPPED = sorted(path for path in CONFIGS.glob("*.py"))
 
@@ -126,8 +126,8 @@ def test_synchronised_batchnorm_takes_one_image_a_gpu() -> None:
         ("train_cfg.max_iters.x=1", "train_cfg.max_iters is 750, it has no parts"),
         ("train_cfg.max_iters=many", "is a number or a switch, not 'many'"),
         ("model.adm.alpha=-1", "adm.alpha must not be negative"),
-        ("crop_size=(64,)", "crop_size (64,): two positive numbers"),
-        ("crop_size=(0,8)", "crop_size (0, 8): two positive numbers"),
+        ("crop_size=(64,)", "two numbers, height and width"),
+        ("crop_size=(0,8)", "crop_size.0 must be in [4, 4096]: 0"),
     ],
 )
 def test_an_option_that_nothing_reads_is_an_error_that_names_the_nearest(option: str, message: str) -> None:
@@ -211,3 +211,35 @@ def test_pretrained_weights_are_looked_for_before_anything_is_built_on_them(
         config.check_pretrained(cfg, networks)
     torch.save({"state_dict": networks["student"].backbone.state_dict()}, tmp_path / "mine.pth")
     config.check_pretrained(cfg, networks)
+
+
+WRONG = """
+train_cfg.max_iters=0 train_cfg.max_iters=-1 train_cfg.max_iters=1.5 train_cfg.max_iters=abc
+train_cfg.val_interval=0 run.log_every=0 run.log_every=-3 run.log_every=1.5 run.save_every=0
+run.save_every=abc crop_size=64 crop_size=0,64 crop_size=a,b crop_size=64,64,64 seed=-1 seed=abc seed=1.5
+seed=99999999999 optim_wrapper.optimizer.lr=-1 optim_wrapper.optimizer.lr=nan optim_wrapper.optimizer.lr=abc
+optim_wrapper.optimizer.lr=1e400 optim_wrapper.optimizer.type=Foo optim_wrapper.optimizer.momentum=5
+optim_wrapper.optimizer.weight_decay=-1 param_scheduler.0.type=Foo param_scheduler.0.power=-1
+model.adm.alpha=abc model.adm.alpha=-1 model.adm.alpha=nan model.adm.tau=0 model.adm.control=foo
+model.adm.nosuch=1 train_dataloader.num_workers=-1 train_dataloader.num_workers=1.5
+val_dataloader.num_workers=-2 model.student.decode_head.num_classes=-1 model.student.decode_head.num_classes=0
+model.student.decode_head.channels=0 model.student.backbone.depth=7 model.student.backbone.depth=abc
+model.student.backbone.base_channels=0 run.keep=0 run.keep=-1 run.keep=abc batch_size=0 batch_size=-1
+batch_size=1.5 batch_size=abc run.trackers=foo run.select=nosuch optim_wrapper.clip_grad.max_norm=-1
+model.student.decode_head.dropout_ratio=2 model.method=foo nosuch=1 train_cfg.nosuch=1 model.student.nosuch=1
+data_root=5 run=5 model=5 seed=None batch_size=None train_cfg=5 optim_wrapper=5 train_dataloader=None
+model.student=5 param_scheduler=5 model.student.decode_head.type=Foo model.student.backbone.type=Foo
+run.select=5 model.student.decode_head.loss_decode.loss_weight=nan
+model.student.decode_head.loss_decode.type=Foo train_dataloader.sampler.type=Foo
+train_dataloader.dataset.type=Foo val_evaluator.0.type=Foo train_cfg.type=Foo
+"""
+
+
+@pytest.mark.parametrize("option", WRONG.split())
+def test_a_wrong_option_is_refused_in_one_line_that_names_it(option: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build(complete(load_config(DEEPLAB, parse_options([option])), 1, "cpu").model)
+    said = str(caught.value)
+    assert "\n" not in said
+    key, _, value = option.partition("=")
+    assert any(word in said for word in (key, key.rpartition(".")[2], value, "networks cannot be built")), said
