@@ -78,6 +78,9 @@ def test_help_says_which_numbers(capsys: pytest.CaptureFixture[str]) -> None:
         ("progressive", ["--teacher_sha256", "00"], "--teacher_sha256 is that of a teacher's weights"),
         ("dit", ["--teacher_sha256", "00"], "--teacher_sha256 is that of a teacher's weights"),
         ("dit", ["--data.image_size", "1"], "data.image_size must be in [4, 4096]: 1"),
+        ("dit", ["--adm.alpha", "0", "--adm.beta", "0"], "all of ADM's weights that count here are 0"),
+        ("dit", ["--student", "{size: null, width: 16384, depth: 99, heads: 4, patch: 2}"], "billion parameters"),
+        ("progressive", ["--adm.alpha", "0"], "adm.alpha is 0"),
         ("offline_kd", ["--seed", "-1"], "seed must be in [0, 4294967295]: -1"),
     ],
 )

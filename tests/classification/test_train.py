@@ -317,6 +317,7 @@ def test_compiled_run_learns_what_the_plain_one_does(
         (["--optimizer.momentum", "2"], "optimizer.momentum must be in [0, 1): 2.0"),
         (["--seed", str(2**70)], "seed must be in ["),
         (["--data.image_size", "100000"], "data.image_size must be in [4, 4096]: 100000"),
+        (["--data.image_size", "1024"], "data.image_size 1024: digits is held in memory, at 256 pixels at most"),
         (["--adm.delta", "[0.2, .nan]"], "adm.delta must be a number: nan"),
         (["--adm", '{"alpha": 0, "beta": 0, "gamma": 0}'], "are all 0: give one of them, or --method dml"),
         (
