@@ -329,6 +329,8 @@ def test_compiled_run_learns_what_the_plain_one_does(
             "networks.teacher_3: a teacher's roles are teacher, ",
         ),
         (["--networks.student.sha256", "00"], "sha256 is that of a weight file, and there is none: give weights"),
+        (["--networks.teacher_.name", "cifar_resnet8"], "networks.teacher_: a teacher's roles are teacher, "),
+        (["--networks.student_1.name", "cifar_resnet8"], "networks.student_1: a student's roles are student, "),
         (["--networks.student.nosuch", "3"], "unknown option networks.student.nosuch"),
         (["--batch_size", "100000"], "batch_size 100000 is more than the"),
     ],
