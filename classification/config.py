@@ -146,10 +146,9 @@ def _check_pairs(config: TrainConfig, with_adm: bool) -> None:
     """Raises: InputError for options that are right alone, and not beside each other."""
     for role in config.networks:
         kind, _, number = role.partition("_")
-        before = kind if number in ("", "2") else f"{kind}_{int(number) - 1}" if number.isdecimal() else None
-        if kind not in ("teacher", "student"):
-            continue  # whoever builds it says so, with the nearest role
-        if role != kind and (before not in config.networks or number != str(int(number)) or int(number) < 2):
+        before = kind if number == "2" else f"{kind}_{int(number) - 1}" if number.isdecimal() else None
+        wrong = role != kind and (before not in config.networks or number.startswith("0"))
+        if wrong and kind in ("teacher", "student"):  # of another kind whoever builds it says so
             raise InputError(f"networks.{role}: a {kind}'s roles are {kind}, {kind}_2, {kind}_3, ..., without a gap")
     if with_adm and not (config.adm.alpha or config.adm.beta or config.adm.gamma):
         name = config.method.partition("+")[0]

@@ -132,11 +132,13 @@ def images_at(split: Split, positions: Sequence[int] | int) -> Tensor:
 
 
 def check_batch(experiment: Experiment, processes: int) -> None:
-    """Raises: InputError where BatchNorm would see a single image, or the batch cannot be shared out."""
+    """Raises: InputError for a batch beyond the data, of one image for BatchNorm, or that cannot be shared out."""
     batch_size, parts = experiment.command.config.batch_size, experiment.command.config.fit.accumulate
-    if batch_size < 1 or batch_size % processes or batch_size < processes * parts:
+    if batch_size > (images := len(experiment.datasets.train)):
+        raise InputError(f"batch_size {batch_size} is more than the {images} training images: lower --batch_size")
+    if batch_size % processes or batch_size < processes * parts:
         raise InputError(f"batch_size {batch_size} cannot be shared by {processes} process(es) x {parts} part(s)")
-    share, last = batch_size // processes, len(experiment.datasets.train) % batch_size // processes
+    share, last = batch_size // processes, images % batch_size // processes
     smallest = min(share, last) if last >= 2 else share  # the loader drops a last batch of fewer than 2
     if smallest < 2 * parts and any(isinstance(m, _BatchNorm) for m in experiment.distiller.networks.modules()):
         where = "" if smallest == share else f" in the last batch of an epoch ({last} images a process)"

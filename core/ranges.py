@@ -76,6 +76,15 @@ def check_ranges(prefix: str, config: Any) -> None:
                 raise InputError(f"{prefix}{name} {bounds.says(value)}: {value}")
 
 
+def check_numbers(options: Mapping[str, Any]) -> None:
+    """Raises: InputError naming the first parsed option, nested ones too, that is NaN, infinite or beyond any use."""
+    bounds = Range(-(2**32), 2**32)
+    for name, values in options.items():
+        for value in _numbers(values):
+            if value not in bounds:
+                raise InputError(f"--{name} {bounds.says(value)}: {value}")
+
+
 def _numbers(value: Any) -> Iterator[float]:
     if isinstance(value, (int, float)):
         yield value

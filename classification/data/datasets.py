@@ -157,6 +157,8 @@ def _check(config: DataConfig) -> None:
         raise unknown("data set", config.name, NAMES)
     if config.augmentation is not None and config.augmentation not in get_args(Augmentation):
         raise unknown("augmentation", config.augmentation, get_args(Augmentation))
+    if config.name in IN_MEMORY_NAMES and (config.image_size or 0) > 256:
+        raise InputError(f"data.image_size {config.image_size}: {config.name} is held in memory, at 256 pixels at most")
     if config.name in IN_MEMORY_NAMES and config.in_memory is False:
         hint = f"; torch/{config.name} streams it" if config.name != "digits" else ""
         raise InputError(f"data set {config.name} is always held in memory: leave data.in_memory out{hint}")

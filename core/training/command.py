@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, Literal, NoReturn, cast, get_type_hints
 
 from ..errors import InputError, TrainingError
-from ..ranges import Range, ranges
+from ..ranges import Range, check_numbers, ranges
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over quota, read-only, broken
@@ -199,7 +199,9 @@ def parse(parser: Any, argv: Sequence[str] | None = None, nested: Sequence[str] 
     from jsonargparse import ArgumentError
 
     try:
-        return parser.instantiate(parser.parse_args(argv))
+        options = parser.instantiate(parser.parse_args(argv))
+        check_numbers(vars(options))
+        return options
     except ArgumentError as error:
         keys = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
         flags = [word.lstrip("-").partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]

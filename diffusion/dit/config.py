@@ -75,6 +75,8 @@ class DiTTrainingConfig(TrainingConfig):
                 f"--method {self.method} needs --teacher: a file or folder of weights, or online; without one it is "
                 "--method vanilla"
             )
+        if self.method == "mse+adm" and not (self.adm.alpha or self.adm.gamma or (self.online and self.adm.beta)):
+            raise InputError("all of ADM's weights that count here are 0: give --adm.alpha, or --method mse")
         if self.online and self.student.resolved()[3] != self.teacher_network.resolved()[3]:
             ours, theirs = (config.resolved()[3] for config in (self.student, self.teacher_network))
             raise InputError(

@@ -40,7 +40,11 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         check_ranges("a DiT's ", self)
-        width, _, heads, _ = self.resolved()
+        width, depth, heads, _ = self.resolved()
+        if (billions := 18e-9 * depth * width**2) > 10:
+            raise InputError(
+                f"a DiT of width {width} and depth {depth} has {billions:,.0f} billion parameters: at most 10"
+            )
         if width % 4 or width % heads:
             raise InputError(f"a DiT's width must be a multiple of 4 and of its {heads} heads: {width}")
 

@@ -121,6 +121,8 @@ class ProgressiveConfig(TrainingConfig):
             raise InputError("--teacher replaces the base network, --init starts it: give one of them")
         if self.fit.steps is not None or self.fit.epochs is not None:
             raise InputError("fit.steps and fit.epochs do not count here: give --base.steps and --rounds.steps")
+        if self.method == "pd+adm" and not self.adm.alpha:
+            raise InputError("adm.alpha is 0, and ADM has no other weight here: give one, or --method pd")
         rounds = self.adm.adm_rounds
         if self.method == "pd+adm" and rounds != "all" and not set(rounds) & set(self.students):
             raise InputError(

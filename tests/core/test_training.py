@@ -603,21 +603,36 @@ def test_bf16_on_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (FitConfig(), "how long"),
-        (FitConfig(epochs=0), "nothing to train"),
-        (FitConfig(steps=-1), "nothing to train"),
-        (FitConfig(epochs=1, accumulate=0), "fit.accumulate"),
-        (FitConfig(epochs=1, log_every=0), "fit.log_every"),
-        (FitConfig(epochs=1, keep=0), "fit.keep"),
-        (FitConfig(epochs=1, clip=-1.0), "fit.clip"),
-        (FitConfig(epochs=1, evaluate_every=0), "fit.evaluate_every"),
-        (FitConfig(epochs=1, precision="fp16"), "fp16 needs a GPU"),
+        ({}, "how long"),
+        ({"epochs": 0}, "fit.epochs must be positive: 0"),
+        ({"epochs": 0.01}, "nothing to train: fit.epochs 0.01 is less than one step"),
+        ({"steps": -1}, "fit.steps must be at least 1: -1"),
+        ({"epochs": 1, "accumulate": 0}, "fit.accumulate"),
+        ({"epochs": 1, "log_every": 0}, "fit.log_every"),
+        ({"epochs": 1, "keep": 0}, "fit.keep"),
+        ({"epochs": 1, "clip": -1.0}, "fit.clip"),
+        ({"epochs": 1, "clip": math.nan}, "fit.clip must be a number: nan"),
+        ({"epochs": 1, "evaluate_every": 0}, "fit.evaluate_every"),
+        ({"epochs": 1, "precision": "fp16"}, "fp16 needs a GPU"),
     ],
 )
-def test_wrong_configs_are_refused_before_anything_is_written(tmp_path: Path, config: FitConfig, message: str) -> None:
+def test_wrong_configs_are_refused_before_anything_is_written(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
-        train(tmp_path / "run", config)
+        train(tmp_path / "run", FitConfig(**config))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_legal_and_probably_meant_otherwise_is_a_line_of_warning(tmp_path: Path) -> None:
+    train(tmp_path / "run", FitConfig(steps=2, log_every=50))
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "warning: fit.log_every 50 is longer than the run of 2 steps" in log
+    assert ScheduleConfig(milestones=(1, 5, 9)).remarks(5.0) == [
+        "warning: schedule.milestones [5, 9] are not before the end of the run, epoch 5"
+    ]
+    assert "warmup 6 lasts the whole run" in ScheduleConfig("cosine", warmup=6.0).remarks(5.0)[0]
+    assert not ScheduleConfig("cosine", warmup=1.0).remarks(5.0)
 
 
 def test_empty_data_are_refused() -> None:

@@ -206,8 +206,9 @@ def test_observations_describe_similarity_attention_and_gate() -> None:
     ("change", "said"),
     [
         ({"alpha": -1.0}, "adm.alpha must not be negative: -1.0"),
-        ({"gate": 0.0}, "adm.gate is a share"),
-        ({"gate": 400.0}, "adm.gate is a share"),
+        ({"gate": 0.0}, r"adm.gate must be in \(0, 1\]: 0.0"),
+        ({"gate": 400.0}, r"adm.gate must be in \(0, 1\]: 400.0"),
+        ({"alpha": float("nan")}, "adm.alpha must be a number: nan"),
         ({"form": "classifier"}, "needs --adm.classifier"),
         ({"classifier": "resnet56:x"}, "no other form has a use for it"),
     ],

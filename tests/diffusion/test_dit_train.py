@@ -279,6 +279,16 @@ def test_wrong_input_is_refused_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_without_label_dropout_no_null_label_is_learned(teacher: Path, tmp_path: Path, command: Command) -> None:
+    more = ["--fit.steps", "1", "--label_dropout", "0"]
+    assert command(arguments(tmp_path / "run", *more, method="vanilla"))[0] == 0
+    assert not load_dit(tmp_path / "run").null_label and load_dit(teacher).null_label
+    assert not load_dit(tmp_path / "run/checkpoints/last/student.safetensors").null_label
+    code, _, error = command(arguments(tmp_path / "next", "--teacher", str(tmp_path / "run"), method="mse"))
+    assert code == 2 and "never learned a null label: give --label_dropout 0" in error and error.count("\n") == 1
+    assert not (tmp_path / "next").exists()
+
+
 def test_another_teacher_or_config_in_the_same_folder_is_refused(
     whole: Path, teacher: Path, tmp_path: Path, command: Command
 ) -> None:
