@@ -45,7 +45,8 @@ def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) 
     files = {path.name for path in out.iterdir()}
     assert files == {
         "config.py", "config.yaml", "run.lock", "environment.json", "metrics.jsonl", "log.txt", "curves.png",
-        "summary.json", "checkpoints", "tensorboard", "mmengine", "student.pth", "student.safetensors", "student_config.py",
+        "summary.json", "checkpoints", "tensorboard", "mmengine", "student.pth", "student.safetensors",
+        "student_config.py",
     }  # fmt: skip
     assert {path.name for path in (out / "checkpoints").iterdir()} == {
         "iter_3.pth", "iter_6.pth", "last.pth", "best.pth",
