@@ -58,7 +58,12 @@ def train(command: Command) -> int:
 
     epochs = durations(config.fit, len(loader))[0] / len(loader)
     schedule = make_schedule(config.schedule, epochs)
-    if lines := config.schedule.remarks(epochs):
+    lines = config.schedule.remarks(epochs)
+    if config.batch_size > (images := len(experiment.datasets.train)):
+        lines.append(
+            f"note: batch_size {config.batch_size} is more than the {images} training images: one batch an epoch"
+        )
+    if lines:
         run.open()
         for line in lines:
             run.log(line)
