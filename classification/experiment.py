@@ -134,8 +134,7 @@ def images_at(split: Split, positions: Sequence[int] | int) -> Tensor:
 def check_batch(experiment: Experiment, processes: int) -> None:
     """Raises: InputError for a batch beyond the data, of one image for BatchNorm, or that cannot be shared out."""
     batch_size, parts = experiment.command.config.batch_size, experiment.command.config.fit.accumulate
-    if batch_size > (images := len(experiment.datasets.train)):
-        raise InputError(f"batch_size {batch_size} is more than the {images} training images: lower --batch_size")
+    images = len(experiment.datasets.train)
     if batch_size % processes or batch_size < processes * parts:
         raise InputError(f"batch_size {batch_size} cannot be shared by {processes} process(es) x {parts} part(s)")
     share, last = batch_size // processes, images % batch_size // processes

@@ -58,10 +58,6 @@ def train(command: Command) -> int:
 
     epochs = durations(config.fit, len(loader))[0] / len(loader)
     schedule = make_schedule(config.schedule, epochs)
-    if lines := config.schedule.remarks(epochs):
-        run.open()
-        for line in lines:
-            run.log(line)
     fixed = [role for role in distiller.networks if role not in distiller.trained()]
     known: dict[str, Any] = {}  # what the fixed networks score: they are not evaluated again
     if fixed:
@@ -70,6 +66,15 @@ def train(command: Command) -> int:
         known = {name: value for name, value in start.items() if role_of(name) in fixed}
         run.open()
         for line in remarks(experiment, fixed, start):
+            run.log(line)
+    lines = config.schedule.remarks(epochs)
+    if config.batch_size > (images := len(experiment.datasets.train)):
+        lines.append(
+            f"note: batch_size {config.batch_size} is more than the {images} training images: one batch an epoch"
+        )
+    if lines:
+        run.open()
+        for line in lines:
             run.log(line)
     if experiment.noise is not None and run.main:
         run.open()

@@ -137,7 +137,7 @@ def fit(
     )  # fmt: skip
     run.open()
     if config.log_every > total_steps:
-        run.log(f"warning: fit.log_every {config.log_every} is longer than the run of {total_steps} steps")
+        run.log(f"note: fit.log_every {config.log_every} is longer than the run of {total_steps} steps")
     parts: dict[str, Any] = {"optimizer": optim, "data": data, "scaler": accelerator.scaler}
     step = _load(recorder, distiller, parts, accelerator)
     purge = {"tensorboard": {"purge_step": step + 1}} if step else {}

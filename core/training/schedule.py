@@ -39,9 +39,9 @@ class ScheduleConfig:
         """What is legal in a run of so many epochs, and probably meant otherwise: a line each."""
         lines = []
         if self.name == "multistep" and (late := [m for m in self.milestones if m >= epochs]):
-            lines.append(f"warning: schedule.milestones {late} are not before the end of the run, epoch {epochs:g}")
+            lines.append(f"note: schedule.milestones {late} are not before the end of the run, epoch {epochs:g}")
         if self.warmup >= epochs:
-            lines.append(f"warning: schedule.warmup {self.warmup:g} lasts the whole run of {epochs:g} epochs")
+            lines.append(f"note: schedule.warmup {self.warmup:g} lasts the whole run of {epochs:g} epochs")
         return lines
 
 

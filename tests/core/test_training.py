@@ -627,9 +627,9 @@ def test_wrong_configs_are_refused_before_anything_is_written(
 def test_what_is_legal_and_probably_meant_otherwise_is_a_line_of_warning(tmp_path: Path) -> None:
     train(tmp_path / "run", FitConfig(steps=2, log_every=50))
     log = (tmp_path / "run/log.txt").read_text()
-    assert "warning: fit.log_every 50 is longer than the run of 2 steps" in log
+    assert "note: fit.log_every 50 is longer than the run of 2 steps" in log
     assert ScheduleConfig(milestones=(1, 5, 9)).remarks(5.0) == [
-        "warning: schedule.milestones [5, 9] are not before the end of the run, epoch 5"
+        "note: schedule.milestones [5, 9] are not before the end of the run, epoch 5"
     ]
     assert "warmup 6 lasts the whole run" in ScheduleConfig("cosine", warmup=6.0).remarks(5.0)[0]
     assert not ScheduleConfig("cosine", warmup=1.0).remarks(5.0)

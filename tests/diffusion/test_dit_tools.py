@@ -260,7 +260,7 @@ def test_single_network_reads_its_run_s_data(run: Path, shell: Shell, small: lis
         (["RUN", "--steps", "50"], "has no network of iteration 50, only of [20, 100]"),
         (["RUN", "--last_step", "clean"], "--last_step counts only for the students of a chain"),
         (["RUN", "--guidance", "-1"], "--guidance must be finite and not negative: [-1.0]"),
-        (["RUN", "--guidance", "1", ".nan"], "--guidance must be finite"),
+        (["RUN", "--guidance", "1", ".nan"], "--guidance must be a number"),
         (["RUN", "--cfg_channels", "2"], "cfg_channels"),
         (["RUN", "--sampling_steps", "1001"], "1001 sampling steps: there are 2 to 1000"),
         (["RUN", "--sampler", "ddim", "--sampling_steps", "501"], "501 sampling steps: ddim has 500 or 1000"),
