@@ -60,7 +60,7 @@ def test_delta_grows_linearly_from_the_second_epoch_to_the_last(epochs: float, e
 def test_values_of_the_options() -> None:
     assert ADMConfig().delta == (0.2, 0.6) and ADMConfig().divergence == "ce"
     for delta in ((-0.1, 0.5), (0.2, 1.1), (float("nan"), 0.5)):
-        with pytest.raises(InputError, match=r"adm.delta must lie in \[0, 1\]"):
+        with pytest.raises(InputError, match=r"adm.delta must be (in \[0, 1\]|a number)"):
             ADMConfig(delta=delta)
 
 
@@ -539,7 +539,7 @@ def test_checkpoints_that_miss_an_epochs_end_and_dry_runs(tmp_path: Path, comman
         code, _, said = command(arguments(tmp_path / "run", *EQ_12, "--fit.evaluate_every", "2", *dry))
         assert code == 2 and "fit.evaluate_every 2 does not divide the 3 steps" in said and len(said.splitlines()) == 1
     code, _, said = command(arguments(tmp_path / "run", "--adm.divergence", "kd", "--adm.delta", "[0.2, 2]"))
-    assert code == 2 and "adm.delta must lie in [0, 1]" in said
+    assert code == 2 and "adm.delta must be in [0, 1]" in said
     code, printed, _ = command(arguments(tmp_path / "run", *EQ_12, "--dry-run"))
     assert code == 0 and "3 steps an epoch" in printed and not (tmp_path / "run").exists()
     code, _, said = command(arguments(tmp_path / "run", *EQ_12, "--fit.evaluate_every", "1", "--fit.epochs", "1"))

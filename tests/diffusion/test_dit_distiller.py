@@ -428,7 +428,7 @@ def test_no_step_waits_for_the_device() -> None:
         (lambda: ADMConfig(form="classifier", classifier="resnet56:FILE"), "a DiT sees none"),
         (lambda: ADMConfig(form="head"), "needs --adm.map final_norm"),
         (lambda: ADMConfig(beta=-1.0), "adm.beta must not be negative"),
-        (lambda: ADMConfig(gate=0.0), "adm.gate is a share"),
+        (lambda: ADMConfig(gate=0.0), "adm.gate must be in"),
         (lambda: DistillConfig(weight=-0.5), "distill.weight must not be negative"),
         (lambda: DistillConfig(0.0, 0.0), "nothing to learn"),
     ],

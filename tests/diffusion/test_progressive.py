@@ -435,7 +435,7 @@ def test_init_starts_the_base_network_and_its_dropout_is_ours(tmp_path: Path) ->
         ({"dropout": 1.0}, "must be in"),
         ({"multipliers": (1, 2, 2, 2, 2)}, "cannot be halved 4 times"),
         ({"attention": (16,)}, r"have sizes \[8, 4\]"),
-        ({"blocks": 0}, "must be at least 1"),
+        ({"blocks": 0}, "blocks must be in"),
     ],
 )
 def test_networks_that_cannot_be(options: dict[str, Any], said: str) -> None:

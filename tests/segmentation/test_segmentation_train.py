@@ -190,12 +190,12 @@ def test_offline_distillation_from_a_runs_teacher(street: Path, tmp_path: Path, 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(street: Path, tmp_path: Path, train: Train) -> None:
     out = tmp_path / "run"
-    code, _, log = train(arguments(street, out, "optim_wrapper.optimizer.lr=1e30"))
+    code, _, log = train(arguments(street, out, "optim_wrapper.optimizer.lr=1e9"))
     assert code == 1
     (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
     assert "the loss is not finite: " in line
     assert "student's " in line or "teacher's " in line
-    assert "at step 2" in line
+    assert "at step 2" in line or "at step 3" in line
     assert not list((out / "checkpoints").glob("iter_*")) if (out / "checkpoints").exists() else True
     assert not (out / "student.pth").exists()
 
@@ -238,7 +238,7 @@ def test_labels_outside_the_classes_end_in_one_line(tmp_path: Path, train: Train
         (["model.student.backbone.dept=18"], "did you mean model.student.backbone.depth?"),
         (["optim_wrapper.type=AmpOptimWrapper"], "mixed precision needs a GPU"),
         (["run.trackers=['tensorbord']"], "unknown tracker 'tensorbord': did you mean 'tensorboard'"),
-        (["run.log_every=0"], "run.log_every must be positive"),
+        (["run.log_every=0"], "run.log_every must be at least 1"),
     ],
 )
 def test_wrong_input_ends_in_one_line_and_leaves_no_folder(
