@@ -88,7 +88,8 @@ class RunFolder:
             return
         make_folder(self.path, "--out")
         lock.hold(self.path)
-        self._check()  # again: nobody else can change it now
+        if (self.path / "config.yaml").exists():
+            self._check()  # again: nobody else can change it now; other ranks may have begun to write beside it
         text = signed(yaml.safe_dump(self.config, sort_keys=False) + f"{IDENTITY}{self.identity}\n")
         write_atomically(self.path / "config.yaml", lambda p: p.write_text(text))
         for message in notices():
