@@ -747,6 +747,13 @@ def test_who_comes_between_check_and_lock_is_refused(tmp_path: Path) -> None:
         holder.kill()
 
 
+def test_another_rank_may_write_into_the_folder_first(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run", {"seed": 0})
+    (run.path / "mmengine").mkdir(parents=True)  # mmengine's own log, of a rank that was faster
+    run.open()
+    assert read_config(run.path / "config.yaml") == {"seed": 0}
+
+
 def spoiled(content: bytes) -> dict[str, bytes]:
     """What a crash, a full disk or a hand leaves of a file."""
     middle = len(content) // 2
