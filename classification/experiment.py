@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from classification.config import ONLINE, Command, Task, parse_command, task_of
+from classification.config import ONLINE, Command, Task, parse_command
 from classification.data import DataSets, InMemoryLoader, Split, Streamed, StreamLoader, load_datasets, make_loader
 from classification.data.datasets import IN_MEMORY_NAMES
 from classification.data.noise import LabelNoise, draw_noise, with_noise
@@ -160,8 +160,7 @@ def command_of(run: Path, task: Task = ONLINE) -> Command:
     file = run / "config.yaml"
     if not file.is_file():
         raise InputError(f"{run} is no run folder: it has no config.yaml" if run.is_dir() else f"no run folder {run}")
-    read_config(file)  # which says it where the file is not whole
-    if (said := task_of(file) or ONLINE.name) != task.name:
+    if (said := read_config(file).get("task", ONLINE.name)) != task.name:
         raise InputError(f"{run} is a run of {said}: use the tools in {said}/tools")
     try:
         return parse_command(["--config", str(file), "--out", str(run)], task=task)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -207,14 +208,22 @@ def _numpy_scalars() -> list[Any]:
     return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, *dtypes]
 
 
-def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
-    """Writes a ``.safetensors`` file. Equal content gives equal bytes: safetensors itself orders metadata at random."""
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> str:
+    """Writes a ``.safetensors`` file; returns its SHA-256.
+
+    Equal content gives equal bytes: safetensors itself orders metadata at random.
+    """
     from safetensors.torch import save
 
-    content = save(dict(tensors), dict(metadata))
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
+    content = memoryview(save(dict(tensors), dict(metadata)))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8:end]))
     said = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} if metadata else {}
     ordered = json.dumps({**said, **header}, separators=(",", ":"), ensure_ascii=False).encode()
     ordered += b" " * (-len(ordered) % 8)
-    file.write_bytes(len(ordered).to_bytes(8, "little") + ordered + content[8 + length :])
+    digest = hashlib.sha256()
+    with open(file, "wb") as opened:
+        for part in (len(ordered).to_bytes(8, "little"), ordered, content[end:]):
+            opened.write(part)
+            digest.update(part)
+    return digest.hexdigest()

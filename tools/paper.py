@@ -45,7 +45,8 @@ from typing import Any, Literal, get_args
 import yaml
 
 from core.errors import InputError
-from tools.runs import Loader, Run, read_run
+from core.training.run import load_yaml
+from tools.runs import Run, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "tools/paper"
@@ -218,7 +219,7 @@ def load_tables(folder: Path = PAPER) -> dict[str, Table]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader)
+        values = load_yaml(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

@@ -24,7 +24,6 @@ from core.files import make_folder, write_atomically
 from core.training.run import flatten, identity_of, read_config, read_json, read_metrics
 
 KEPT = "runs.jsonl"
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # C's is ten times as fast, where it was built
 
 
 @dataclass(frozen=True, eq=False)

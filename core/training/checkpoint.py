@@ -90,10 +90,8 @@ def save_checkpoint(
 
     def write(temporary: Path) -> None:
         temporary.mkdir()
-        files = {f"{role}.safetensors": temporary / f"{role}.safetensors" for role in tensors}
-        for role, values in tensors.items():
-            save_tensors(values, files[f"{role}.safetensors"], networks[role][1])
-        digests = {name: files_hash([file]) for name, file in files.items()}
+        files = {role: temporary / f"{role}.safetensors" for role in tensors}
+        digests = {file.name: save_tensors(tensors[role], file, networks[role][1]) for role, file in files.items()}
         torch.save({**state, "files": digests}, temporary / "state.pt")
 
     target = folder / f"step-{step:08d}"

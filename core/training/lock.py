@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from ..errors import InputError
+from ..errors import InputError, TrainingError
 
 try:
     import fcntl
@@ -39,12 +39,15 @@ def hold(folder: Path) -> None:
 
     A lock of ``fcntl`` (POSIX): other processes of the same machine see it, on NFS those of other machines too, where
     the server has locking. A file system without locks is not protected, which is said in a line.
-    Raises: InputError where another process holds it, naming that.
+    Raises: InputError where another process holds it, naming that; TrainingError where nothing can be written.
     """
     file = folder.resolve() / NAME
     if fcntl is None or file in _held:
         return
-    opened = open(file, "a+")  # noqa: SIM115  (it stays open)
+    try:
+        opened = open(file, "a+")  # noqa: SIM115  (it stays open)
+    except OSError as error:
+        raise TrainingError(f"cannot write {file}: {error.strerror}") from error
     try:
         _take(opened, file)
     except BaseException:

@@ -144,7 +144,7 @@ class RunFolder:
         content = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
         good = b"".join(line for line in content[:size].splitlines(keepends=True) if _is_whole(line))
         if len(good) < size:
-            self.say(
+            self.log(
                 f"{self.metrics_file} lacks {size - len(good)} of {size} bytes, or they are damaged: it goes on so"
             )
         if good != content:
@@ -225,12 +225,17 @@ def _of_earlier_version(folder: Path) -> bool:
         return False
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """A run's ``config.yaml``. Raises: InputError where it is not whole."""
+def load_yaml(text: str) -> Any:
+    """What a YAML text says. Raises: yaml.YAMLError."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # C's is ten times as fast, where it was built
-    return yaml.load(read_signed(file), loader) or {}
+    return yaml.load(text, loader)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A run's ``config.yaml``. Raises: InputError where it is not whole."""
+    return load_yaml(read_signed(file)) or {}
 
 
 def identity_of(file: Path) -> str:
