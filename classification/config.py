@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from classification.methods import METHODS, Method
 from classification.methods.base import MethodOptions
-from classification.networks.pretrained import file_hash, find_weights
+from classification.networks.pretrained import find_weights
 from classification.options import NetworkConfig, TrainConfig
 from core.errors import InputError, parse_label
 from core.training.command import dry_run_wanted, parse, say_ranges, train_parser
 from core.training.run import flatten, read_config
+from core.weights import weights_hash
 
 # What a resumed run may change: where and on what it runs, not what it computes.
 MAY_CHANGE = ("data.root", "data.download", "data.workers", "fit.device", "fit.keep", "fit.trackers", "progress_bar")
@@ -67,8 +68,8 @@ class Command:
         file = self.config.out / "config.yaml"
         recorded = flatten(read_config(file)) if file.is_file() else {}
         for role, weights in self.weight_files.items():
-            expected = self.config.networks[role].sha256 or recorded.get(f"networks.{role}.sha256")
-            values["networks"][role]["sha256"] = file_hash(weights, expected)
+            known = recorded.get(f"networks.{role}.sha256"), self.config.networks[role].sha256
+            values["networks"][role]["sha256"] = weights_hash([weights], *known)
         del values["out"]
         name, with_adm = self.method
         if not with_adm:

@@ -20,8 +20,9 @@ from classification.distiller import ClassificationDistiller, build_networks
 from classification.networks.pretrained import load_weights, timm_keeps_head, timm_normalisation
 from core.errors import InputError, first_line
 from core.images import EXTENSIONS
+from core.training.checkpoint import read_state
 from core.training.run import read_config
-from core.weights import read_metadata, read_torch
+from core.weights import read_metadata
 
 EVALUATION_BATCH = 256
 
@@ -186,11 +187,11 @@ def restore(command: Command, checkpoint: Path) -> Experiment:
 
 def load_checkpoint(distiller: ClassificationDistiller, checkpoint: Path) -> None:
     """Puts a checkpoint's weights into the trained networks, the adapters and whatever else is no network."""
+    file, state = checkpoint / "state.pt", read_state(checkpoint)
     for role in distiller.trained():
         load_weights(distiller.networks[role], checkpoint / f"{role}.safetensors", training=False)
-    file = checkpoint / "state.pt"
     try:
-        extra = read_torch(file)["extra"]
+        extra = state["extra"]
         missing = distiller.load_state_dict(extra, strict=False).missing_keys
     except Exception as error:  # a damaged pickle can raise anything
         reason = first_line(error)

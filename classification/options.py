@@ -32,7 +32,8 @@ class NetworkConfig:
         mean: per channel, of images in [0, 1], subtracted before this network; unless given, what the weights were
             trained with where their file (or timm) says so, else the data set's.
         std: per channel, divided by.
-        sha256: of the weight file; filled in when a run is written down, checked when it is read back.
+        sha256: of the weights, however saved, or of their file; filled in when a run is written down, checked when it
+            is read back.
     """
 
     name: str

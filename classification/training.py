@@ -30,7 +30,7 @@ def train(command: Command) -> int:
         return look(command)
     config = command.config
     moved = [f"networks.{role}.weights" for role, c in config.networks.items() if c.weights]  # of the same hash
-    run = open_run(config.out, command.resolved(), (*MAY_CHANGE, *moved))
+    run = open_run(config.out, command.resolved(), (*MAY_CHANGE, *moved), keep=config.fit.keep)
     if run is None:
         return DONE
     experiment = build(command)

@@ -9,8 +9,9 @@ import hashlib
 import json
 import math
 import re
+import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, first_line, notice
+from .files import files_hash
 
 # What people call the moving average of the weights and the weights themselves, the first that is there counts.
 _AVERAGES = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema", "ema_model", "net_ema")
@@ -117,6 +119,32 @@ def _is_state_dict(content: Any) -> bool:
     )  # fmt: skip
 
 
+def weights_hash(files: Iterable[str | Path], *known: str | None) -> str:
+    """SHA-256 of the weights in files: of names, types, shapes and values, in whatever order and format they are saved.
+
+    What a file says of ``mean`` and ``std`` counts too, since results follow from it, but no other metadata.
+
+    ``known``: hashes on record, each of the weights or, as published files are known, of the files' bytes; the first
+    is then returned instead. Raises: InputError where the weights are others.
+    """
+    state: dict[str, Tensor] = {}
+    files, digest = list(files), hashlib.sha256()
+    for file in files:
+        state |= read_state_dict(file)
+        if normalisation := {k: v for k, v in sorted(read_metadata(file).items()) if k in ("mean", "std")}:
+            digest.update(f"{normalisation}\n".encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    on_record, found = list(filter(None, known)), digest.hexdigest()
+    if set(on_record) - {found} and (others := set(on_record) - {found, files_hash(split_key(f)[0] for f in files)}):
+        raise InputError(
+            f"{files[0]} is not the weight file on record: the SHA-256 of its weights, mean and std is {found[:12]}..."
+            f", and not {others.pop()[:12]}...: put that file back, or start a new run"
+        )
+    return on_record[0] if on_record else found
+
+
 def check_finite(file: str | Path, state: Mapping[str, Tensor], *, training: bool) -> None:
     """Says which weight of a file is NaN or infinite. Raises: InputError, where it is to be trained with."""
     for name, tensor in state.items():
@@ -184,6 +212,10 @@ def read_torch(file: str | Path) -> Any:
     """Whatever a torch file holds, on the CPU. Raises: InputError for a damaged file and one that could run code."""
     try:
         beside: list[Any] = [(_Inert, name) for name in _BESIDE] + [(_InertMapping, name) for name in _MAPPINGS]
+        if zipfile.is_zipfile(file):  # torch does not look at its checksums
+            with zipfile.ZipFile(file) as archive:
+                if changed := archive.testzip():
+                    raise ValueError(f"{changed} in it is not what was saved")
         with torch.serialization.safe_globals(_numpy_scalars() + beside):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything

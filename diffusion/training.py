@@ -11,11 +11,12 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from core.errors import InputError
-from core.files import files_hash
 from core.training.command import dry_run_wanted, parse, train_parser
 from core.training.distiller import Distiller
+from core.training.run import read_config
 from core.training.step import memory_estimate, seconds_a_step
 from core.training.task import gigabytes
+from core.weights import weights_hash
 
 # What a resumed run may change: where and on what it runs, not what it computes. A started base network has been read.
 MAY_CHANGE = (
@@ -29,6 +30,7 @@ DryRun = Literal["time"] | bool
 class TrainingConfig:
     """What a training's config can do besides holding its values."""
 
+    out: Path
     teacher: str | None
     teacher_sha256: str | None
 
@@ -48,10 +50,9 @@ class TrainingConfig:
         values = asdict(self)  # type: ignore[call-overload]
         for name in ("out", *(flag.strip("-.") for flag in self.idle())):
             values.pop(name, None)
-        files = list(self.teacher_files())
-        values["teacher_sha256"] = files_hash(files) if files else None
-        if files and self.teacher_sha256 not in (None, values["teacher_sha256"]):
-            raise InputError(f"the weights in {self.teacher} are not those that the run began with")
+        files, recorded = list(self.teacher_files()), self.out / "config.yaml"
+        known = [read_config(recorded).get("teacher_sha256")] if recorded.is_file() else []
+        values["teacher_sha256"] = weights_hash(files, *known, self.teacher_sha256) if files else None
         return values
 
 

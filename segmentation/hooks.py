@@ -73,7 +73,7 @@ class RunHook(Hook):
         self.recorder = Recorder(
             self.run, device, self.processes,
             mean=mean, gather=all_gather_object, advice=ADVICE, total=runner.max_iters, unit="iteration",
-            log_every=self.cfg.run.log_every, select=self.cfg.run.select, track=track,
+            log_every=self.cfg.run.log_every, keep=self.cfg.run.keep, select=self.cfg.run.select, track=track,
         )  # fmt: skip
         self._random = self.recorder.restore(self._loaded, runner.iter, self.rank)
         self.recorder.start(runner.iter)

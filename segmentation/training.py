@@ -19,7 +19,7 @@ from mmseg.structures import SegDataSample
 
 from core.errors import InputError, TrainingError
 from core.files import write_atomically
-from core.training.checkpoint import LAST, latest_checkpoint
+from core.training.checkpoint import LAST, goal, latest_checkpoint
 from core.training.command import DONE, Stop
 from core.training.run import RunFolder, signed
 from core.training.step import bytes_needed, shortest
@@ -62,7 +62,7 @@ def train(
     folder = Path(out or f"runs/{Path(config).stem}/{cfg.model.method}-{cfg.seed}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _processes(launcher, device, cfg) as (rank, processes):
-        run = None if dry else open_run(folder, resolved(cfg), MAY_CHANGE, main=rank == 0)
+        run = None if dry else open_run(folder, resolved(cfg), MAY_CHANGE, keep=cfg.run.keep, main=rank == 0)
         if not dry and run is None:
             return DONE
         ready = complete(cfg, processes, device)
@@ -84,7 +84,7 @@ def _run(run: RunFolder, cfg: Config, ready: Config, model: Any) -> int:
     _, processes = get_dist_info()
     found = latest_checkpoint(run.checkpoints, run.log, read_torch) if run.main else None
     barrier()
-    if not run.main and (last := run.checkpoints / f"{LAST}.pth").exists():
+    if not run.main and (last := goal(run.checkpoints / f"{LAST}.pth")).exists():
         found = read_torch(last)
     if found is None:
         check_pretrained(ready, model.networks)

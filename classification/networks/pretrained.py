@@ -16,9 +16,8 @@ from classification.networks.resnet import ResNet, WideResNet
 from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
 from classification.networks.vgg import VGG
 from core.errors import InputError
-from core.files import files_hash
-from core.training.checkpoint import LAST
-from core.weights import check_finite, read_metadata, read_state_dict, split_key
+from core.training.checkpoint import BEST, LAST, goal, read_state
+from core.weights import check_finite, read_metadata, read_state_dict, split_key, weights_hash
 
 
 def find_weights(place: str | Path, role: str, architecture: str) -> Path:
@@ -33,12 +32,15 @@ def find_weights(place: str | Path, role: str, architecture: str) -> Path:
     Raises: InputError where there is no such file, or several.
     """
     place = Path(place)
+    place = goal(place) if place.name in (LAST, BEST) else place
     if split_key(place)[0].is_file():
         return place
     if not place.is_dir():
         raise InputError(f"no weight file {place}")
-    last = place / "checkpoints" / LAST
+    last = goal(place / "checkpoints" / LAST)
     folder = last if last.is_dir() else place
+    if (folder / "state.pt").is_file():
+        read_state(folder)  # which says it where a weight file is not what was saved
     if (own := folder / f"{role}.safetensors").is_file():
         return own
     said = {file: read_metadata(file).get("architecture", "unknown") for file in sorted(folder.glob("*.safetensors"))}
@@ -68,7 +70,7 @@ def check_weights(file: Path, role: str, architecture: str, num_classes: int, sh
     Raises: InputError, also for a file that cannot be read.
     """
     if sha256 is not None:
-        file_hash(file, sha256)
+        weights_hash([file], sha256)
     said = read_metadata(file)
     if not same_architecture(said.get("architecture", architecture), architecture):
         raise InputError(
@@ -76,17 +78,6 @@ def check_weights(file: Path, role: str, architecture: str, num_classes: int, sh
         )
     if (classes := said.get("num_classes", str(num_classes))) != str(num_classes):
         raise InputError(f"{file} holds weights for {classes} classes, but the network has {num_classes} ({role})")
-
-
-def file_hash(file: Path, expected: str | None = None) -> str:
-    """The SHA-256 of a file. Raises: InputError where it is not the ``expected`` one (the file has changed)."""
-    found = files_hash([split_key(file)[0]])
-    if expected is not None and found != expected:
-        raise InputError(
-            f"{file} is not the weight file on record: its SHA-256 is {found[:12]}..., and not "
-            f"{expected[:12]}...: put that file back, or start a new run"
-        )
-    return found
 
 
 def timm_normalisation(name: str) -> dict[str, Any]:

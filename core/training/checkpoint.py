@@ -1,14 +1,15 @@
 """Checkpoints: one folder per save, written beside and renamed, so that a cut or a full disk never costs a good one.
 
 ``checkpoints/step-00000123/`` holds ``<role>.safetensors`` of each trained network and ``state.pt`` (all else that an
-exact resume needs, loadable with ``weights_only=True``); ``last`` and ``best`` are links to such folders.
+exact resume needs, loadable with ``weights_only=True``); ``last`` and ``best`` are links to such folders, or text files
+with their names where a file system has no links.
 
 Segmentation's are mmengine's files: ``checkpoints/iter_123.pth``, with the links ``last.pth`` and ``best.pth``.
 """
 
 from __future__ import annotations
 
-import os
+import errno
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,14 +20,17 @@ from torch import Tensor
 
 from ..errors import InputError, TrainingError, first_line
 from ..files import files_hash, leftover, remove, write_atomically
-from ..weights import save_tensors
+from ..weights import read_state_dict, read_torch, save_tensors
 
 LAST, BEST = "last", "best"
+_NAME = re.compile(r"step-\d+|iter_\d+\.pth")
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What file systems say that have no symbolic links: exFAT, many mounted drives."""
 
 
 def numbered(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    found = (p for p in folder.glob("*") if re.fullmatch(r"step-\d+|iter_\d+\.pth", p.name))
+    found = (p for p in folder.glob("*") if _NAME.fullmatch(p.name))
     return sorted(found, key=step_of)
 
 
@@ -37,15 +41,35 @@ def step_of(checkpoint: Path) -> int:
 
 def point(name: str, target: Path) -> None:
     """Lets ``last`` or ``best`` be this checkpoint, atomically."""
-    write_atomically(target.with_name(f"{name}{target.suffix}"), lambda path: path.symlink_to(target.name))
+
+    def write(path: Path) -> None:
+        try:
+            path.symlink_to(target.name)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            path.write_text(f"{target.name}\n")
+
+    write_atomically(target.with_name(f"{name}{target.suffix}"), write)
+
+
+def goal(path: Path) -> Path:
+    """The checkpoint that ``last`` or ``best`` names, be it by a link or by a text file; any other path is itself."""
+    name = path.read_text(errors="replace").strip() if path.is_file() and path.stat().st_size < 64 else ""
+    return (path.with_name(name) if _NAME.fullmatch(name) else path).resolve()
 
 
 def name_and_prune(target: Path, *, best: bool, keep: int) -> None:
     """Lets ``last`` (and ``best``) be a new checkpoint; removes all but the newest ``keep`` and those two."""
     for name in (LAST, BEST) if best else (LAST,):
         point(name, target)
-    named = {os.readlink(path) for path in target.parent.glob("*") if path.is_symlink()}
-    for old in numbered(target.parent)[:-keep]:
+    prune(target.parent, keep)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes all checkpoints but the newest ``keep`` and those that ``last`` and ``best`` name."""
+    named = {goal(folder / f"{name}{suffix}").name for name in (LAST, BEST) for suffix in ("", ".pth")}
+    for old in numbered(folder)[:-keep]:
         if old.name not in named:
             remove(old)
 
@@ -53,13 +77,14 @@ def name_and_prune(target: Path, *, best: bool, keep: int) -> None:
 def find_checkpoint(run: Path, name: str) -> Path:
     """``run``'s checkpoint "last", "best" or "step-00000123" ("iter_123"). Raises: InputError naming all it has."""
     folder = run / "checkpoints"
-    found = {n: path for n in (name, LAST, BEST) for path in (folder / n, folder / f"{n}.pth") if path.exists()}
+    places = ((n, goal(folder / f"{n}{suffix}")) for n in (name, LAST, BEST) for suffix in ("", ".pth"))
+    found = {n: path for n, path in places if path.exists()}
     if name not in found:
         known = ", ".join([*found, *(path.stem for path in numbered(folder))])
         raise InputError(
             f"{run} has no checkpoint {name!r}: " + (f"it has {known}" if known else "nothing was saved yet")
         )
-    return found[name].resolve()
+    return found[name]
 
 
 def require_finite(owner: str, values: Mapping[str, Any], when: str) -> None:
@@ -103,16 +128,21 @@ def save_checkpoint(
 def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """``({role: state dict}, state)`` of one checkpoint folder.
 
-    Raises: InputError for a file that is missing or not the one that was saved; whatever a damaged file raises.
+    Raises: InputError for a file that is missing, damaged or not the one that was saved.
     """
-    from safetensors.torch import load_file
+    state = read_state(folder)
+    return {file.stem: read_state_dict(file) for file in sorted(folder.glob("*.safetensors"))}, state
 
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What ``state.pt`` of a checkpoint folder says. Raises: InputError where that, or a weight file, is not whole."""
+    state = read_torch(folder / "state.pt")
+    if not isinstance(state, dict):
+        raise InputError(f"{folder / 'state.pt'} is no checkpoint's: it holds a {type(state).__name__}")
     for name, digest in state.get("files", {}).items():
         if not (folder / name).is_file() or files_hash([folder / name]) != digest:
             raise InputError(f"{folder / name} is missing, or not the file that was saved there")
-    networks = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    return networks, state
+    return state
 
 
 def latest_checkpoint(
@@ -138,8 +168,8 @@ def latest_checkpoint(
             remove(bad)
         point(LAST, candidate)
         best = candidate.with_name(f"{BEST}{candidate.suffix}")
-        if best.is_symlink() and not best.exists():
-            best.unlink()
+        if not goal(best).exists():
+            remove(best)
         return checkpoint
     if candidates:
         raise InputError(f"none of the checkpoints in {folder} can be read: move the run folder away to start anew")

@@ -132,7 +132,7 @@ def fit(
         run, accelerator.device, accelerator.num_processes,
         mean=lambda values: accelerator.reduce(values, reduction="mean"), gather=lambda own: gather_object([own]),
         advice="lower the learning rate, clip gradients (--fit.clip 1.0) or train in bf16 / fp32",
-        total=total_steps, log_every=config.log_every, epoch_length=epoch_length, select=select,
+        total=total_steps, log_every=config.log_every, keep=config.keep, epoch_length=epoch_length, select=select,
         track=lambda values, step: accelerator.log(values, step=step), progress_bar=progress_bar,
     )  # fmt: skip
     run.open()
@@ -222,7 +222,7 @@ def _load(recorder: Recorder, distiller: Distiller, parts: dict[str, Any], accel
     run = recorder.run
     found = checkpoints.latest_checkpoint(run.checkpoints, run.log) if run.main else None
     accelerator.wait_for_everyone()
-    last = run.checkpoints / checkpoints.LAST
+    last = checkpoints.goal(run.checkpoints / checkpoints.LAST)
     if not run.main and last.exists():
         found = checkpoints.read_checkpoint(last)
     if found is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .checkpoint import BEST, numbered, point, step_of
+from .checkpoint import BEST, numbered, point, prune, step_of
 from .meters import Clock, LossBuffer, peak_memory
 from .run import RunFolder, read_metrics
 from .seed import random_state
@@ -33,6 +33,7 @@ class Recorder:
     advice: str  # what may help against losses that are not finite
     total: int  # steps of the whole run, in `unit`s ("step", "iteration")
     log_every: int  # steps between training lines
+    keep: int  # checkpoints besides the best
     unit: str = "step"
     epoch_length: int | None = None  # steps of an epoch; lines then say the epoch too
     select: str | None = None  # the evaluated value whose maximum makes `best`; None: there is no best
@@ -65,6 +66,8 @@ class Recorder:
         for checkpoint in numbered(self.run.checkpoints) if self.run.main and self.best is not None else ():
             if step_of(checkpoint) == self.best["step"]:
                 point(BEST, checkpoint)
+        if self.run.main:
+            prune(self.run.checkpoints, self.keep)  # a kill may have come before
         self.run.log(f"resuming from {self.unit} {step} ({self.run.checkpoints})")
         return own["random"] if len(processes) == self.processes else None
 

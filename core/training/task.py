@@ -6,22 +6,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import prune
 from .command import DONE, INTERRUPTED
 from .run import RunFolder, is_main_process
 
 
 def open_run(
-    out: Path | str, resolved: Mapping[str, Any], may_change: Sequence[str], *, main: bool | None = None
+    out: Path | str, resolved: Mapping[str, Any], may_change: Sequence[str], *, keep: int, main: bool | None = None
 ) -> RunFolder | None:
     """The run folder of a command, with nothing written into it; None where its run is finished, which is said.
 
     Whoever trains calls its ``open()`` after every check has passed: a refused command leaves nothing behind.
 
-    Args and errors: as of ``RunFolder``; ``main``: by this process's RANK unless given.
+    Args and errors: as of ``RunFolder``; ``keep``: checkpoints that a finished run keeps besides the best, should it
+    have been killed before it removed the others; ``main``: by this process's RANK unless given.
     """
     run = RunFolder(out, resolved, main=is_main_process() if main is None else main, may_change=may_change)
     if not run.finished:
         return run
+    if run.main:
+        prune(run.checkpoints, keep)
     run.log(f"{run.path} is finished; its results are in {run.path / 'summary.json'}")
     return None
 

@@ -41,7 +41,8 @@ class DiTTrainingConfig(TrainingConfig):
         fit: length (``steps``), precision, logging; every ``evaluate_every`` steps a checkpoint and an export.
         batch_size: images per optimiser step, over all processes and accumulated parts together.
         seed: of the networks' start, the order of the data, times and noise.
-        teacher_sha256: of the teacher's weights; filled in when a run is written down, checked when it is read back.
+        teacher_sha256: of the teacher's weights, or of their file; filled in when a run is written down, checked when
+            it is read back.
         out: the run folder; the same command again resumes.
         progress_bar: show one (only on a terminal).
     """
@@ -103,7 +104,7 @@ class DiTTrainingConfig(TrainingConfig):
         if self.teacher is None or self.online:
             return ()
         path = teacher_path(self.teacher)
-        return [split_key(path)[0]] if not path.is_dir() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+        return [path] if not path.is_dir() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
 
 
 def teacher_path(given: str) -> Path:

@@ -30,7 +30,7 @@ def train(config: DiTTrainingConfig) -> int:
     ``<out>/export/step-<steps>/<role>``.
     Raises: InputError, TrainingError.
     """
-    run = open_run(config.out, config.resolved(), MAY_CHANGE)
+    run = open_run(config.out, config.resolved(), MAY_CHANGE, keep=config.fit.keep)
     if run is None:
         return DONE
     data, distiller, accelerator, loader, steps = prepare(config, run)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
-from core.training.checkpoint import LAST, read_checkpoint
+from core.training.checkpoint import LAST, goal, prune, read_checkpoint
 from core.training.command import DONE, INTERRUPTED
 from core.training.fit import durations, fit, make_accelerator
 from core.training.run import RunFolder, is_main_process
@@ -46,7 +46,7 @@ def train(config: ProgressiveConfig) -> int:
     Raises: InputError, TrainingError.
     """
     resolved = config.resolved()
-    run = open_run(config.out, resolved, MAY_CHANGE)
+    run = open_run(config.out, resolved, MAY_CHANGE, keep=config.fit.keep)
     if run is None:
         return DONE
     accelerator = make_accelerator(config.fit, run)
@@ -154,6 +154,8 @@ def _round(
     trained, written = run.finished, exported.exists()
     accelerator.wait_for_everyone()  # all have looked before one of them writes
     if trained and written:
+        if run.main:
+            prune(run.checkpoints, config.fit.keep)
         return exported
     distiller = base_distiller(config, images) if teacher is None else round_distiller(config, teacher, steps)
     if not trained:
@@ -181,7 +183,7 @@ def _round(
             return None
     if run.main:
         # From the checkpoint: a run that was killed between its end and this line then writes the same.
-        saved, state = read_checkpoint(run.checkpoints / LAST)
+        saved, state = read_checkpoint(goal(run.checkpoints / LAST))
         distiller.networks[role].load_state_dict(saved[role])
         distiller.load_state_dict(state["extra"], strict=False)
         save_student(exported, distiller.export(role), config.predict, steps, config.timesteps)

@@ -90,7 +90,8 @@ class ProgressiveConfig(TrainingConfig):
             rounds.steps.
         batch_size: images per optimiser step, over all processes and accumulated parts together.
         seed: of the base network's start, the order of the data, times and noise.
-        teacher_sha256: of the teacher's weights; filled in when a run is written down, checked when it is read back.
+        teacher_sha256: of the teacher's weights, or of their files; filled in when a run is written down, checked when
+            it is read back.
         out: the run folder, with one for each round in it; the same command again resumes.
         progress_bar: show one (only on a terminal).
     """
@@ -143,7 +144,8 @@ class ProgressiveConfig(TrainingConfig):
         return {"--adm.": "--method pd+adm"} if self.method == "pd" else {}
 
     def teacher_files(self) -> Iterable[Path]:
-        return () if self.teacher is None else sorted(Path(self.teacher).glob("diffusion_pytorch_model*"))
+        files = () if self.teacher is None else Path(self.teacher).glob("diffusion_pytorch_model*")
+        return sorted(file for file in files if file.suffix != ".json")
 
 
 def check_chain(chain: Sequence[int], timesteps: int) -> None:

@@ -21,7 +21,6 @@ from classification.experiment import build, command_of, restore
 from classification.networks import create_network
 from classification.networks.pretrained import (
     check_weights,
-    file_hash,
     find_weights,
     same_architecture,
     timm_keeps_head,
@@ -30,7 +29,7 @@ from classification.tools import evaluate
 from core.errors import InputError
 from core.training.checkpoint import find_checkpoint
 from core.training.command import run_command
-from core.weights import read_metadata
+from core.weights import read_metadata, read_state_dict, weights_hash
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -129,9 +128,9 @@ def test_the_tag_of_timms_weights_does_not_count(a: str, b: str, same: bool) -> 
 
 def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "t.safetensors", "cifar_resnet8", 3)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert file_hash(file) == digest
-    check_weights(file, "teacher", "cifar_resnet8", 3, digest)
+    digest = weights_hash([file])
+    for known in (digest, hashlib.sha256(file.read_bytes()).hexdigest()):  # of the weights, or of the file
+        check_weights(file, "teacher", "cifar_resnet8", 3, known)
     said = refusal(lambda: check_weights(file, "teacher", "cifar_resnet14", 3))
     assert "cifar_resnet8" in said and "cifar_resnet14" in said and str(file) in said
     said = refusal(lambda: check_weights(file, "teacher", "cifar_resnet8", 10))
@@ -143,7 +142,7 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     bare = write(tmp_path / "bare.safetensors", None)
     torch.save({"a": torch.zeros(1)}, tmp_path / "published.pth")
     for quiet in (bare, tmp_path / "published.pth"):
-        check_weights(quiet, "teacher", "cifar_resnet14", 10, file_hash(quiet))
+        check_weights(quiet, "teacher", "cifar_resnet14", 10, weights_hash([quiet]))
         assert not read_metadata(quiet).keys() - {"format"}
     file.write_bytes(file.read_bytes()[:3000])
     assert "incomplete" in refusal(lambda: check_weights(file, "teacher", "cifar_resnet8", 3))
@@ -238,7 +237,7 @@ def test_a_frozen_teacher_is_recorded_by_its_hash(
 ) -> None:
     place = run_of(tmp_path / "t", teacher="cifar_resnet8")
     file = place / "checkpoints/last/teacher.safetensors"
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = weights_hash([file])
     argv = arguments(tmp_path / "run", *weights(place), "--fit.epochs", "2", method="shake")
     with monkeypatch.context() as patch:
         stop_at(patch, 4)
@@ -269,9 +268,14 @@ def test_a_frozen_teacher_is_recorded_by_its_hash(
             assert code == 2 and words in said and said.count("\n") == 1, said
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
 
-    # The same file at another place is the same teacher.
-    (tmp_path / "moved.safetensors").write_bytes(whole)
+    # The same weights at another place are the same teacher, however they are saved.
+    (tmp_path / "whole.safetensors").write_bytes(whole)
+    state = dict(reversed(read_state_dict(tmp_path / "whole.safetensors").items()))
     moved = arguments(tmp_path / "run", *weights(tmp_path / "moved.safetensors"), "--fit.epochs", "2", method="shake")
+    save_file(state, tmp_path / "moved.safetensors")  # which would be normalised otherwise
+    code, _, said = command(moved)
+    assert code == 2 and "not the weight file on record: the SHA-256 of its weights, mean and std" in said
+    save_file(state, tmp_path / "moved.safetensors", {"by": "hand", **{k: json.dumps(v) for k, v in NORM.items()}})
     code, _, said = command(moved)
     assert code == 0 and "resuming from step 4" in said
     assert tool(capfd, tmp_path / "run")[0] == 0

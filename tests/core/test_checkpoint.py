@@ -19,9 +19,12 @@ from torch import nn
 
 from core.errors import InputError, TrainingError
 from core.training.checkpoint import (
+    find_checkpoint,
+    goal,
     latest_checkpoint,
     numbered,
     point,
+    prune,
     read_checkpoint,
     save_checkpoint,
     write_atomically,
@@ -270,6 +273,66 @@ def test_a_link_lost_between_rename_and_link_does_not_matter(tmp_path: Path) -> 
     point("last", tmp_path / "step-00000001")  # killed before the link moved
     found = latest_checkpoint(tmp_path, print)
     assert found is not None and found[1]["step"] == 2 and os.readlink(tmp_path / "last") == "step-00000002"
+
+
+def test_what_a_kill_in_the_last_pruning_left_goes(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, step, network(step), {"step": step}, best=step == 2, keep=9)
+    prune(tmp_path, 2)
+    assert [p.name for p in numbered(tmp_path)] == ["step-00000002", "step-00000004", "step-00000005"]
+    prune(tmp_path / "nowhere", 2)
+
+
+# --- file systems without links ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, target: object, target_is_directory: bool = False) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))  # as exFAT and vfat say it
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+
+
+@pytest.mark.usefixtures("no_links")
+def test_where_there_are_no_links_text_files_say_last_and_best(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in range(1, 5):
+        save_checkpoint(folder, step, network(step), {"step": step}, best=step == 2, keep=1)
+    assert [p.name for p in numbered(folder)] == ["step-00000002", "step-00000004"]
+    assert (folder / "last").read_text() == "step-00000004\n" and (folder / "best").read_text() == "step-00000002\n"
+    assert find_checkpoint(tmp_path, "last") == goal(folder / "last") == folder / "step-00000004"
+    assert find_checkpoint(tmp_path, "best") == folder / "step-00000002"
+    assert read_checkpoint(goal(folder / "last"))[1]["step"] == 4
+    cut(folder / "step-00000004/state.pt")
+    (folder / "best").write_text("step-00000003\n")  # which is not there
+    found = latest_checkpoint(folder, print)
+    assert found is not None and found[1]["step"] == 2 and (folder / "last").read_text() == "step-00000002\n"
+    assert not (folder / "best").exists()
+    with pytest.raises(InputError, match=r"has no checkpoint 'best': it has last, step-00000002"):
+        find_checkpoint(tmp_path, "best")
+
+
+def test_text_files_and_links_take_each_others_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, 1, network(1), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "symlink_to", lambda path, target: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "no")))
+        save_checkpoint(tmp_path, 2, network(2), {})
+    assert (tmp_path / "last").is_file() and not (tmp_path / "last").is_symlink()
+    save_checkpoint(tmp_path, 3, network(3), {})
+    assert os.readlink(tmp_path / "last") == "step-00000003"
+
+
+@pytest.mark.usefixtures("no_links")
+def test_a_damaged_text_file_ends_in_one_line_and_a_resume_writes_it_again(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save_checkpoint(folder, 1, network(1), {"step": 1})
+    for content in (b"", b"step-", bytes(14), b"\xff\xfe", b"../../elsewhere", bytes(4096)):
+        (folder / "last").write_bytes(content)
+        with pytest.raises(InputError, match=r"checkpoints/last") as error:
+            read_checkpoint(find_checkpoint(tmp_path, "last"))
+        assert "\n" not in str(error.value)
+        assert latest_checkpoint(folder, print) is not None and goal(folder / "last").name == "step-00000001"
 
 
 # --- full disk --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import hashlib
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from core.errors import InputError, notices
 from core.training.run import RunFolder
-from core.weights import check_finite, read_metadata, read_state_dict
+from core.weights import check_finite, read_metadata, read_state_dict, read_torch, weights_hash
 
 
 def weights(value: float = 1.0) -> dict[str, Tensor]:
@@ -247,3 +248,58 @@ def test_weights_that_are_not_finite(value: float, dtype: torch.dtype, capsys: p
     check_finite("a.pth", state, training=False)
     assert len(capsys.readouterr().err.splitlines()) == 1 and len(notices()) == 1
     check_finite("a.pth", {"fine": torch.ones(2)}, training=True)
+
+
+def test_the_hash_is_of_the_weights_however_they_are_saved(tmp_path: Path) -> None:
+    plain = tmp_path / "plain.safetensors"
+    save_file(weights(), plain, {"role": "teacher"})
+    found = weights_hash([plain])
+    same = {
+        "other metadata": lambda file: save_file(weights(), file, {"by": "hand"}),
+        "other order.pth": lambda file: torch.save(dict(reversed(weights().items())), file),
+        "wrapped.pth": lambda file: torch.save({"epoch": 3, "state_dict": prefixed("module.")}, file),
+        "key.pth": lambda file: torch.save({"a": weights(2.0), "b": weights()}, file),
+    }
+    for name, save in same.items():
+        file = tmp_path / (name if "." in name else f"{name}.safetensors")
+        save(file)
+        place = f"{file}#b" if name.startswith("key") else file
+        assert weights_hash([place]) == weights_hash([place], found) == weights_hash([place], None, found) == found
+    halves = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for file, (key, tensor) in zip(halves, weights().items(), strict=True):
+        save_file({key: tensor}, file)
+    assert weights_hash(halves) == found
+
+
+def test_the_hash_of_a_file_is_known_too_and_others_are_refused(tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("plain", "value", "name", "type", "shape", "std")}
+    save_file(weights(), files["plain"])
+    by_file, found = hashlib.sha256(files["plain"].read_bytes()).hexdigest(), weights_hash([files["plain"]])
+    assert weights_hash([files["plain"]], by_file) == weights_hash([files["plain"]], by_file, found) == by_file
+    save_file(weights(2.0), files["value"])
+    save_file(prefixed("x."), files["name"])
+    save_file({k: v.to(torch.float16) for k, v in weights().items()}, files["type"])
+    save_file({k: v.reshape(-1) for k, v in weights().items()}, files["shape"])
+    save_file(weights(), files["std"], {"std": "[0.5]"})  # which the images would be divided by
+    for file in list(files.values())[1:]:
+        for known in (found, by_file):
+            with pytest.raises(InputError, match=f"{file} is not the weight file on record"):
+                weights_hash([file], known)
+    with pytest.raises(InputError, match="and not 00000"):
+        weights_hash([files["plain"]], found, "0" * 64)
+
+
+def test_one_changed_byte_of_a_torch_file_is_seen(tmp_path: Path) -> None:
+    file = saved(tmp_path, {"a": torch.arange(400.0), "b": {"c": [1, "two"]}})
+    whole, wrong = file.read_bytes(), 0
+    before = torch.load(file, weights_only=True)
+    for place in range(7, len(whole), 29):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        try:
+            found = read_torch(file)
+        except InputError as error:
+            wrong += 1
+            assert str(file) in str(error) and "\n" not in str(error)
+            continue
+        assert torch.equal(found["a"], before["a"]) and found["b"] == before["b"], place
+    assert wrong > 50
