@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,9 @@ def data_hash(targets: Tensor, indices: Tensor, classes: int) -> str:
 class PredictionStore:
     """The probabilities of one teacher for N images and K classes, of this epoch and of the one before.
 
-    Three files: ``<path>.probabilities`` float16 ``[2, N, K]``, ``<path>.epochs`` int32 ``[2, N]`` (which epoch wrote a
-    row, plus 1; 0 for none) and ``<path>.json``, which names N, K and the data set. The first two are sparse: a row
+    Four files: ``<path>.probabilities`` float16 ``[2, N, K]``, ``<path>.epochs`` int32 ``[2, N]`` (which epoch wrote a
+    row, plus 1; 0 for none), ``<path>.sums`` uint32 ``[2, N]`` (a row's CRC-32; not there in runs of before) and
+    ``<path>.json``, which names N, K and the data set. All but the last are sparse: a row
     takes disk space only once it is written (4 bytes an image and class in all). They are mapped for each reading, so
     that only the rows asked for come into memory. Several processes may write rows of their own at the same time; on
     several machines they need one file system.
@@ -64,13 +66,14 @@ class PredictionStore:
         self.header = path.with_name(f"{path.name}.json")
         self.probabilities = path.with_name(f"{path.name}.probabilities")
         self.epochs = path.with_name(f"{path.name}.epochs")
+        self.sums = path.with_name(f"{path.name}.sums")
 
     def create(self) -> None:
         """Makes an empty store, in place of one that may be there. Raises: TrainingError where that cannot be."""
         try:
             self.header.parent.mkdir(parents=True, exist_ok=True)
             self.header.unlink(missing_ok=True)  # whoever finds it finds a whole store
-            for file, size in ((self.probabilities, 2 * self.classes), (self.epochs, 4)):
+            for file, size in ((self.probabilities, 2 * self.classes), (self.epochs, 4), (self.sums, 4)):
                 with open(file, "wb") as opened:
                     opened.truncate(2 * self.samples * size)
         except OSError as error:
@@ -93,6 +96,8 @@ class PredictionStore:
                 )
         try:
             self._map(self.probabilities, np.float16, self.classes), self._map(self.epochs, np.int32)
+            if self.sums.exists():
+                self._map(self.sums, np.uint32)
         except (OSError, ValueError) as error:  # gone, or shorter than it should be
             raise InputError(f"the files beside {self.header} are missing or cut off: {mend}") from error
 
@@ -105,11 +110,21 @@ class PredictionStore:
         # Rows are tagged before they change: what a kill in between leaves is no longer taken for an older epoch's.
         _write_rows(self.epochs, epoch % 2 * self.samples + rows, np.full((len(rows), 1), epoch + 1, np.int32))
         _write_rows(self.probabilities, epoch % 2 * self.samples + rows, probabilities)
+        if self.sums.exists():
+            _write_rows(self.sums, epoch % 2 * self.samples + rows, _sums(probabilities)[:, None])
 
     def read(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(float16 ``[B, K]``, bool ``[B]``): what that epoch (-1: none) wrote of these images, or 0; if it did."""
+        """(float16 ``[B, K]``, bool ``[B]``): what that epoch (-1: none) wrote of these images, or 0; if it did.
+
+        Raises: InputError where it is not what was written.
+        """
         written = self._written(epoch, rows)
         probabilities = np.array(self._map(self.probabilities, np.float16, self.classes)[epoch % 2, rows])
+        sums = self._map(self.sums, np.uint32)[epoch % 2, rows] if self.sums.exists() else _sums(probabilities)
+        if (written & (sums != _sums(probabilities))).any():
+            raise InputError(
+                f"{self.probabilities} (or .sums beside it) is damaged: bring it back, or start anew with another --out"
+            )
         probabilities[~written] = 0
         return probabilities, written
 
@@ -119,7 +134,7 @@ class PredictionStore:
 
     def sync(self) -> None:
         """Returns once all that was written is on the disk itself."""
-        for file in (self.epochs, self.probabilities):
+        for file in (f for f in (self.epochs, self.probabilities, self.sums) if f.exists()):
             with open(file, "r+b") as opened:
                 os.fsync(opened.fileno())
 
@@ -131,6 +146,11 @@ class PredictionStore:
 
     def _map(self, file: Path, dtype: Any, *row: int) -> np.ndarray:
         return np.memmap(file, dtype, "r", shape=(2, self.samples, *row))
+
+
+def _sums(rows: np.ndarray) -> np.ndarray:
+    """The CRC-32 of each row."""
+    return np.array([zlib.crc32(np.ascontiguousarray(row)) for row in rows], np.uint32)
 
 
 def _write_rows(file: Path, rows: np.ndarray, values: np.ndarray) -> None:

@@ -9,6 +9,7 @@ goes by the path that its folder would have there: the line ``dml-0`` of ``resul
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -147,12 +148,13 @@ def _read_folder(folder: Path) -> dict[str, Any]:
             files["config"] = read_config(folder / "config.yaml")
         documents = sorted(folder.glob("*.json"), key=lambda f: (f.stem not in ("environment", "summary"), f.stem))
         own = ("environment.json", "summary.json")
-        files |= {f.stem: read_json(f) if f.name in own else json.loads(f.read_text()) for f in documents}
+        files |= {f.stem: read_json(f, signed=f.name in own) for f in documents}
         for name in ("environment", "summary") if "config" in files else ():
             if files.get(name, {}).get("run", identity := identity_of(folder / "config.yaml")) != identity:
                 raise InputError(f"{folder / name}.json is another run's: resuming the run writes its own")
-        if lines := [line for line in read_metrics(folder / "metrics.jsonl") if line.get("kind") == "evaluation"]:
-            files["metrics"] = lines
+        lines = read_metrics(folder / "metrics.jsonl", files.get("summary"))
+        if evaluations := [line for line in lines if line.get("kind") == "evaluation"]:
+            files["metrics"] = evaluations
         if rounds := {one.name: found for one in sorted(folder.glob("*/")) if (found := _read_round(one))}:
             files["rounds"] = rounds
         if not all(isinstance(values, (Mapping, list)) for values in files.values()):
@@ -167,7 +169,9 @@ def _read_folder(folder: Path) -> dict[str, Any]:
 def _read_round(folder: Path) -> dict[str, Any]:
     summary = folder / "summary.json"
     found = {"summary": read_json(summary)} if summary.is_file() else {}
-    return found | ({"last": lines[-1]} if (lines := read_metrics(folder / "metrics.jsonl")) else {})
+    return found | (
+        {"last": lines[-1]} if (lines := read_metrics(folder / "metrics.jsonl", found.get("summary"))) else {}
+    )
 
 
 def _kept_beside(path: Path) -> tuple[Path, Mapping[Path, Any]]:
@@ -181,13 +185,26 @@ def _kept_beside(path: Path) -> tuple[Path, Mapping[Path, Any]]:
 @lru_cache(maxsize=64)
 def _read_kept(file: Path, changed: int) -> dict[Path, dict[str, Any]]:
     found = {}
-    for number, text in enumerate(file.read_text().splitlines(), start=1):
+    for number, text in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             line = json.loads(text)
-            found[file.parent / line.pop("run")] = line
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{file}, line {number}, is no kept run") from error
+            if line.pop("sha256", None) not in (None, _digest(line)):
+                raise ValueError
+            path = file.parent / line.pop("run")
+            if not all(isinstance(values, (Mapping, list)) for values in line.values()):
+                raise TypeError
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise InputError(f"{file}, line {number}, is no kept run (damaged, or changed by hand)") from error
+        if path in found:
+            raise InputError(
+                f"{file}, line {number}, keeps {path.relative_to(file.parent)} again: remove one of the two"
+            )
+        found[path] = line
     return found
+
+
+def _digest(line: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()
 
 
 def read_runs(paths: Iterable[Path | str]) -> list[Run]:
@@ -245,7 +262,8 @@ def keep(runs: Iterable[Run], folder: Path) -> list[str]:
         kept[folder / name] = dict(run.files)
         new.append(name)
     lines = {path.relative_to(folder).as_posix(): files for path, files in kept.items()}
-    text = "".join(json.dumps({"run": name, **lines[name]}) + "\n" for name in sorted(lines))
+    signed = [{**line, "sha256": _digest(line)} for line in ({"run": name, **lines[name]} for name in sorted(lines))]
+    text = "".join(json.dumps(line) + "\n" for line in signed)
     make_folder(folder)
     write_atomically(file, lambda temporary: temporary.write_text(text))
     return new

@@ -27,10 +27,10 @@ from classification.methods.base import MethodOptions
 from classification.networks.pretrained import timm_normalisation
 from core.analysis.attention import KEYS
 from core.errors import InputError, TrainingError, unknown
-from core.files import save_json, write_atomically
+from core.files import write_atomically
 from core.training.checkpoint import find_checkpoint
 from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
-from core.training.run import environment
+from core.training.run import environment, save_signed_json
 from core.weights import read_metadata
 
 ONNX_TOLERANCE = 1e-4  # of the largest logit
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
     print(table(report))
     out = options.out or (run / f"evaluation-{options.checkpoint}-{options.split}.json" if run is not None else None)
     if out is not None:
-        save_json(report, out)
+        save_signed_json(report, Path(out))
         print(f"written to {out}")
     if options.export is not None:
         roles = list(experiment.distiller.normalisation)

@@ -34,7 +34,7 @@ from core.files import make_folder, save_figure, save_json
 from core.images import EXTENSIONS
 from core.training.checkpoint import find_checkpoint, numbered, step_of
 from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
-from core.training.run import environment, read_metrics
+from core.training.run import environment, read_json, read_metrics
 
 BOXES_HELP = (
     "TSV with an object box an image: columns that make up the end of its path (as split, class, image), then x0, y0, "
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
     experiment.distiller.to(device).eval()
     boxes = read_boxes(experiment, options) if options.boxes is not None else None
     figures = make_folder(run / "figures")
-    metrics = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "evaluation"]
+    summary = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
+    metrics = [m for m in read_metrics(run / "metrics.jsonl", summary) if m.get("kind") == "evaluation"]
     of_split = "" if options.split == "test" else f"-{options.split}"
     rows: list[dict[str, Any]] = []
     for folder in folders:
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
         draw_reliability(calibrations, figures / f"reliability{suffix}.png")
         if boxes is not None:
             step = step_of(folder)
-            epoch = next((line["epoch"] for line in metrics if line["step"] == step), None)
+            epoch = next((line.get("epoch") for line in metrics if line.get("step") == step), None)
             shares = box_shares(experiment, options, boxes)
             rows.append({"checkpoint": folder.name, "step": step, "epoch": epoch, "shares": shares})
     draw_attention(metrics, figures)
@@ -147,11 +148,8 @@ def row_labels(experiment: Experiment, target: Tensor, predictions: Mapping[str,
 
 def draw_attention(metrics: Sequence[Mapping[str, Any]], figures: Path) -> None:
     """Table 17 over training: ``attention.json``, ``attention.png`` and, printed, up to nine epochs."""
-    found = [
-        {key: line[key] for key in ("step", "epoch", "split", *KEYS)}
-        for line in metrics
-        if all(line.get(key) is not None for key in KEYS)
-    ]
+    keys = ("step", "epoch", "split", *KEYS)
+    found = [{key: line[key] for key in keys} for line in metrics if all(line.get(key) is not None for key in keys)]
     if not found:
         print("no attention over training: this run logged none (no ADM, and maps of different channels)")
         return

@@ -51,9 +51,10 @@ class Recorder:
 
         Returns: the random state of this process (``rank``), None where there is none to go on with exactly.
         """
-        self.run.cut_metrics(0 if state is None else state["metrics_size"])
         if state is None:
+            self.run.cut_metrics(0)
             return None
+        self.run.cut_metrics(state["metrics_size"], state.get("metrics", {}).get("sha256"))
         if state.get("run", self.run.identity) != self.run.identity:
             raise InputError(f"{self.run.checkpoints} are of another run: move them away, or choose another --out")
         processes = state["processes"]
@@ -114,7 +115,7 @@ class Recorder:
         own = {"random": random_state(), "window": window}
         return {
             "run": self.run.identity, "best": self.best, "seconds": self.clock.seconds, "samples": self.clock.samples,
-            "metrics_size": self.run.metrics_size(), "processes": self.gather(own),
+            "metrics_size": self.run.metrics_size(), "metrics": self.run.metrics_hash(), "processes": self.gather(own),
         }  # fmt: skip
 
     def draw(self) -> None:
@@ -140,6 +141,7 @@ class Recorder:
             "images_per_second": self.clock.samples * self.processes / max(self.clock.seconds, 1e-9),
             "wall_seconds_of_last_start": time.perf_counter() - self._started,
             "peak_memory_bytes": peak_memory(self.device),
+            "metrics": self.run.metrics_hash(),
             **summary,
         }
         self.run.write_json("summary.json", result)

@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, TrainingError, first_line, notices
-from ..files import leftover, make_folder, plain, save_json, write_atomically
+from ..errors import InputError, TrainingError, first_line, notice, notices
+from ..files import files_hash, leftover, make_folder, plain, save_json, write_atomically
 from . import lock
 
 PACKAGES = (
@@ -115,8 +115,7 @@ class RunFolder:
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         if self.main:
-            values = plain({"run": self.identity, **values}, finite=True)
-            save_json({**values, "sha256": _digest(values)}, self.path / name)
+            save_signed_json({"run": self.identity, **values}, self.path / name)
 
     def write_environment(self, device: str) -> None:
         """``environment.json``: appended to on each start, so that a resumed run names every machine it ran on."""
@@ -137,13 +136,20 @@ class RunFolder:
             os.fsync(opened.fileno())
         return self.metrics_file.stat().st_size
 
-    def cut_metrics(self, size: int) -> None:
-        """Cuts ``metrics.jsonl`` back to a checkpoint's size; lines that a crash spoiled go too, which is said."""
+    def metrics_hash(self) -> dict[str, str]:
+        """By what ``metrics.jsonl`` as it is now is known again."""
+        return {"sha256": files_hash([self.metrics_file])} if self.main and self.metrics_file.exists() else {}
+
+    def cut_metrics(self, size: int, sha256: str | None = None) -> None:
+        """Cuts ``metrics.jsonl`` back to a checkpoint's size; lines that a crash spoiled go too, which is said.
+
+        ``sha256``: of what is kept, where that is known.
+        """
         if not self.main or not (self.metrics_file.exists() or size):
             return
         content = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
         good = b"".join(line for line in content[:size].splitlines(keepends=True) if _is_whole(line))
-        if len(good) < size:
+        if len(good) < size or (sha256 and hashlib.sha256(good).hexdigest() != sha256):
             self.log(
                 f"{self.metrics_file} lacks {size - len(good)} of {size} bytes, or they are damaged: it goes on so"
             )
@@ -193,9 +199,17 @@ def _is_whole(line: bytes) -> bool:
         return False
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """All lines of a ``metrics.jsonl``, none where there is no file; one that is not whole is left out."""
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+def read_metrics(file: Path, summary: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """All lines of a ``metrics.jsonl``, none where there is no file; one that is not whole is left out, which is said.
+
+    ``summary``: of the finished run; where it knows the file as another, that is said too.
+    """
+    content, summary = file.read_bytes() if file.exists() else b"", summary or {}
+    lines, known = content.splitlines(keepends=True), summary.get("metrics", {}).get("sha256")
+    if known and summary.get("status") == "finished" and known != hashlib.sha256(content).hexdigest():
+        notice(f"{file} is damaged: it is not what it was at the end of the run, and neither may be what is read of it")
+    elif bad := [number for number, line in enumerate(lines, start=1) if not _is_whole(line)]:
+        notice(f"{file}, line {bad[0]}, is damaged and left out")
     return [json.loads(line) for line in lines if _is_whole(line)]
 
 
@@ -248,8 +262,17 @@ def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """What a run's ``environment.json`` or ``summary.json`` says. Raises: InputError where it is damaged."""
+def save_signed_json(values: Mapping[str, Any], file: Path) -> None:
+    """As ``save_json``, with a hash by which ``read_json`` knows that it is whole."""
+    values = plain(values, finite=True)
+    save_json({**values, "sha256": _digest(values)}, file)
+
+
+def read_json(file: Path, *, signed: bool = True) -> dict[str, Any]:
+    """What a run's JSON file says. Raises: InputError where it is damaged.
+
+    ``signed``: whether one that names its run must have its hash, as ``environment.json`` and ``summary.json``.
+    """
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -257,7 +280,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{file} is damaged (it holds a {type(values).__name__})")
     digest = values.pop("sha256", None)
-    if "run" in values and digest != _digest(values):
+    if (digest or (signed and "run" in values)) and digest != _digest(values):
         raise InputError(f"{file} is damaged, or was changed by hand")
     return values
 

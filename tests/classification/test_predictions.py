@@ -201,7 +201,7 @@ def test_several_teachers_in_turn_have_a_store_each(tmp_path: Path) -> None:
                 before[index] = given[role][k].softmax(dim=0).half()
             assert (seen[f"delta/{role}"] == torch.tensor([0.0, 0.2, 0.6])[int(progress.epoch)]).all()
     assert {p.name for p in (tmp_path / "predictions").iterdir()} == {
-        f"{role}.{suffix}" for role in last for suffix in ("json", "probabilities", "epochs")
+        f"{role}.{suffix}" for role in last for suffix in ("json", "probabilities", "epochs", "sums")
     }
 
 
@@ -448,7 +448,7 @@ def test_a_step_after_a_checkpoint_without_a_word_of_it_is_refused(tmp_path: Pat
 # --- the training command ---------------------------------------------------------------------------------------------
 
 EQ_12 = ["--adm.divergence", "kd", "--adm.delta", "[0.3, 0.9]"]
-STORE = ("teacher.json", "teacher.probabilities", "teacher.epochs")
+STORE = ("teacher.json", "teacher.probabilities", "teacher.epochs", "teacher.sums")
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
