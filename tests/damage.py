@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 Damage = Callable[[Path, Path], object]
@@ -103,3 +106,135 @@ def untouched(folder: Path, *but: str) -> Iterator[None]:
     before = tree()
     yield
     assert tree() == before
+
+
+# --- a task of image classification -----------------------------------------------------------------------------------
+
+Main = Callable[[list[str]], int]
+HARMLESS = ("log.txt", "curves.png", "run.lock", "maps.png", "reliability.png", "attention.png", "attention.json")
+"""What only people read, and what is drawn anew."""
+
+
+def shelled(main: Main) -> Main:
+    """As a shell would see it."""
+    from core.training.command import run_command
+
+    return lambda words: run_command(lambda: main(words))  # type: ignore[func-returns-value,return-value]
+
+
+class Trials:
+    """A finished run and an interrupted one, another of each, and what the commands make of them.
+
+    Args: where they lie; ``name``, the paper's run that they are taken for, as ``table01/proxy/dml+adm-0``; the mains
+        of training, evaluation and figures; ``argv(out, seed)``, of training; ``stopped``, a context in which it stops.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        mains: tuple[Main, Main, Main],
+        argv: Callable[[Path, int], list[str]],
+        stopped: Callable[[], contextlib.AbstractContextManager[object]],
+    ) -> None:
+        self.root, self.name, self.argv = root, name, argv
+        self.train, self.evaluate, self.visualize = map(shelled, mains)
+        self.counts: Counter[str] = Counter()
+        for kind, context, code in (("finished", contextlib.nullcontext, 0), ("interrupted", stopped, 130)):
+            for seed in (0, 1):
+                with context():
+                    assert outcome(self.train, argv(self.run(kind, seed), seed)).code == code
+                assert outcome(self.evaluate, [str(self.run(kind, seed))]).code == 0
+
+    @cache  # noqa: B019  (it lives as long as the tests)
+    def good(self, kind: str, command: str) -> tuple[Outcome, object]:
+        """What a command makes of the undamaged run. A report has nothing to say of an interrupted one."""
+        done, found = self.looks[command](self.run(kind))
+        assert done.code == 0 or (kind, command) == ("interrupted", "report"), done.said
+        return done, found
+
+    kinds = ("finished", "interrupted")
+
+    def run(self, kind: str, seed: int = 0) -> Path:
+        return self.root / kind / str(seed) / self.name
+
+    @property
+    def looks(self) -> dict[str, Callable[[Path], tuple[Outcome, object]]]:
+        return {"evaluate": self._evaluated, "visualize": self._drawn, "compare": self._compared, "report": self._told}
+
+    def _evaluated(self, run: Path) -> tuple[Outcome, object]:
+        done = outcome(self.evaluate, [str(run), "--out", str(to := self.root / "evaluated.json")])
+        return done, None if done.code else json.loads(to.read_text())["values"]
+
+    def _drawn(self, run: Path) -> tuple[Outcome, object]:
+        shutil.rmtree(run / "figures", ignore_errors=True)
+        done = outcome(self.visualize, [str(run), "--images", "1"])
+        drawn = sorted((run / "figures").glob("*")) if not done.code else []
+        return done, [(file.name, file.read_bytes()) for file in drawn]
+
+    def _compared(self, run: Path) -> tuple[Outcome, object]:
+        from tools.compare import main
+
+        done = outcome(shelled(main), [str(run), "--partial", "--out", str(to := self.root / "compared")])
+        if done.code:
+            return done, None
+        found = {key: value for key, value in json.loads((to / "compare.json").read_text()).items() if key != "command"}
+        return done, (json.dumps(found).replace(str(run), "RUN"), (to / "compare.png").read_bytes())
+
+    def _told(self, run: Path) -> tuple[Outcome, object]:
+        from tools.reproduce import main
+
+        where = ["--runs", str(run.parents[2]), "--results", str(self.root / "none"), "--out", str(self.root / "told")]
+        done = outcome(shelled(main), ["report", *where])
+        if done.code:
+            return done, None
+        text = (self.root / "told/report.md").read_text()
+        done.said += text  # it names what it leaves out
+        return done, (self.root / "told/report.csv").read_text()
+
+    def cases(self) -> list[tuple[str, str, str]]:
+        """(kind, file, damage): all of them."""
+        return [(kind, file, how) for kind in self.kinds for file in files_of(self.run(kind)) for how in DAMAGES]
+
+    def problems(self, kind: str, file: str, how: str, commands: Iterable[str]) -> list[str]:
+        """Spoils a copy, looks at it by these commands ("resume" is the last) and returns what went wrong."""
+        from runs import assert_same_runs
+
+        found: list[str] = []
+        commands = list(commands)
+        run = damaged(self.run(kind), self.run(kind, 1), self.root / "damaged/0" / self.name, file, how)
+        for name in (command for command in commands if command != "resume"):
+            done, result = self.looks[name](run)
+            usual, good = self.good(kind, name)
+            if problem := self._judge(done, file, result == good, usual.code):
+                found.append(f"{kind} {file} {how} {name}: {problem}")
+        if "resume" in commands:
+            run = damaged(self.run(kind), self.run(kind, 1), run, file, how)
+            done = outcome(self.train, self.argv(run, 0))
+            try:
+                same = done.code == 0 and assert_same_runs(self.run("finished"), run) is None
+            except (AssertionError, OSError):
+                same = False
+            if problem := self._judge(done, file, same, 0):
+                found.append(f"{kind} {file} {how} resume: {problem}")
+        return found
+
+    def _judge(self, done: Outcome, file: str, same: bool, usual: int) -> str:
+        """What is wrong with an outcome, "" for nothing; counts what it is."""
+        named = any(Path(file).name in line or str(Path(file).parent) in line for line in done.said.splitlines())
+        harmless = Path(file).name in HARMLESS
+        if done.code not in (0, 1, 2):
+            kind, wrong = "traceback", done.said[-1500:]
+        elif done.code and done.code == usual:
+            kind, wrong = "refused as ever", ""
+        elif done.code:
+            fine = len(done.error) == 1 and named and not harmless
+            kind, wrong = ("refused in one line", "") if fine else ("badly refused", done.said[-1500:])
+        elif same:
+            kind, wrong = "unchanged", ""
+        elif named and not harmless:
+            kind, wrong = "said", ""
+        else:
+            kind, wrong = "silently wrong", done.said[-1500:]
+        self.counts[kind] += 1
+        return wrong and f"{kind}: {wrong}"

@@ -68,15 +68,18 @@ def main(options: argparse.Namespace) -> int:
         return 0
     parts: list[Part] = []
     left: list[str] = []
+    out: list[str] = []  # of these why their runs do not count
     for table in load_tables(options.tables).values():
         found = [paper_part(table, scale, options.runs, options.results) for scale in SCALES]
         made = [part for part, _ in found if part is not None]
         parts += made
         if not made:
             reasons = [why for _, others in found for why in others]
+            out += reasons
             left.append(f"{table.label} ({', '.join([table.title, *reasons])})")
     if not parts:
-        raise InputError(f"no run of the paper's tables in {options.runs} or {options.results}: reproduce.py run")
+        where = f"{options.runs} or {options.results}"
+        raise InputError("; ".join([f"no run of the paper's tables in {where}: reproduce.py run", *out]))
     last = [f"Nothing is finished for: {'; '.join(left)}."] if left else []
     texts = {"report.md": as_markdown(parts, last), "report.csv": as_table(parts), "report.html": as_html(parts, last)}
     pictures = {name: png for part in parts for name, png in part.files.items()}
@@ -224,13 +227,24 @@ def as_markdown(parts: Sequence[Part], last: Sequence[str]) -> str:
     """The report, its pictures as files beside it. ``last``: words at its end."""
     text = [f"# The paper's tables and ours\n\n{INTRODUCTION}\n"]
     for part in parts:
-        text.append(f"## {part.title}\n")
-        text += [f"{word}\n" for word in part.words]
-        text += [f"{caption}:\n\n{markdown(grid, aligned=True)}\n" for caption, grid in part.grids.items()]
-        text += [f"![{caption}]({file})\n" for caption, file in zip(part.pictures, part.files, strict=True)]
-        text.append("".join(f"- {told}\n" for told in environments(part.members)))
-        text.append("```bash\n" + "\n".join(commands(part.members)) + "\n```\n")
-    return "\n".join([*text, *(f"{word}\n" for word in last)])
+        text.append(f"## {plain(part.title)}\n")
+        text += [f"{plain(word, bold=True)}\n" for word in part.words]
+        for caption, grid in part.grids.items():
+            cells = [[plain(cell) for cell in row] for row in grid]
+            text.append(f"{plain(caption)}:\n\n{markdown(cells, aligned=True)}\n")
+        text += [f"![{plain(caption)}]({file})\n" for caption, file in zip(part.pictures, part.files, strict=True)]
+        text.append("".join(f"- {plain(told)}\n" for told in environments(part.members)))
+        told = "\n".join(commands(part.members))
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", told)), default=0))
+        text.append(f"{fence}bash\n{told}\n{fence}\n")
+    return "\n".join([*text, *(f"{plain(word)}\n" for word in last)])
+
+
+def plain(text: str, *, bold: bool = False) -> str:
+    """A line of Markdown that shows a text as it is. ``bold``: but what stands between double asterisks."""
+    line = re.sub(r"[\\`*<|\[\]&~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
+    line = re.sub(r"^(\d*)(?=(?:[#+.)-]|#+) |>|[=-]+$)", r"\1\\", line)  # what begins a heading, a list or a quotation
+    return re.sub(r"\\\*\\\*(.+?)\\\*\\\*", r"**\1**", line) if bold else line
 
 
 def as_html(parts: Sequence[Part], last: Sequence[str]) -> str:
