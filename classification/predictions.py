@@ -150,7 +150,7 @@ class PredictionStore:
 
 def _sums(rows: np.ndarray) -> np.ndarray:
     """The CRC-32 of each row."""
-    return np.array([zlib.crc32(np.ascontiguousarray(row)) for row in rows], np.uint32)
+    return np.array([zlib.crc32(row.tobytes()) for row in rows], np.uint32)
 
 
 def _write_rows(file: Path, rows: np.ndarray, values: np.ndarray) -> None:

@@ -135,7 +135,7 @@ def weights_hash(files: Iterable[str | Path], *known: str | None) -> str:
             digest.update(f"{normalisation}\n".encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     on_record, found = list(filter(None, known)), digest.hexdigest()
     if set(on_record) - {found} and (others := set(on_record) - {found, files_hash(split_key(f)[0] for f in files)}):
         raise InputError(

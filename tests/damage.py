@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 Damage = Callable[[Path, Path], object]
@@ -196,6 +197,16 @@ class Trials:
         """(kind, file, damage): all of them."""
         return [(kind, file, how) for kind in self.kinds for file in files_of(self.run(kind)) for how in DAMAGES]
 
+    def some_problems(self) -> list[str]:
+        """Each file once, by damages and commands in turn: what goes wrong."""
+        kinds, hows = cycle(self.kinds), cycle(DAMAGES)
+        looks, found = cycle(["compare", "evaluate", "report"]), []
+        for file in sorted({file for kind in self.kinds for file in files_of(self.run(kind))}):
+            kind = next(kind for kind in kinds if file in files_of(self.run(kind)))
+            command = "resume" if kind == "interrupted" else "evaluate" if "checkpoints" in file else next(looks)
+            found += self.problems(kind, file, next(hows), [command])
+        return found
+
     def problems(self, kind: str, file: str, how: str, commands: Iterable[str]) -> list[str]:
         """Spoils a copy, looks at it by these commands ("resume" is the last) and returns what went wrong."""
         from runs import assert_same_runs
@@ -221,7 +232,9 @@ class Trials:
 
     def _judge(self, done: Outcome, file: str, same: bool, usual: int) -> str:
         """What is wrong with an outcome, "" for nothing; counts what it is."""
-        named = any(Path(file).name in line or str(Path(file).parent) in line for line in done.said.splitlines())
+        lines = done.error if done.code else done.said.splitlines()
+        names = (Path(file).name, self.name) if done.code else (Path(file).name,)  # a refusal may name the run
+        named = any(name in line for line in lines for name in names)
         harmless = Path(file).name in HARMLESS
         if done.code not in (0, 1, 2):
             kind, wrong = "traceback", done.said[-1500:]

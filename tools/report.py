@@ -242,7 +242,7 @@ def as_markdown(parts: Sequence[Part], last: Sequence[str]) -> str:
 
 def plain(text: str, *, bold: bool = False) -> str:
     """A line of Markdown that shows a text as it is. ``bold``: but what stands between double asterisks."""
-    line = re.sub(r"[\\`*<|\[\]&~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
+    line = re.sub(r"[\\`*<|\[\]&~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(text.split()))
     line = re.sub(r"^(\d*)(?=(?:[#+.)-]|#+) |>|[=-]+$)", r"\1\\", line)  # what begins a heading, a list or a quotation
     return re.sub(r"\\\*\\\*(.+?)\\\*\\\*", r"**\1**", line) if bold else line
 

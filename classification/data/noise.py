@@ -12,6 +12,7 @@ from classification.data.loaders import mix
 from classification.data.sources import Split
 from core.errors import InputError
 from core.files import write_atomically
+from core.weights import read_state_dict
 
 SALT = 0x6E6F6973
 """Keeps these draws apart from an epoch's order of the images, which comes of the same seed."""
@@ -57,11 +58,15 @@ def with_noise(split: Split, noise: LabelNoise) -> Split:
 def save_noise(noise: LabelNoise, file: Path) -> None:
     """Writes `index`, `true` and `given` as safetensors, atomically.
 
-    Raises: InputError where the file already tells of other labels.
+    Raises: InputError where the file already tells of other labels, or is damaged.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     if not file.exists():
         write_atomically(file, lambda path: save_file(asdict(noise), path))
-    elif any(not torch.equal(tensor, load_file(file)[name]) for name, tensor in asdict(noise).items()):
-        raise InputError(f"{file} tells of other noisy labels: the data set has changed since this run began")
+        return
+    held = read_state_dict(file)
+    if any(not torch.equal(tensor, held.get(name, tensor[:0])) for name, tensor in asdict(noise).items()):
+        raise InputError(
+            f"{file} tells of other noisy labels: the data set has changed since this run began, or it is damaged"
+        )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from damage import DAMAGES, Outcome, Trials, files_of, outcome, shelled
+from damage import Outcome, Trials, outcome, shelled
 from runs import CPU, STUDENT, TEACHER, assert_same_runs, digits, stop_at, undrawn
 
 from classification.tools import evaluate as evaluating
@@ -21,7 +20,7 @@ from core.training.checkpoint import goal, numbered
 from tools.compare import main as comparing
 from tools.reproduce import main as reproducing
 
-train, evaluate, visualize = shelled(training), shelled(evaluating.main), shelled(visualizing.main)
+train, evaluate = shelled(training), shelled(evaluating.main)
 
 
 def argv(out: Path, seed: int = 0, *more: str) -> list[str]:
@@ -49,20 +48,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
 
 def test_a_damage_of_each_file(trials: Trials) -> None:
     """The whole product is among the slow tests."""
-    hows = itertools.cycle(DAMAGES)
-    found: list[str] = []
-    for kind in trials.kinds:
-        for file in files_of(trials.run(kind)):
-            commands = ["compare"] if kind == "finished" else []
-            if "checkpoints" in file:
-                commands = ["evaluate"] if kind == "finished" else ["resume"]
-            if "predictions" in file and kind == "interrupted":
-                commands = ["resume"]
-            found += trials.problems(kind, file, next(hows), commands)
-    for how, command in zip(DAMAGES, itertools.cycle(["resume", "visualize", "report"]), strict=False):
-        file = ("metrics.jsonl", "config.yaml", "summary.json")[len(how) % 3]
-        found += trials.problems("finished", file, how, [command])
-    assert not found, "\n\n".join(found)
+    assert not (found := trials.some_problems()), "\n\n".join(found)
 
 
 @pytest.mark.slow
@@ -143,7 +129,6 @@ def test_a_file_system_without_links_trains_resumes_evaluates_and_teaches(
         assert goal(run / "checkpoints" / name).name == goal(whole / "checkpoints" / name).name
         assert outcome(evaluate, [str(run), "--checkpoint", name, "--out", str(tmp_path / f"{name}.json")]).code == 0
     assert_same_runs(whole, run)
-    assert outcome(visualize, [str(run), "--images", "1"]).code == 0
     for place in (run, run / "checkpoints/best"):
         weights = ["--networks.teacher.weights", str(place), "--dry-run"]
         done = outcome(train, argv(tmp_path / "next", 0, *weights))

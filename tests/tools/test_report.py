@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from written import ADM, DML, TABLE, write_evaluation, write_run
 
@@ -311,3 +312,33 @@ def test_the_page_on_a_phone(place: Path, browser: Browser) -> None:
 
     browser.value("fetch('https://example.org').catch(() => 0)")  # the policy stands, and would be heard
     assert any("Content Security Policy" in str(complaint) for complaint in browser.complaints)
+
+
+def test_what_a_cell_or_a_command_says_is_shown_as_it_is(place: Path) -> None:
+    """Nothing of a name, a label or a command is taken for Markdown or HTML."""
+    hostile = "a|b <b>c</b> *d* `e` [f](g) _h_\n# i &amp; \\j"
+    table = yaml.safe_load(SHOWN)
+    table["title"] = table["rows"][0]["name"] = f"of {hostile}"
+    (place / "tables/table01.yaml").write_text(yaml.safe_dump(table))
+    start = {"device_name": hostile, "command": ["train.py", "```\n<script>", hostile]}
+    for run in (place / "results/kept").iterdir():
+        (run / "environment.json").write_text(json.dumps({"starts": [start]}))
+    text = (made(place) / "report.md").read_text()
+    safe = r"a\|b \<b>c\</b> \*d\* \`e\` \[f\](g) \_h\_ # i \&amp; \\j"
+    assert f"Table 1, proxy: of {safe}\n" in text and f"| of {safe}, DML " in text
+    assert f"Python ?, {safe}, ? threads" in text
+    assert "````bash\n" in text and "\n````\n" in text
+    inside = [part for n, part in enumerate(text.split("````")) if n % 2 == 0]
+    assert not any("<script>" in part or hostile in part for part in inside)
+
+
+def test_markdown_that_begins_a_line_is_shown_as_it_is() -> None:
+    from tools.report import plain
+
+    for text, wanted in (
+        ("-0.5", "-0.5"), ("- a", r"\- a"), ("1. a", r"1\. a"), ("1.5 a", "1.5 a"), ("## a", r"\## a"),
+        ("> a", r"\> a"),
+        ("---", r"\---"), ("a - b > c", "a - b > c"), ("methods_32", "methods_32"), ("__a__", r"\_\_a\_\_"),
+    ):  # fmt: skip
+        assert plain(text) == wanted
+    assert plain("**a *b*** and `c`", bold=True) == r"**a \*b**\* and \`c\`"
