@@ -155,13 +155,20 @@ def _read_folder(folder: Path) -> dict[str, Any]:
             files["metrics"] = lines
         if rounds := {one.name: found for one in sorted(folder.glob("*/")) if (found := _read_round(one))}:
             files["rounds"] = rounds
-        if not all(isinstance(values, (Mapping, list)) for values in files.values()):
-            raise ValueError("a file of it is no mapping")
+        _check_kinds(files)
         return files
     except InputError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
         raise InputError(f"{folder} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _check_kinds(files: Mapping[str, Any]) -> None:
+    rows = {"metrics": list}
+    for name, values in files.items():
+        kind = rows.get(name, Mapping if name in ("config", "environment", "summary") else (Mapping, list))
+        if not isinstance(values, kind):
+            raise ValueError(f"its {name} is a {type(values).__name__}")
 
 
 def _read_round(folder: Path) -> dict[str, Any]:
@@ -181,10 +188,16 @@ def _kept_beside(path: Path) -> tuple[Path, Mapping[Path, Any]]:
 @lru_cache(maxsize=64)
 def _read_kept(file: Path, changed: int) -> dict[Path, dict[str, Any]]:
     found = {}
-    for number, text in enumerate(file.read_text().splitlines(), start=1):
+    try:
+        lines = file.read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} keeps no runs: it is no text") from error
+    for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
-            found[file.parent / line.pop("run")] = line
+            name = line.pop("run")
+            _check_kinds(line)
+            found[file.parent / name] = line
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{file}, line {number}, is no kept run") from error
     return found

@@ -54,7 +54,7 @@ def find_checkpoint(run: Path, name: str) -> Path:
     """``run``'s checkpoint "last", "best" or "step-00000123" ("iter_123"). Raises: InputError naming all it has."""
     folder = run / "checkpoints"
     found = {n: path for n in (name, LAST, BEST) for path in (folder / n, folder / f"{n}.pth") if path.exists()}
-    if name not in found or name != Path(name).name:  # not a path to another run's
+    if name not in found or not name or name != Path(name).name:  # not a path to another run's
         found.pop(name, None)
         known = ", ".join([*found, *(path.stem for path in numbered(folder))])
         raise InputError(

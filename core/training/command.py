@@ -90,7 +90,7 @@ def _run(main: Callable[[], int | None]) -> int:
     try:
         return main() or DONE
     except (InputError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # names may have newlines
         return WRONG_INPUT if isinstance(error, InputError) else FAILED
     except OSError as error:
         if error.errno not in _DISK and not (error.errno in _PLACE and error.filename):
