@@ -14,7 +14,7 @@ from classification.methods.base import MethodOptions
 from classification.networks.pretrained import find_weights
 from classification.options import NetworkConfig, TrainConfig
 from core.errors import InputError, parse_label
-from core.training.command import dry_run_wanted, parse, say_ranges, train_parser
+from core.training.command import config_files, dry_run_wanted, parse, say_ranges, train_parser
 from core.training.run import flatten, read_config
 from core.weights import weights_hash
 
@@ -128,24 +128,24 @@ def task_of(file: Path) -> str | None:
     import yaml
 
     try:
-        said = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError):  # the parser says what is wrong with it
+        said = yaml.safe_load(file.read_text()) if file.is_file() else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # the parser says what is wrong with it
         return None
     return said.get("task") if isinstance(said, dict) else None
 
 
 def _check_task(task: Task, argv: Sequence[str]) -> None:
     """Raises: InputError for a config file that says it is of another task: its options would seem unknown."""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        flag, equals, value = argument.partition("=")
-        file = value if equals else following
-        if flag == "--config" and (said := task_of(Path(file))) not in (None, task.name):
+    for file in config_files(argv):
+        if (said := task_of(file)) not in (None, task.name):
             raise InputError(f"{file} is of {said}, and this is {task.name}: use {said}/tools/train.py")
 
 
 def _check_pairs(config: TrainConfig, with_adm: bool) -> None:
     """Raises: InputError for options that are right alone, and not beside each other."""
     for role in config.networks:
+        if not isinstance(role, str):  # YAML's 1 is a number
+            raise InputError(f"networks.{role}: its role must be teacher, teacher_2, ..., student, student_2, ...")
         kind, _, number = role.partition("_")
         before = kind if number == "2" else f"{kind}_{int(number) - 1}" if number.isdecimal() else None
         wrong = role != kind and (before not in config.networks or number.startswith("0"))

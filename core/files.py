@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -29,7 +30,8 @@ def files_hash(files: Iterable[Path]) -> str:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write(temporary)`` and renames the file or folder to ``path``. Nothing is left where it fails.
 
-    Raises: TrainingError where the disk is full or not writable.
+    Raises: TrainingError where the disk is full or not writable; InputError where a file would take a folder's place,
+    or a device's.
     """
     temporary = path.with_name(f"{path.name}{_PENDING}")
     try:
@@ -38,16 +40,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         if not temporary.is_symlink():
             _sync(temporary)
+        _check_kind(path, temporary)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         temporary.replace(path)
     except BaseException as error:
-        remove(temporary)
+        with contextlib.suppress(OSError):
+            remove(temporary)
         # torch.save reports a failed write as RuntimeError, safetensors as its own error: both end here too.
         if isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError":
             reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
             raise TrainingError(f"cannot write {path}: {reason}; what stood there before is untouched") from error
         raise
+
+
+def _check_kind(path: Path, temporary: Path) -> None:
+    if path.is_symlink() or temporary.is_symlink() or not path.exists():
+        return
+    if not (path.is_dir() if temporary.is_dir() else path.is_file()):
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise InputError(f"cannot write {path}: it is {kind}; choose another name")
 
 
 def leftover(path: Path) -> bool:

@@ -214,13 +214,18 @@ def load_tables(folder: Path = PAPER) -> dict[str, Table]:
     """All tables, figures and comparisons of our own by name, in this order. Raises: InputError naming file and key."""
     files = [file for kind in KINDS for file in sorted(folder.glob(f"{kind}*.yaml"))]
     raw = {file.stem: _read(file) for file in files}
-    return {name: _table(name, raw) for name in raw}
+    if not raw:
+        raise InputError(f"no tables in {folder}: they are files as table01.yaml")
+    try:
+        return {name: _table(name, raw) for name in raw}
+    except RecursionError as error:
+        raise InputError(f"{folder}: a run starts from itself, by base, same_as or {{run:...}}") from error
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         values = load_yaml(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{file} is no table: it holds no keys")

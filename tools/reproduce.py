@@ -21,9 +21,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from core.errors import InputError
+from core.ranges import Range, Seed
 from core.training.command import LineParser, run_command
 from tools import report
 from tools.ours import finished_runs
@@ -34,6 +35,7 @@ from tools.runs import KEPT, Run, keep, read_runs, seeds_of
 from tools.stats import columns
 
 OUT = Path("runs/reproduce")
+SEEDS: Range = get_args(Seed)[1]
 RESULTS = Path(os.path.relpath(ROOT / "results"))
 
 
@@ -143,6 +145,8 @@ def show_table(options: argparse.Namespace) -> int:
 
 def run_tables(options: argparse.Namespace) -> int:
     tables, place = load_tables(options.tables), make_place(options.out, options.data)
+    if (seed := max(options.seeds)) not in SEEDS:
+        raise InputError(f"--seeds: a seed {SEEDS.says(seed)}: {seed}")
     if options.slurm and options.cluster is None:
         raise InputError("--slurm counts only with --cluster slurm")
     if options.jobs is not None and options.cluster is not None:
@@ -198,6 +202,8 @@ def keep_runs(options: argparse.Namespace) -> int:
     unfinished = next((run for run in runs if not run.finished and "summary" in run.files), None)
     if unfinished is not None and not options.partial:
         raise InputError(f"{unfinished.path} is not finished: --partial keeps it as far as it is")
+    if not options.to or Path(options.to).is_absolute() or ".." in Path(options.to).parts:
+        raise InputError(f"--to {options.to!r} names no folder in {options.results}")
     folder = options.results / options.to
     print(f"{folder / KEPT}: kept {', '.join(keep(runs, folder))}")
     return 0

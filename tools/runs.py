@@ -157,13 +157,20 @@ def _read_folder(folder: Path) -> dict[str, Any]:
             files["metrics"] = evaluations
         if rounds := {one.name: found for one in sorted(folder.glob("*/")) if (found := _read_round(one))}:
             files["rounds"] = rounds
-        if not all(isinstance(values, (Mapping, list)) for values in files.values()):
-            raise ValueError("a file of it is no mapping")
+        _check_kinds(files)
         return files
     except InputError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
         raise InputError(f"{folder} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _check_kinds(files: Mapping[str, Any]) -> None:
+    rows = {"metrics": list}
+    for name, values in files.items():
+        kind = rows.get(name, Mapping if name in ("config", "environment", "summary") else (Mapping, list))
+        if not isinstance(values, kind):
+            raise ValueError(f"its {name} is a {type(values).__name__}")
 
 
 def _read_round(folder: Path) -> dict[str, Any]:
@@ -191,8 +198,7 @@ def _read_kept(file: Path, changed: int) -> dict[Path, dict[str, Any]]:
             if line.pop("sha256", None) not in (None, _digest(line)):
                 raise ValueError
             path = file.parent / line.pop("run")
-            if not all(isinstance(values, (Mapping, list)) for values in line.values()):
-                raise TypeError
+            _check_kinds(line)
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f"{file}, line {number}, is no kept run (damaged, or changed by hand)") from error
         if path in found:

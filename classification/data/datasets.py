@@ -17,7 +17,7 @@ from torch import Tensor
 
 from classification.data.loaders import StreamLoader
 from classification.data.sources import Arrays, Augmentation, Source, Split, Streamed, sources
-from core.errors import InputError, unknown
+from core.errors import InputError, notice, unknown
 from core.ranges import Count, Pixels, Range, Seed, Share, check_ranges
 
 if TYPE_CHECKING:
@@ -148,6 +148,10 @@ def load_datasets(config: DataConfig) -> DataSets:
         training = replace(training, augmentation=augmentation, padding=config.padding)
     validation = take(train, chosen[1]) if len(chosen[1]) else None
     names = names[: config.classes]
+    if len(names) == 1:
+        notice(f"note: {config.name} has one class here: there is nothing to tell apart")
+    if config.padding >= size and augmentation in ("crop", "crop_flip"):
+        notice(f"note: data.padding {config.padding} at {size} pixels: crops can be black all over")
     mean, std = STATISTICS.get(config.name.rsplit("/", 1)[-1].lower(), IMAGENET_STATISTICS)
     return DataSets(training, validation, take(test, chosen[2]), len(names), names, mean, std, size)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, notice
-from core.images import EXTENSIONS, broken_image, class_folders, is_image_name, open_image
+from core.images import EXTENSIONS, broken_image, check_file, class_folders, is_image_name, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -184,6 +184,7 @@ def list_classes(split: Path) -> dict[str, list[File]]:
 
 def _list_tar(split: Path) -> dict[str, list[File]]:
     """The class is the folder directly above the image; images of one class keep the order of their names."""
+    check_file(split)
     try:
         with tarfile.open(split, "r:") as tar:
             images = [m for m in tar if m.isfile() and is_image_name(m.name)]

@@ -170,11 +170,16 @@ def load_weights(network: nn.Module, file: str | Path, *, training: bool = True)
     head = set(getattr(network, "get_classifier", nn.Identity)().parameters())
     classes = {name for name, parameter in network.named_parameters() if parameter in head}
     if reshaped and not missing and not unexpected and all(key in classes for key in reshaped):
-        in_file, in_network = state[reshaped[0]].shape[0], own[reshaped[0]].shape[0]
-        if in_file != in_network:
+        in_file, in_network = (next(iter(tensors[reshaped[0]].shape), 0) for tensors in (state, own))
+        if in_file and in_file != in_network:
             raise InputError(f"{file} holds weights for {in_file} classes, but the network has {in_network}")
     shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in reshaped]
-    parts = {"missing": missing, "unexpected": unexpected, "other shape": shapes}
+    whole = [  # integers, as of a quantised file, would be taken for weights
+        f"{key} {state[key].dtype}"
+        for key in own
+        if key in state and own[key].is_floating_point() and not state[key].is_floating_point()
+    ]
+    parts = {"missing": missing, "unexpected": unexpected, "other shape": shapes, "no numbers with a fraction": whole}
     more = {kind: f" and {len(keys) - 3} more" if len(keys) > 3 else "" for kind, keys in parts.items()}
     if problems := [f"{kind} {', '.join(keys[:3])}{more[kind]}" for kind, keys in parts.items() if keys]:
         raise InputError(f"{file} is of another architecture than {type(network).__name__}: {'; '.join(problems)}")

@@ -93,13 +93,17 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
         raise InputError("give one of a run folder, --weights FILE, and --network NAME --pretrained true")
     if options.run is not None and any((options.network, options.mean, options.std)):
         raise InputError("--network, --mean and --std belong to --weights: a run's networks are known")
+    if options.run is None and options.checkpoint != "last":
+        raise InputError("--checkpoint belongs to a run folder: --weights names a file")
+    if options.export is None and (options.export_role, options.export_file) != (None, None):
+        raise InputError("--export_role and --export_file count only with --export onnx")
     return options
 
 
 def weights_command(options: Any) -> Command:
     """A weight file as a command of one network. What is not given comes from the file's metadata, then from timm."""
     file = options.weights
-    said = read_metadata(file) if file is not None and file.endswith(".safetensors") else {}
+    said = read_metadata(file) if file is not None else {}
     if note := said.get("export_note", said.get("caveat")):  # the latter in files of earlier versions
         warnings.warn(f"{file}: {note}", stacklevel=2)
     name = options.network or said.get("architecture")

@@ -36,6 +36,7 @@ from core.training.checkpoint import find_checkpoint, numbered, step_of
 from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
 from core.training.run import environment, read_json, read_metrics
 
+MOST_ROWS = 50
 BOXES_HELP = (
     "TSV with an object box an image: columns that make up the end of its path (as split, class, image), then x0, y0, "
     "x1, y1 in pixels, corners inclusive; for square images that evaluation sees whole"
@@ -103,7 +104,10 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     add("--box_size", type=PositiveInt, default=64, help="height and width in pixels of the images with the boxes")
     add_device(parser)
     add("--data", type=DataConfig, default=data or DataConfig())
-    return parse(parser, argv)
+    options = parse(parser, argv)
+    if options.images > MOST_ROWS:
+        raise InputError(f"--images {options.images}: maps.png has {MOST_ROWS} rows at most")
+    return options
 
 
 def draw_pairs(experiment: Experiment, options: Any, boxes: Tensor | None, figures: Path, suffix: str) -> None:

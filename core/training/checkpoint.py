@@ -79,7 +79,8 @@ def find_checkpoint(run: Path, name: str) -> Path:
     folder = run / "checkpoints"
     places = ((n, goal(folder / f"{n}{suffix}")) for n in (name, LAST, BEST) for suffix in ("", ".pth"))
     found = {n: path for n, path in places if path.exists()}
-    if name not in found:
+    if name not in found or not name or name != Path(name).name:  # not a path to another run's
+        found.pop(name, None)
         known = ", ".join([*found, *(path.stem for path in numbered(folder))])
         raise InputError(
             f"{run} has no checkpoint {name!r}: " + (f"it has {known}" if known else "nothing was saved yet")

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from functools import cache
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn, cast, get_type_hints
 
@@ -21,6 +22,7 @@ from ..ranges import Range, check_numbers, ranges
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # full, over quota, read-only, broken
+_PLACE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)  # a wrong path
 
 
 class Stop:
@@ -70,6 +72,9 @@ def run_command(main: Callable[[], int | None]) -> None:
 
     141, as a shell has it, where whoever read the output has closed it (``| head -1``).
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (it stays open)
     try:
         try:
             code = _run(main)
@@ -85,13 +90,14 @@ def _run(main: Callable[[], int | None]) -> int:
     try:
         return main() or DONE
     except (InputError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # names may have newlines
         return WRONG_INPUT if isinstance(error, InputError) else FAILED
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _DISK and not (error.errno in _PLACE and error.filename):
             raise
-        print(f"error: cannot write {error.filename or 'to the disk'}: {error.strerror}", file=sys.stderr)
-        return FAILED
+        use = "write" if error.errno in _DISK else "use"
+        print(f"error: cannot {use} {error.filename or 'to the disk'}: {error.strerror}", file=sys.stderr)
+        return FAILED if error.errno in _DISK else WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -115,6 +121,10 @@ def tool_parser(description: str, **options: Any) -> Any:
     return ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False, **options)
 
 
+_NODES = 20_000
+"""Of what a YAML text says, its references followed; a config has a few hundred."""
+
+
 @cache
 def _refuse_duplicates() -> None:
     """Makes jsonargparse refuse YAML that says a key twice, of which it would take the last."""
@@ -124,20 +134,33 @@ def _refuse_duplicates() -> None:
     load = get_loader("yaml")
 
     def checked(stream: str, path: str = "") -> Any:
-        nodes = [yaml.compose(stream, yaml.SafeLoader)]
-        while nodes and (node := nodes.pop()) is not None:
-            if isinstance(node, yaml.MappingNode):
-                keys = [key.value for key, _ in node.value]
-                if twice := next((key for key in keys if keys.count(key) > 1), None):
-                    line = node.start_mark.line + 1
-                    where = f"{path}: {twice}" if path else twice
-                    raise InputError(f"{where} stands twice in the mapping that begins in line {line}: leave one")
-                nodes += [value for _, value in node.value]
-            elif isinstance(node, yaml.SequenceNode):
-                nodes += node.value
+        _check_yaml(stream, path)
         return load(stream)
 
     set_loader("yaml", checked, (yaml.YAMLError,))
+
+
+def _check_yaml(text: str, file: object = "") -> None:
+    """Raises: InputError for a key that stands twice, and for what would never end; yaml.YAMLError for no YAML."""
+    import yaml
+
+    where = f"{file}: " if file else ""
+    try:
+        nodes = [yaml.compose(text, yaml.SafeLoader)]
+    except RecursionError as error:
+        raise InputError(f"{where}the YAML is nested too deep to be read") from error
+    seen = 0
+    while nodes and (node := nodes.pop()) is not None:
+        if (seen := seen + 1) > _NODES:
+            raise InputError(f"{where}the YAML says too much, or refers to itself (by & and *): write it out")
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                line = node.start_mark.line + 1
+                raise InputError(f"{where}{twice} stands twice in the mapping that begins in line {line}: leave one")
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
 
 
 def add_device(parser: Any) -> None:
@@ -198,14 +221,44 @@ def parse(parser: Any, argv: Sequence[str] | None = None, nested: Sequence[str] 
     """
     from jsonargparse import ArgumentError
 
+    argv = sys.argv[1:] if argv is None else argv
+    given = [key for file in config_files(argv) for key in _keys_of(file)]
     try:
         options = parser.instantiate(parser.parse_args(argv))
         check_numbers(vars(options))
         return options
     except ArgumentError as error:
         keys = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        flags = [word.lstrip("-").partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
-        raise InputError(_one_line(str(error), [*keys, *nested], flags)) from error
+        flags = [word.lstrip("-").partition("=")[0] for word in argv]
+        raise InputError(_one_line(str(error), [*keys, *nested], [*flags, *given])) from error
+
+
+def config_files(argv: Sequence[str]) -> list[Path]:
+    """The files that a command line names by ``--config``."""
+    pairs = zip(argv, [*argv[1:], ""], strict=False)
+    words = (word.partition("=") if "=" in word else (word, "", following) for word, following in pairs)
+    return [Path(value) for flag, _, value in words if flag == "--config"]
+
+
+def _keys_of(file: Path) -> list[str]:
+    """The dotted keys of a config. Raises: InputError where it holds none; what else is wrong the parser says."""
+    import yaml
+
+    from .run import flatten, load_yaml
+
+    if file.exists() and not file.is_file():
+        raise InputError(f"--config {file} is no file")
+    try:
+        text = file.read_text() if file.exists() else "{}"
+        _check_yaml(text, file)
+        said = load_yaml(text)
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config {file} is no text: {error.reason}") from error
+    except (OSError, yaml.YAMLError):
+        return []
+    if not isinstance(said, dict):
+        raise InputError(f"--config {file} names no options, as a recipe does")
+    return list(flatten(said))
 
 
 def _one_line(message: str, keys: list[str], flags: list[str]) -> str:
@@ -214,7 +267,7 @@ def _one_line(message: str, keys: list[str], flags: list[str]) -> str:
     found = found or re.search(r"[Gg]roup '([\w.]+)' does not accept option '([\w.]+)'", message)
     found = found or re.search(r"(?:Parser key \"(\w+)\": .*)?[Oo]ption '([\w.]+)' is not accepted", message)
     if not found:
-        return message
+        return message.replace("Unexpected config:", "--config names no options:")
     given = ".".join(part for part in found.groups() if part)
     known = {re.sub(r"<\w+>\.", "", key): key for key in keys if not key.endswith(".help")}  # as the message names them
     nearest = difflib.get_close_matches(given, known, n=1, cutoff=0.5)

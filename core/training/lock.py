@@ -24,7 +24,7 @@ _held: dict[Path, IO[str]] = {}
 
 def check_free(folder: Path) -> None:
     """Raises: InputError where another process, also on another machine, trains in this folder."""
-    file = folder.resolve() / NAME
+    file = _file_in(folder)
     if fcntl is None or file in _held or not file.is_file():
         return
     try:
@@ -41,7 +41,7 @@ def hold(folder: Path) -> None:
     the server has locking. A file system without locks is not protected, which is said in a line.
     Raises: InputError where another process holds it, naming that; TrainingError where nothing can be written.
     """
-    file = folder.resolve() / NAME
+    file = _file_in(folder)
     if fcntl is None or file in _held:
         return
     try:
@@ -57,6 +57,10 @@ def hold(folder: Path) -> None:
     opened.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     opened.flush()
     _held[file] = opened
+
+
+def _file_in(folder: Path) -> Path:
+    return Path(os.path.realpath(folder)) / NAME  # Path.resolve would raise at a link in a circle
 
 
 def _take(opened: IO[str], file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,12 +23,17 @@ class OfflineMethod(Method):
 
     separable = True
 
+    weights: ClassVar[tuple[str, ...]] = ()
+    """Options of which one must be above 0, unless ADM trains the student."""
+
     def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
         if self.with_adm and run.adm.beta > 0:
             raise InputError(
                 "the teacher is fixed, and adm.beta is the weight of a loss that trains it: "
                 f"{run.adm.beta}; set it to 0"
             )
+        if self.weights and not self.with_adm and not any(getattr(self.options, name) for name in self.weights):
+            raise InputError(f"{' and '.join(self.weights)} of {run.method} are all 0: nothing would train the student")
         if "teacher" not in pretrained:
             raise InputError(
                 "offline distillation needs a pre-trained teacher: give --networks.teacher.weights FILE (or the folder "

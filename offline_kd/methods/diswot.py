@@ -82,6 +82,7 @@ class DisWOT(KD):
     """
 
     Options = DisWOTOptions
+    weights = ("ce", "kd", "relation", "semantic")
 
     adapter: nn.Module
 

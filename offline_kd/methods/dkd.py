@@ -100,6 +100,7 @@ class DKD(OfflineMethod):
     """
 
     Options = DKDOptions
+    weights = ("ce", "alpha", "beta")
 
     def terms(self, student: Output, teacher: Output, target: Tensor, progress: Progress) -> dict[str, Tensor]:
         options: DKDOptions = self.options

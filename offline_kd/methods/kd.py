@@ -33,6 +33,7 @@ class KD(OfflineMethod):
     """``L = ce CE(z_s, y) + kd tau^2 KL(p_t || p_s)``."""
 
     Options: ClassVar[type] = KDOptions
+    weights: ClassVar[tuple[str, ...]] = ("ce", "kd")
 
     def terms(self, student: Output, teacher: Output, target: Tensor, progress: Progress) -> dict[str, Tensor]:
         return {"kd": self.options.kd * kd_loss(student.logits, teacher.logits, self.options.tau)}

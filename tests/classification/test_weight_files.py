@@ -84,3 +84,16 @@ def test_the_average_is_logged_and_its_key_takes_the_other(tmp_path: Path, shell
     code, _, err = shell(offline.main, [*teacher(f"{both}#state_dict", tmp_path / "other"), "--method", "kd"])
     assert code == 0 and "was taken" not in (tmp_path / "other/log.txt").read_text(), err
     assert read_state_dict(f"{both}#state_dict").keys() == state().keys()
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_weights_of_another_kind_of_number_are_refused(kind: torch.dtype, tmp_path: Path, shell: Any) -> None:
+    torch.save({name: tensor.to(kind) for name, tensor in state().items()}, tmp_path / "a.pth")
+    code, _, err = shell(evaluate.main, ["--weights", str(tmp_path / "a.pth"), "--network", NETWORK, *DIGITS])
+    assert code == 2 and err.count("\n") == 1 and "no numbers with a fraction" in err, err
+
+
+def test_a_scalar_where_a_bias_should_be_is_of_another_shape(tmp_path: Path, shell: Any) -> None:
+    torch.save({**state(), "fc.bias": torch.tensor(1.0)}, tmp_path / "a.pth")
+    code, _, err = shell(evaluate.main, ["--weights", str(tmp_path / "a.pth"), "--network", NETWORK, *DIGITS])
+    assert code == 2 and err.count("\n") == 1 and "other shape fc.bias () instead of (4,)" in err, err

@@ -27,6 +27,8 @@ from core.training.command import LineParser, run_command
 from tools.benchmark.ratios import HEADER, Settings, changes, draw, line, summary
 from tools.benchmark.rows import GPU_ROWS, ROWS
 
+MOST_THREADS = 1024
+
 
 def make_parser() -> argparse.ArgumentParser:
     from jsonargparse.typing import PositiveInt
@@ -49,8 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of an earlier benchmark.json. Raises: InputError where it is none."""
     try:
-        rows = json.loads(file.read_text())["rows"]
-        if all({"row", "median", "interval", "on"} <= row.keys() for row in rows):
+        rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+        if rows and all({"row", "median", "interval", "on"} <= row.keys() for row in rows):
             return rows
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -60,6 +62,8 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code. Raises: InputError for an unknown row or option, or nothing to compare with."""
     args = make_parser().parse_args(argv)
+    if args.threads > MOST_THREADS:
+        raise InputError(f"--threads must be at most {MOST_THREADS}: {args.threads}")
     before = None if args.compare is None else read_rows(args.compare)
     rows = {**ROWS, **GPU_ROWS}
     for name in args.rows or ():
