@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -39,6 +41,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if not temporary.is_symlink():
             _sync(temporary)
         if path.is_dir() and not path.is_symlink():
+            if not temporary.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
             shutil.rmtree(path)
         temporary.replace(path)
     except BaseException as error:
@@ -60,7 +64,8 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,9 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     """
     from safetensors.torch import load_file
 
+    with zipfile.ZipFile(folder / "state.pt") as archive:  # torch does not look at the check sums
+        if archive.testzip() is not None:
+            raise InputError(f"{folder / 'state.pt'} is not the file that was saved there")
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     for name, digest in state.get("files", {}).items():
         if not (folder / name).is_file() or files_hash([folder / name]) != digest:

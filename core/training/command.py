@@ -16,7 +16,7 @@ from functools import cache
 from types import FrameType
 from typing import Any, Literal, NoReturn, cast, get_type_hints
 
-from ..errors import InputError, TrainingError
+from ..errors import InputError, TrainingError, first_line
 from ..ranges import Range, check_numbers, ranges
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
@@ -92,9 +92,20 @@ def _run(main: Callable[[], int | None]) -> int:
             raise
         print(f"error: cannot write {error.filename or 'to the disk'}: {error.strerror}", file=sys.stderr)
         return FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print("error: the memory is full: give a smaller batch or network, or fewer images at once", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether Python, or torch on a GPU or CPU, found no room for something."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or "can't allocate memory" in str(error)
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -124,8 +135,11 @@ def _refuse_duplicates() -> None:
     load = get_loader("yaml")
 
     def checked(stream: str, path: str = "") -> Any:
-        nodes = [yaml.compose(stream, yaml.SafeLoader)]
+        nodes, seen = [yaml.compose(stream, yaml.SafeLoader)], set[int]()
         while nodes and (node := nodes.pop()) is not None:
+            if id(node) in seen:  # an alias, maybe of what it stands in
+                continue
+            seen.add(id(node))
             if isinstance(node, yaml.MappingNode):
                 keys = [key.value for key, _ in node.value]
                 if twice := next((key for key in keys if keys.count(key) > 1), None):
@@ -196,12 +210,18 @@ def parse(parser: Any, argv: Sequence[str] | None = None, nested: Sequence[str] 
     ``nested``: keys inside mappings, which the parser does not list, as ``networks.<role>.lr``.
     Raises: InputError, one line, offering the nearest known key for an unknown one.
     """
-    from jsonargparse import ArgumentError
+    from jsonargparse import ArgumentError, Namespace
 
     try:
-        options = parser.instantiate(parser.parse_args(argv))
+        parsed = parser.parse_args(argv)
+        for name in parser.groups:
+            if name in parsed and not isinstance(parsed[name], Namespace):
+                raise InputError(f"{name} is a group of options, as {name}: {{...}}, not {parsed[name]!r}")
+        options = parser.instantiate(parsed)
         check_numbers(vars(options))
         return options
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"a file that --config names is no text, or lies in itself: {first_line(error)}") from error
     except ArgumentError as error:
         keys = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
         flags = [word.lstrip("-").partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -115,8 +116,7 @@ class RunFolder:
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         if self.main:
-            values = plain({"run": self.identity, **values}, finite=True)
-            save_json({**values, "sha256": _digest(values)}, self.path / name)
+            save_json(signed_json({"run": self.identity, **values}), self.path / name)
 
     def write_environment(self, device: str) -> None:
         """``environment.json``: appended to on each start, so that a resumed run names every machine it ran on."""
@@ -248,8 +248,20 @@ def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
+def signed_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for ``save_json`` and their digest, by which ``read_json`` knows that nothing was lost."""
+    values = plain(values, finite=True)
+    return {**values, "sha256": _digest(values)}
+
+
+def identity_in(values: Any) -> str | None:
+    """The identity of the run whose JSON file says this; None where it says none."""
+    run = values.get("run") if isinstance(values, Mapping) else None
+    return run if isinstance(run, str) and re.fullmatch("[0-9a-f]{64}", run) else None
+
+
 def read_json(file: Path) -> dict[str, Any]:
-    """What a run's ``environment.json`` or ``summary.json`` says. Raises: InputError where it is damaged."""
+    """What a JSON file of a run says, signed or not. Raises: InputError where it is damaged."""
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -257,7 +269,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{file} is damaged (it holds a {type(values).__name__})")
     digest = values.pop("sha256", None)
-    if "run" in values and digest != _digest(values):
+    if (digest is not None or identity_in(values)) and digest != _digest(values):
         raise InputError(f"{file} is damaged, or was changed by hand")
     return values
 

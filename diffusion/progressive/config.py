@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from core.errors import InputError
+from core.errors import InputError, notice
 from core.ranges import Count, Index, NonNegative, Positive, Range, Seed, Share, check_ranges
 from core.training.fit import FitConfig
 from diffusion.data import DataConfig
@@ -129,6 +129,13 @@ class ProgressiveConfig(TrainingConfig):
                 f"adm.adm_rounds {list(rounds)}: ADM would never act, the chain's students have {list(self.students)} "
                 "steps; choose some of them, or --method pd"
             )
+
+        if self.teacher is None and self.base.warmup >= self.base.steps:
+            notice(
+                f"base.warmup {self.base.warmup} is as long as base.steps {self.base.steps}: the rate never gets there"
+            )
+        if rounds not in ("all", ADMConfig.adm_rounds) and (idle := sorted(set(rounds) - set(self.students))):
+            notice(f"adm.adm_rounds: the chain has no student of {idle} steps")
 
     @property
     def students(self) -> tuple[int, ...]:
