@@ -137,7 +137,7 @@ MEND = "delete it and run encode_latents.py again as before, which makes what is
 def check_of(index: LatentIndex, row: int, label: int, mirrored: int, moments: Tensor) -> int:
     """The check sum of one sample, float16 ``[2, C, h, w]``: of its values, its label, and what it was made of."""
     made = f"{index.vae_sha256} {index.files_sha256} {index.scale} {row} {label} {mirrored}"
-    return zlib.crc32(moments.contiguous().numpy(), zlib.crc32(made.encode()))
+    return zlib.crc32(moments.contiguous().numpy().tobytes(), zlib.crc32(made.encode()))
 
 
 @dataclass(frozen=True)

@@ -131,11 +131,9 @@ class ProgressiveConfig(TrainingConfig):
             )
 
         if self.teacher is None and self.base.warmup >= self.base.steps:
-            notice(
-                f"base.warmup {self.base.warmup} is as long as base.steps {self.base.steps}: the rate never gets there"
-            )
-        if rounds not in ("all", ADMConfig.adm_rounds) and (idle := sorted(set(rounds) - set(self.students))):
-            notice(f"adm.adm_rounds: the chain has no student of {idle} steps")
+            notice(f"base.warmup {self.base.warmup} is as long as base.steps: the rate never gets there")
+        if rounds != "all" and rounds != ADMConfig.adm_rounds and (idle := set(rounds) - set(self.students)):
+            notice(f"adm.adm_rounds: the chain has no student of {sorted(idle)} steps")
 
     @property
     def students(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Every file that a chain, a DiT's run, encoded latents or an evaluation left, spoiled: one line, or the right result."""
+"""Every file of a chain, of a DiT's run, of latents and of an evaluation, spoiled: one line, or the right result."""
 
 from __future__ import annotations
 
@@ -148,6 +148,10 @@ def commands(run: Path, to: Path) -> dict[str, tuple[Any, list[str], Callable[[O
     return found
 
 
+def pictures(folder: Path) -> dict[str, Any]:
+    return {file.name: np.asarray(Image.open(file)).tolist() for file in folder.iterdir()}
+
+
 def rows_of(file: Path) -> Any:
     return json.loads(file.read_text())["rows"]
 
@@ -172,19 +176,19 @@ def whole_again(run: Path, whole: Path, result: Outcome, where: str) -> None:
 
 
 def go_through(made: Path, kind: str, cases: Iterator[Case], tmp_path: Path, every: bool = False) -> Counter[str]:
-    """Each damage of a run, then one command that reads it in turn, or ``every``, and the run's own command."""
+    """Each damage of a run, then one command that reads it, in turn; of a run that was cut off its own. Or ``every``."""
     own = {"chain": chain_arguments, "dit": dit_arguments}[kind.removesuffix("-cut")]
     whole, place, to = made / f"{kind.removesuffix('-cut')}-0", tmp_path / f"{kind}-0", tmp_path / "to"
     shutil.copytree(made / f"{kind}-0", place, symlinks=True)
     expected, counts = {}, Counter[str]()
-    for name, (main, argv, read) in commands(place, to).items():
+    for name, (main, argv, read) in commands(place, to).items() if every or not kind.endswith("-cut") else ():
         result = done(main, argv)
         assert result.code == 0 or kind.endswith("cut") or name == "compare", result.said
         if result.code == 0:
             expected[name] = read(result)
     for number, (file, damage) in enumerate(cases):
         where = f"{kind}: {file}, {damage}"
-        names = list(expected) if every else [list(expected)[number % len(expected)]]
+        names = list(expected) if every else [list(expected)[number % len(expected)]][: not kind.endswith("-cut")]
         damaged(made / f"{kind}-0", made / f"{kind}-1", place, file, damage)
         for name in names:
             main, argv, read = commands(place, to)[name]
@@ -199,6 +203,8 @@ def go_through(made: Path, kind: str, cases: Iterator[Case], tmp_path: Path, eve
                 lambda: assert_same(read(result), expected[name], f"{where}, {name}"),  # noqa: B023
             )
             counts[str(result.code)] += 1
+        if not every and not kind.endswith("-cut"):
+            continue
         result = done(train.main, own(place))
         assert_refused_or_good(result, where, lambda: whole_again(place, whole, result, where))  # noqa: B023
         counts[f"resume {result.code}"] += 1
@@ -208,7 +214,7 @@ def go_through(made: Path, kind: str, cases: Iterator[Case], tmp_path: Path, eve
 @pytest.mark.parametrize("kind", ["chain", "chain-cut", "dit", "dit-cut"])
 def test_a_spoiled_file_of_a_run_changes_no_result(kind: str, made: Path, tmp_path: Path) -> None:
     counts = go_through(made, kind, some(made / f"{kind}-0"), tmp_path)
-    assert counts["resume 0"] > 0
+    assert counts["0"] + counts["resume 0"] > 0 < counts["2"] + counts["resume 2"], counts
 
 
 @pytest.mark.slow
@@ -250,8 +256,6 @@ def test_spoiled_latents_are_refused_or_made_anew(damage: str, made: Path, tmp_p
             where,
             lambda: assert_same(metrics(tmp_path / "run"), metrics(tmp_path / "expected"), where),  # noqa: B023
         )
-        if damage != "missing" or file != "index.json":
-            assert str(place) in result.said, where
         result = done(encode_latents.main, encode_arguments(made, place))
         assert_refused_or_good(result, where, lambda: assert_same(contents(place), contents(whole), where))  # noqa: B023
 
@@ -289,7 +293,7 @@ def test_a_spoiled_evaluation_is_refused_or_made_anew(kept: str, made: Path, tmp
         if kept == "images"
         else [f"cache/{one.name}" for one in (runs[0] / "cache").iterdir()]
     )
-    (theirs,) = [one for one in (runs[1] / "cache").iterdir()]
+    (theirs,) = (runs[1] / "cache").iterdir()
     theirs.rename(runs[1] / file) if kept == "cache" else None
     expected, says = rows_of(runs[0] / name), done(compare.main, [str(runs[0])])
     shutil.copytree(runs[0], tmp_path / "whole", symlinks=True)
