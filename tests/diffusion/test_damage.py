@@ -176,7 +176,7 @@ def whole_again(run: Path, whole: Path, result: Outcome, where: str) -> None:
 
 
 def go_through(made: Path, kind: str, cases: Iterator[Case], tmp_path: Path, every: bool = False) -> Counter[str]:
-    """Each damage of a run, then one command that reads it, in turn; of a run that was cut off its own. Or ``every``."""
+    """Each damage of a run, then one command that reads it, of a run that was cut off its own; or ``every``."""
     own = {"chain": chain_arguments, "dit": dit_arguments}[kind.removesuffix("-cut")]
     whole, place, to = made / f"{kind.removesuffix('-cut')}-0", tmp_path / f"{kind}-0", tmp_path / "to"
     shutil.copytree(made / f"{kind}-0", place, symlinks=True)
@@ -188,7 +188,7 @@ def go_through(made: Path, kind: str, cases: Iterator[Case], tmp_path: Path, eve
             expected[name] = read(result)
     for number, (file, damage) in enumerate(cases):
         where = f"{kind}: {file}, {damage}"
-        names = list(expected) if every else [list(expected)[number % len(expected)]][: not kind.endswith("-cut")]
+        names = list(expected) if every else list(expected)[number % max(len(expected), 1) :][:1]
         damaged(made / f"{kind}-0", made / f"{kind}-1", place, file, damage)
         for name in names:
             main, argv, read = commands(place, to)[name]
