@@ -50,7 +50,8 @@ Index = Annotated[int, Range(0)]
 Pixels = Annotated[int, Range(4, 4096)]
 """Along the side of an image."""
 Size = Annotated[int, Range(1, 16384)]
-"""Of a part of a network: channels, layers, heads."""
+"""Of a part of a network: channels, heads."""
+Layers = Annotated[int, Range(1, 1024)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 """What every generator takes."""
 

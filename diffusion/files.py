@@ -10,18 +10,32 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import InputError, first_line
-from core.files import write_atomically
+from core.files import files_hash, write_atomically
+from core.training import run
 from core.training.command import missing_extra
+
+ABOUT = "adm.json"
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Empty where there is no such file. Raises: InputError where it is damaged."""
     if not file.is_file():
         return {}
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"cannot read {file}: {first_line(error)}") from error
+    return run.read_json(file)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What ``adm.json`` says of an exported network; empty where there is none.
+
+    Raises: InputError naming the file that is damaged, missing, or not the one that was exported.
+    """
+    said = read_json(folder / ABOUT)
+    for name, digest in said.pop("files", {}).items():
+        if not (folder / name).is_file() or files_hash([folder / name]) != digest:
+            raise InputError(
+                f"{folder / name} is missing, or not the file that was exported: bring it back, or delete {folder}"
+            )
+    return said
 
 
 @contextmanager
@@ -52,9 +66,11 @@ def save_pipeline(
     def write(temporary: Path) -> None:
         network.save_pretrained(temporary / place)
         (temporary / "scheduler").mkdir()
-        files = {"scheduler/scheduler_config.json": scheduler, "model_index.json": index, "adm.json": about}
-        for name, content in files.items():
+        for name, content in {"scheduler/scheduler_config.json": scheduler, "model_index.json": index}.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        digests = {file.relative_to(temporary).as_posix(): files_hash([file]) for file in files}
+        run.save_signed_json({**about, "files": digests}, temporary / ABOUT)
 
     write_atomically(folder, write)
 

@@ -11,7 +11,6 @@ import hashlib
 import os
 import urllib.error
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from core.errors import InputError, first_line
+from core.errors import InputError, first_line, notice
 from core.files import make_folder
 from core.images import image_files, open_image
 from core.weights import read_torch
@@ -260,7 +259,7 @@ def read_statistics(file: str | Path) -> Statistics:
         with np.load(file) as held:
             count = int(held["count"]) if "count" in held else None
             mu, sigma = held["mu"], held["sigma"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{file} is no .npz file with mu and sigma: {first_line(error)}") from error
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise InputError(f"{file}: mu {list(mu.shape)} and sigma {list(sigma.shape)} are no mean and covariance")
@@ -285,16 +284,30 @@ def real_statistics(
     # Unless given, beside torch-fidelity's own caches.
     cache = Path(torch.hub.get_dir()).parent / "adm_statistics" if cache is None else Path(cache)
     file = cache / f"{extractor.features.extractor}-{digest.hexdigest()[:32]}.npz"
-    if file.is_file():
-        return read_statistics(file)
+    key = digest.hexdigest()
+    if file.is_file() and (kept := _kept_statistics(file, key)) is not None:
+        return kept
     found = statistics(extractor(images)[extractor.distance_layer], name)
     make_folder(cache, "--cache")
     beside = file.with_suffix(f".{os.getpid()}.npz")  # several commands may find it missing at once
     try:
-        np.savez(beside, mu=found.mu, sigma=found.sigma, count=np.array(found.count))
+        np.savez(beside, mu=found.mu, sigma=found.sigma, count=np.array(found.count), key=np.array(key))
         os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)
+    return found
+
+
+def _kept_statistics(file: Path, key: str) -> Statistics | None:
+    """What was kept for images and extractor of this ``key``; None, with a line, where the file is damaged."""
+    try:
+        found = read_statistics(file)
+        with np.load(file) as held:  # of an earlier version without its key
+            if found.count is None or str(held.get("key", key)) != key:
+                raise InputError(f"{file} holds statistics of other images")
+    except InputError as error:
+        notice(f"{error}: they are computed anew")
+        return None
     return found
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, TrainingError
-from diffusion.files import read_json, reading
+from diffusion.files import read_about, reading
 from diffusion.schedule import CosineSchedule, Prediction
 
 LastStep = Literal["noisy", "clean"]
@@ -181,10 +181,10 @@ def load_student(folder: str | Path, device: torch.device | str = "cpu") -> Stud
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no network: name a round's folder, with config.json and adm.json in it")
     try:
-        said = read_json(folder / "adm.json")
+        said = read_about(folder)
         prediction, timesteps = said["prediction"], said["timesteps"]
         schedule, steps = said["schedule"], said["steps"]
-    except (InputError, KeyError) as error:
+    except KeyError as error:
         raise InputError(
             f"{folder} has no adm.json that says prediction, timesteps, schedule and steps: only networks that "
             "diffusion/tools/train.py wrote can be sampled here"

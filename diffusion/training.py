@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -123,12 +124,38 @@ def make_loader(kind: Callable[..., Any], data: Any, config: Any, accelerator: A
     )
 
 
+def check_memory(what: str, needed: int, device: torch.device) -> None:
+    """Raises: InputError where so many bytes are more than the device has."""
+    import psutil
+
+    has = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total
+    if needed > has:
+        raise InputError(f"{what} needs {needed / 2**30:,.1f} GiB at least, and here are {has / 2**30:,.1f} GiB")
+
+
+def check_size(name: str, build: Callable[[], nn.Module], device: torch.device) -> None:
+    """Raises: InputError for a network that cannot be trained for want of memory, before it takes any."""
+    with torch.device("meta"):
+        size = sum(p.nbytes for p in build().parameters())
+    check_memory(f"to train a {name} of this size", 4 * size, device)  # weights, gradients and Adam's two moments
+
+
+def check_batch(distiller: Distiller, loader: Any, config: Any, accelerator: Any) -> None:
+    """Raises: InputError for a batch that the memory cannot hold. The loader is of no use afterwards."""
+    needed = _memory(distiller, loader, config, accelerator)
+    check_memory(f"--batch_size {config.batch_size} (less with --fit.accumulate)", needed, accelerator.device)
+
+
 def describe_memory(distiller: Distiller, loader: Any, config: Any, accelerator: Any) -> str:
     """A dry run's line on memory, from a forward of two images."""
+    return gigabytes(_memory(distiller, loader, config, accelerator))
+
+
+def _memory(distiller: Distiller, loader: Any, config: Any, accelerator: Any) -> int:
     batch = {name: values[:2] for name, values in next(iter(loader)).items()}
     part = config.batch_size // accelerator.num_processes // config.fit.accumulate
     with accelerator.autocast():
-        return gigabytes(memory_estimate(distiller.to(accelerator.device), batch, part, moments=2))
+        return memory_estimate(distiller.to(accelerator.device), batch, part, moments=2)
 
 
 def time_step(distiller: Distiller, loader: Any, optimizer: Any, config: Any, accelerator: Any) -> float:

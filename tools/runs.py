@@ -22,7 +22,7 @@ import yaml
 
 from core.errors import InputError
 from core.files import make_folder, write_atomically
-from core.training.run import flatten, identity_of, read_config, read_json, read_metrics
+from core.training.run import flatten, identity_in, identity_of, read_config, read_json, read_metrics
 
 KEPT = "runs.jsonl"
 
@@ -147,11 +147,13 @@ def _read_folder(folder: Path) -> dict[str, Any]:
         if (folder / "config.yaml").is_file():
             files["config"] = read_config(folder / "config.yaml")
         documents = sorted(folder.glob("*.json"), key=lambda f: (f.stem not in ("environment", "summary"), f.stem))
-        own = ("environment.json", "summary.json")
-        files |= {f.stem: read_json(f, signed=f.name in own) for f in documents}
-        for name in ("environment", "summary") if "config" in files else ():
-            if files.get(name, {}).get("run", identity := identity_of(folder / "config.yaml")) != identity:
-                raise InputError(f"{folder / name}.json is another run's: resuming the run writes its own")
+        files |= {f.stem: read_json(f) for f in documents}
+        identity = identity_of(folder / "config.yaml") if "config" in files else None
+        for name, values in files.items() if identity else ():
+            if (identity_in(values) or identity) != identity:
+                raise InputError(
+                    f"{folder / name}.json is another run's: delete it, and what wrote it there writes its own"
+                )
         lines = read_metrics(folder / "metrics.jsonl", files.get("summary"))
         if evaluations := [line for line in lines if line.get("kind") == "evaluation"]:
             files["metrics"] = evaluations

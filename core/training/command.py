@@ -98,9 +98,20 @@ def _run(main: Callable[[], int | None]) -> int:
         use = "write" if error.errno in _DISK else "use"
         print(f"error: cannot {use} {error.filename or 'to the disk'}: {error.strerror}", file=sys.stderr)
         return FAILED if error.errno in _DISK else WRONG_INPUT
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print("error: the memory is full: give a smaller batch or network, or fewer images at once", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether Python, or torch on a GPU or CPU, found no room for something."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or "can't allocate memory" in str(error)
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -219,12 +230,16 @@ def parse(parser: Any, argv: Sequence[str] | None = None, nested: Sequence[str] 
     ``nested``: keys inside mappings, which the parser does not list, as ``networks.<role>.lr``.
     Raises: InputError, one line, offering the nearest known key for an unknown one.
     """
-    from jsonargparse import ArgumentError
+    from jsonargparse import ArgumentError, Namespace
 
     argv = sys.argv[1:] if argv is None else argv
     given = [key for file in config_files(argv) for key in _keys_of(file)]
     try:
-        options = parser.instantiate(parser.parse_args(argv))
+        parsed = parser.parse_args(argv)
+        for name in parser.groups:
+            if name in parsed and not isinstance(parsed[name], Namespace):
+                raise InputError(f"{name} is a group of options, as {name}: {{...}}, not {parsed[name]!r}")
+        options = parser.instantiate(parsed)
         check_numbers(vars(options))
         return options
     except ArgumentError as error:

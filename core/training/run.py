@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -263,16 +264,19 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def save_signed_json(values: Mapping[str, Any], file: Path) -> None:
-    """As ``save_json``, with a hash by which ``read_json`` knows that it is whole."""
+    """As ``save_json``, with a digest by which ``read_json`` knows that nothing was lost."""
     values = plain(values, finite=True)
     save_json({**values, "sha256": _digest(values)}, file)
 
 
-def read_json(file: Path, *, signed: bool = True) -> dict[str, Any]:
-    """What a run's JSON file says. Raises: InputError where it is damaged.
+def identity_in(values: Any) -> str | None:
+    """The identity of the run whose JSON file says this; None where it says none."""
+    run = values.get("run") if isinstance(values, Mapping) else None
+    return run if isinstance(run, str) and re.fullmatch("[0-9a-f]{64}", run) else None
 
-    ``signed``: whether one that names its run must have its hash, as ``environment.json`` and ``summary.json``.
-    """
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file of a run says, signed or not. Raises: InputError where it is damaged."""
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -280,7 +284,7 @@ def read_json(file: Path, *, signed: bool = True) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{file} is damaged (it holds a {type(values).__name__})")
     digest = values.pop("sha256", None)
-    if (digest or (signed and "run" in values)) and digest != _digest(values):
+    if (digest is not None or identity_in(values)) and digest != _digest(values):
         raise InputError(f"{file} is damaged, or was changed by hand")
     return values
 

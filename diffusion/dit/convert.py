@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, first_line
+from core.files import leftover
 from core.training.checkpoint import numbered
 from core.weights import read_metadata, read_state_dict, split_key
 from diffusion.dit.model import SIZES, DiT, DiTConfig, sincos_table
-from diffusion.files import read_json, reading, save_pipeline
+from diffusion.files import ABOUT, read_about, read_json, reading, save_pipeline
 
 # ours -> diffusers'; several where ours is their concatenation
 LAYERS = {
@@ -53,9 +54,9 @@ def load_dit(path: str | Path) -> DiT:
     path = Path(path)
     if path.is_dir():
         folder = find_transformer(path)
+        about = read_about(folder if (folder / ABOUT).is_file() else folder.parent)
         model = _build(str(folder), *_read_folder(folder))
-        about = folder / "adm.json" if (folder / "adm.json").is_file() else folder.parent / "adm.json"
-        model.null_label = bool(read_json(about).get("null_label", True))
+        model.null_label = bool(about.get("null_label", True))
         return model
     if not split_key(path)[0].is_file():
         raise InputError(f"no DiT at {path}: name a .pt or .safetensors file, a diffusers folder or a run folder")
@@ -73,13 +74,23 @@ def load_dit(path: str | Path) -> DiT:
 def null_label(path: Path) -> bool:
     """Whether the network of a file or folder can be guided (see ``DiT``); of a folder it reads no weights."""
     file = split_key(path)[0].is_file()
-    return load_dit(path).null_label if file else bool(read_json(path / "adm.json").get("null_label", True))
+    return load_dit(path).null_label if file else bool(read_json(path / ABOUT).get("null_label", True))
+
+
+def exports(run: Path) -> list[Path]:
+    """The networks that a run exported, the earliest first. Raises: InputError for one without its ``adm.json``."""
+    steps = [step for step in numbered(run / "export") if step.is_dir()]
+    found = [path for step in steps for path in sorted(step.iterdir()) if path.is_dir() and not leftover(path)]
+    for path in found:
+        if not (path / ABOUT).is_file():
+            raise InputError(f"{path / ABOUT} is missing: bring it back, or delete {path}")
+    return found
 
 
 def find_transformer(folder: Path) -> Path:
     """The folder with the ``config.json`` of diffusers' network in or under ``folder``. Raises: InputError."""
-    exports = [step / "student" for step in numbered(folder / "export")[-1:]]
-    for place in (folder, *exports):
+    students = [path for path in exports(folder) if path.name == "student"]
+    for place in (folder, *students[-1:]):
         for candidate in (place / "transformer", place):
             if (candidate / "config.json").is_file():
                 return candidate

@@ -2,16 +2,16 @@
 
 A folder of latents is what ``diffusion/tools/encode_latents.py`` writes: ``index.json`` (``LatentIndex``) and shards
 ``latents-00000.safetensors``, ... of consecutive images. In a shard lie ``moments`` float16 ``[n, 2, 2, C, h, w]``
-(image and mirror image; mean and standard deviation, not yet scaled; one piece an image, so that a sample is one read)
-and ``labels`` int64 ``[n]``. A sample is ``(mean + std * noise) * scale``, as in Peebles and Xie, "Scalable Diffusion
-Models with Transformers", ICCV 2023.
+(image and mirror image; mean and standard deviation, not yet scaled; one piece an image, so that a sample is one read),
+``labels`` int64 ``[n]`` and ``checks`` int64 ``[n, 2]``, by which each sample is checked as it is read. A sample is
+``(mean + std * noise) * scale``, as in Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from core.errors import InputError
 from core.images import EXTENSIONS, class_folders
 from core.ranges import Count, Positive
 from diffusion.data import DataConfig, ImageLoader, Shuffled, in_order, read_files, read_named
+from diffusion.files import read_json
 
 INDEX = "index.json"
 
@@ -119,59 +120,104 @@ def read_index(folder: Path) -> LatentIndex:
     if not file.is_file():
         raise InputError(f"no {INDEX} in {folder}: give a folder that diffusion/tools/encode_latents.py wrote")
     try:
-        said = json.loads(file.read_text())
+        said = read_json(file)
         index = LatentIndex(**{**said, "shape": tuple(said["shape"]), "class_names": tuple(said["class_names"])})
         numbers = (*index.shape, index.image_size, index.classes, index.count, index.shard_size)
         whole = len(index.shape) == 3 and all(isinstance(n, int) and n > 0 for n in numbers)
         if not whole or index.classes != len(index.class_names) or not float(index.scale) > 0:
             raise ValueError
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file} is broken: bring it back, or encode the images into another folder") from error
     return index
 
 
-def open_shard(folder: Path, index: LatentIndex, shard: int) -> tuple[Tensor, Tensor]:
-    """``(moments, labels)`` of a shard; moments are mapped: only what is read of them comes into memory.
+MEND = "delete it and run encode_latents.py again as before, which makes what is missing"
+
+
+def check_of(index: LatentIndex, row: int, label: int, mirrored: int, moments: Tensor) -> int:
+    """The check sum of one sample, float16 ``[2, C, h, w]``: of its values, its label, and what it was made of."""
+    made = f"{index.vae_sha256} {index.files_sha256} {index.scale} {row} {label} {mirrored}"
+    return zlib.crc32(moments.contiguous().numpy().tobytes(), zlib.crc32(made.encode()))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive images on disk. ``moments`` are mapped: only what is read of them comes into memory."""
+
+    file: Path
+    index: LatentIndex
+    first: int
+    """The first image's place in the order of all."""
+    moments: Tensor
+    labels: Tensor
+    checks: Tensor | None
+    """None in a file of an earlier version."""
+
+    def check(self, within: int, mirrored: int, moments: Tensor) -> None:
+        """Raises: InputError where a sample that was read is not the one that was encoded."""
+        label = int(self.labels[within])
+        if self.checks is not None:
+            found = check_of(self.index, self.first + within, label, mirrored, moments)
+            if found != self.checks[within, mirrored]:
+                raise InputError(f"{self.file} is damaged, or of other latents than {INDEX} says: {MEND}")
+
+    def check_all(self) -> None:
+        """``check`` of every sample: reads the whole file."""
+        for within in range(len(self.labels)):
+            for mirrored in (0, 1):
+                self.check(within, mirrored, self.moments[within, mirrored])
+
+
+def open_shard(folder: Path, index: LatentIndex, shard: int) -> Shard:
+    """A shard, of which the first sample was checked.
 
     Raises: InputError naming a shard that is missing, broken, or not what the index says.
     """
     from safetensors import SafetensorError, safe_open
 
     file = shard_file(folder, shard)
-    mend = "delete it and run encode_latents.py again as before, which makes what is missing"
     try:
         with safe_open(file, framework="pt") as opened:
             moments, labels = opened.get_tensor("moments"), opened.get_tensor("labels").clone()
+            names = set(opened.keys())
+            checks = opened.get_tensor("checks").clone() if "checks" in names else None
     except FileNotFoundError as error:
         raise InputError(f"{file} is missing: run encode_latents.py again as before") from error
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} is broken: {mend}") from error
+        raise InputError(f"{file} is broken: {MEND}") from error
     count = len(index.rows(shard))
     if len(moments) != count or labels.shape != (count,):
-        raise InputError(f"{file} holds {len(moments)} images, {INDEX} says {count}: {mend}")
+        raise InputError(f"{file} holds {len(moments)} images, {INDEX} says {count}: {MEND}")
     if moments.shape[1:] != (2, 2, *index.shape) or moments.dtype != torch.float16:
         found = f"{moments.dtype} {list(moments.shape[3:])}".removeprefix("torch.")
-        raise InputError(f"{file} holds latents {found}, {INDEX} says float16 {list(index.shape)}: {mend}")
+        raise InputError(f"{file} holds latents {found}, {INDEX} says float16 {list(index.shape)}: {MEND}")
     if not 0 <= int(labels.min()) <= int(labels.max()) < index.classes:
-        raise InputError(f"{file} has labels {labels.min()} to {labels.max()} of {index.classes} classes: {mend}")
-    return moments, labels
+        raise InputError(f"{file} has labels {labels.min()} to {labels.max()} of {index.classes} classes: {MEND}")
+    if checks is not None and (checks.shape != (count, 2) or checks.dtype != torch.int64):
+        raise InputError(f"{file} is broken: {MEND}")
+    opened_shard = Shard(file, index, index.rows(shard).start, moments, labels, checks)
+    opened_shard.check(0, 0, moments[0, 0])
+    return opened_shard
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latents(_Labelled):
-    """Latents on disk. ``shards``: their mapped moments; ``rows`` int64 ``[N]``: where in the folder the N images are
-    that are to be used."""
+    """Latents on disk; ``rows`` int64 ``[N]``: where in the folder the N images are that are to be used."""
 
     index: LatentIndex
-    shards: tuple[Tensor, ...]
+    shards: tuple[Shard, ...]
     rows: Tensor
 
     def read(self, positions: Tensor, mirrored: Tensor) -> Tensor:
-        """Mean and standard deviation, float16 ``[B, 2, C, h, w]``, of images int64 ``[B]`` or their mirror images."""
+        """Mean and standard deviation, float16 ``[B, 2, C, h, w]``, of images int64 ``[B]`` or their mirror images.
+
+        Raises: InputError naming a shard that is damaged.
+        """
         moments = torch.empty(len(positions), 2, *self.index.shape, dtype=torch.float16)
         for place, row, flipped in zip(moments, self.rows[positions].tolist(), mirrored.tolist(), strict=True):
             shard, within = divmod(row, self.index.shard_size)
-            place.copy_(self.shards[shard][within, int(flipped)])
+            place.copy_(self.shards[shard].moments[within, int(flipped)])
+            self.shards[shard].check(within, int(flipped), place)
         return moments
 
 
@@ -211,9 +257,9 @@ def _latents(config: LabelledConfig) -> Latents:
             f"{len(missing)} of {index.shards} shards are missing in {folder}, the first is "
             f"{shard_file(folder, missing[0]).name}: run encode_latents.py again as before, which makes them"
         )
-    shards, labels = zip(*(open_shard(folder, index, n) for n in range(index.shards)), strict=True)
+    shards = tuple(open_shard(folder, index, n) for n in range(index.shards))
     rows = spread(index.count, config.limit)
-    kept = torch.cat(labels)[rows]
+    kept = torch.cat([shard.labels for shard in shards])[rows]
     return Latents(kept, index.class_names, *index.shape[:2], index.scale, index=index, shards=shards, rows=rows)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core.errors import InputError, unknown
-from core.ranges import Size, check_ranges
+from core.ranges import Layers, Size, check_ranges
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 """Width, blocks and heads (Table 1 of DiT)."""
@@ -34,7 +34,7 @@ class DiTConfig:
 
     size: str | None = "S/2"
     width: Size | None = None
-    depth: Size | None = None
+    depth: Layers | None = None
     heads: Size | None = None
     patch: Size | None = None
 

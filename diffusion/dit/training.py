@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,16 @@ from diffusion.dit.data import LabelledData, labelled_loader, load_labelled
 from diffusion.dit.distiller import DiTDistiller
 from diffusion.dit.model import DiT
 from diffusion.files import read_json
-from diffusion.training import MAY_CHANGE, DryRun, count, describe_memory, make_loader, time_step
+from diffusion.training import (
+    MAY_CHANGE,
+    DryRun,
+    check_batch,
+    check_size,
+    count,
+    describe_memory,
+    make_loader,
+    time_step,
+)
 
 
 def train(config: DiTTrainingConfig) -> int:
@@ -58,10 +68,13 @@ def train(config: DiTTrainingConfig) -> int:
 def prepare(config: DiTTrainingConfig, run: RunFolder | str) -> tuple[LabelledData, DiTDistiller, Any, Any, int]:
     """Data, networks, accelerator, batches and the number of steps. Raises: InputError for what does not fit."""
     data = load_labelled(config.data)
-    distiller = make_distiller(config, data)
     accelerator = make_accelerator(config.fit, run)
+    for network in (config.student, config.teacher_network)[: 1 + config.online]:
+        check_size("DiT", partial(DiT, network, data.channels, data.size, data.classes), accelerator.device)
+    distiller = make_distiller(config, data)
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    check_batch(distiller, make_loader(labelled_loader, data, config, accelerator, 0), config, accelerator)
     loader = make_loader(labelled_loader, data, config, accelerator, config.seed)
     return data, distiller, accelerator, loader, durations(config.fit, len(loader))[0]
 

@@ -22,12 +22,22 @@ from core.training.seed import seed_everything
 from core.training.task import dry_run, exit_code, open_run
 from diffusion.consensus import load_classifier
 from diffusion.data import ImageLoader, load_images
+from diffusion.files import ABOUT, read_about
 from diffusion.progressive.config import BaseConfig, ProgressiveConfig, RoundsConfig
 from diffusion.progressive.distiller import BaseDistiller, Denoiser, ProgressiveDistiller
 from diffusion.progressive.network import build_unet, check_network, copy_without_dropout, load_teacher, save_student
 from diffusion.sampling import Student, read_unet
 from diffusion.schedule import CosineSchedule
-from diffusion.training import MAY_CHANGE, DryRun, count, describe_memory, make_loader, time_step
+from diffusion.training import (
+    MAY_CHANGE,
+    DryRun,
+    check_batch,
+    check_size,
+    count,
+    describe_memory,
+    make_loader,
+    time_step,
+)
 
 BASE = "base"
 
@@ -85,7 +95,10 @@ def prepare(config: ProgressiveConfig, accelerator: Any) -> tuple[Tensor, Studen
     if config.teacher is not None:
         return images, given_teacher(config, images)
     if not (config.out / BASE / "teacher").exists():  # else its round is over, and what it started from may be gone
-        base_distiller(config, images)
+        if config.init is None:
+            shape = images.shape[1], images.shape[-1]
+            check_size("U-Net", lambda: build_unet(config.network, *shape), accelerator.device)
+        check_batch(base_distiller(config, images), loader, config, accelerator)
     return images, None
 
 
@@ -151,45 +164,59 @@ def _round(
     run = RunFolder(path, resolved, main=is_main_process(), may_change=MAY_CHANGE)
     settings = replace(config.fit, steps=length)
     accelerator = make_accelerator(settings, run)
-    trained, written = run.finished, exported.exists()
+    done = run.finished and _is_whole(exported, run)
     accelerator.wait_for_everyone()  # all have looked before one of them writes
-    if trained and written:
+    if done:
         if run.main:
             prune(run.checkpoints, config.fit.keep)
         return exported
     distiller = base_distiller(config, images) if teacher is None else round_distiller(config, teacher, steps)
-    if not trained:
-        loader = round_loader(config, images, accelerator, label)
-        constant = ScheduleConfig("constant", warmup=config.base.warmup / len(loader))
-        schedule = constant if teacher is None else ScheduleConfig(config.rounds.schedule)
-        seed_everything(config.seed, "training", label, accelerator.process_index)
-        result = fit(
-            distiller,
-            loader,
-            optimizer=torch.optim.Adam,
-            schedule=make_schedule(schedule, durations(settings, len(loader))[0] / len(loader)),
-            config=settings,
-            run=run,
-            accelerator=accelerator,
-            summary={
-                "method": config.method,
-                "seed": config.seed,
-                "round": label,
-                "parameters": count(distiller.networks[role]),
-            },
-            progress_bar=config.progress_bar,
-        )
-        if result["status"] != "finished":
-            return None
+    loader = round_loader(config, images, accelerator, label)
+    constant = ScheduleConfig("constant", warmup=config.base.warmup / len(loader))
+    schedule = constant if teacher is None else ScheduleConfig(config.rounds.schedule)
+    seed_everything(config.seed, "training", label, accelerator.process_index)
+    result = fit(  # takes no step where only the network's folder is to be written
+        distiller,
+        loader,
+        optimizer=torch.optim.Adam,
+        schedule=make_schedule(schedule, durations(settings, len(loader))[0] / len(loader)),
+        config=settings,
+        run=run,
+        accelerator=accelerator,
+        summary={
+            "method": config.method,
+            "seed": config.seed,
+            "round": label,
+            "parameters": count(distiller.networks[role]),
+        },
+        progress_bar=config.progress_bar,
+    )
+    if result["status"] != "finished":
+        return None
     if run.main:
         # From the checkpoint: a run that was killed between its end and this line then writes the same.
         saved, state = read_checkpoint(goal(run.checkpoints / LAST))
         distiller.networks[role].load_state_dict(saved[role])
         distiller.load_state_dict(state["extra"], strict=False)
-        save_student(exported, distiller.export(role), config.predict, steps, config.timesteps)
+        network = distiller.export(role)
+        save_student(exported, network, config.predict, steps, config.timesteps, run=run.identity)
         run.log(f"{'base network' if teacher is None else f'{label}-step student'}: {exported}")
     accelerator.wait_for_everyone()
     return exported
+
+
+def _is_whole(exported: Path, run: RunFolder) -> bool:
+    """Whether a round's network lies there as the run wrote it. Of a spoiled one it says so: it is written anew."""
+    if not exported.exists():
+        return False
+    try:
+        about = read_about(exported)
+        if about.get("run", run.identity if about else None) != run.identity:
+            raise InputError(f"{exported / ABOUT} is missing, or another run's")
+    except InputError as error:
+        run.say(f"{error}: it is written anew")
+        return False
+    return True
 
 
 def round_loader(config: ProgressiveConfig, images: Tensor, accelerator: Any, label: int | str) -> ImageLoader:

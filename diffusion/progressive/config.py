@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from core.errors import InputError
+from core.errors import InputError, notice
 from core.ranges import Count, Index, NonNegative, Positive, Range, Seed, Share, check_ranges
 from core.training.fit import FitConfig
 from diffusion.data import DataConfig
@@ -130,6 +130,11 @@ class ProgressiveConfig(TrainingConfig):
                 f"adm.adm_rounds {list(rounds)}: ADM would never act, the chain's students have {list(self.students)} "
                 "steps; choose some of them, or --method pd"
             )
+
+        if self.teacher is None and self.base.warmup >= self.base.steps:
+            notice(f"base.warmup {self.base.warmup} is as long as base.steps: the rate never gets there")
+        if rounds != "all" and rounds != ADMConfig.adm_rounds and (idle := set(rounds) - set(self.students)):
+            notice(f"adm.adm_rounds: the chain has no student of {sorted(idle)} steps")
 
     @property
     def students(self) -> tuple[int, ...]:

@@ -164,12 +164,12 @@ def scheduler_config(prediction: Prediction, steps: int, timesteps: int) -> dict
     }
 
 
-def save_student(folder: Path, network: Any, prediction: Prediction, steps: int, timesteps: int) -> None:
+def save_student(folder: Path, network: Any, prediction: Prediction, steps: int, timesteps: int, **about: Any) -> None:
     """Writes a folder that ``UNet2DModel.from_pretrained``, ``DDIMPipeline.from_pretrained`` and ``load_student`` read.
 
-    It appears whole or not at all. Raises: TrainingError where the disk is full.
+    It appears whole or not at all. ``about``: more for ``adm.json``. Raises: TrainingError where the disk is full.
     """
-    about = {"prediction": prediction, "timesteps": timesteps, "steps": steps, "schedule": "cosine"}
+    about = {"prediction": prediction, "timesteps": timesteps, "steps": steps, "schedule": "cosine", **about}
     save_pipeline(folder, network, ".", "DDIMPipeline", scheduler_config(prediction, steps, timesteps), about)
 
 

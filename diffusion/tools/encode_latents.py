@@ -23,19 +23,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveInt, restricted_number_type
 from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from core.errors import InputError, TrainingError
-from core.files import make_folder, save_json, write_atomically
+from core.files import make_folder, write_atomically
 from core.images import open_image
 from core.training.command import DONE, INTERRUPTED, Stop, parse, run_command
+from core.training.run import save_signed_json
 from diffusion.data import in_order, scaled
-from diffusion.dit.data import INDEX, ClassFiles, LatentIndex, class_files, open_shard, read_index, shard_file
+from diffusion.dit.data import INDEX, ClassFiles, LatentIndex, check_of, class_files, open_shard, read_index, shard_file
 from diffusion.dit.sampling import load_vae
 from diffusion.files import need_packages
 from diffusion.tools import runs
+from diffusion.training import check_memory
+
+ImageSize: Any = restricted_number_type("ImageSize", int, [(">=", 8), ("<=", 4096)])
+Threads: Any = restricted_number_type("Threads", int, [(">", 0), ("<=", 1024)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +64,7 @@ def parse_options(argv: Sequence[str] | None) -> Any:
     add("--vae", type=str, default="stabilityai/sd-vae-ft-ema", help="AutoencoderKL: a folder, or a name on the hub")
     add("--out", type=str, required=True, help="folder of the latents")
     add("--scale", type=float, default=None, help="factor on the latents; the VAE's own (0.18215) unless given")
-    add("--image_size", type=PositiveInt, default=256, help="height and width of the images in pixels")
+    add("--image_size", type=ImageSize, default=256, help="height and width of the images in pixels")
     add(
         "--batch_size",
         type=PositiveInt,
@@ -67,7 +72,7 @@ def parse_options(argv: Sequence[str] | None) -> Any:
         help="images at once, in each process; their mirror images come on top",
     )
     add("--shard_size", type=PositiveInt, default=4096, help="images in a file; being cut off costs the file begun")
-    add("--workers", type=PositiveInt, default=4, help="threads that decode images, in each process")
+    add("--workers", type=Threads, default=4, help="threads that decode images, in each process")
     runs.add_device(parser)
     options = parse(parser, argv)
     if options.scale is not None and not 0 < options.scale < math.inf:
@@ -87,6 +92,7 @@ def encode(options: Any, state: Any) -> int:
     images = class_files(options.images)
     vae = load_vae(options.vae, state.device)
     index = describe(options, vae, images)
+    check_room(options, vae, index, state.device)
     out = Path(options.out)
     check_folder(out, index)
     todo: list[Any] = [prepare(out, index, images.labels) if state.is_main_process else None]
@@ -126,6 +132,20 @@ def describe(options: Any, vae: Any, images: ClassFiles) -> LatentIndex:
         shard_size=options.shard_size,
         files_sha256=hashlib.sha256(paths).hexdigest(),
     )
+
+
+def check_room(options: Any, vae: Any, index: LatentIndex, device: torch.device) -> None:
+    """Raises: InputError for a batch or a shard that the memory cannot hold."""
+    pixels = 2 * min(options.batch_size, index.count) * index.image_size**2
+    first = 4 * pixels * vae.config.block_out_channels[0]  # what its first convolution puts out
+    check_memory(f"--batch_size {options.batch_size} of --image_size {index.image_size}", first, device)
+    shard = 2 * min(index.shard_size, index.count) * bytes_of(index)  # its parts, and the whole
+    check_memory(f"--shard_size {index.shard_size}", shard, torch.device("cpu"))
+
+
+def bytes_of(index: LatentIndex) -> int:
+    """What an image takes: its moments and those of its mirror image in float16, its label and two check sums."""
+    return 2 * 2 * math.prod(index.shape) * 2 + 3 * 8
 
 
 def weights_hash(module: torch.nn.Module) -> str:
@@ -169,17 +189,19 @@ def prepare(out: Path, index: LatentIndex, labels: Tensor) -> list[int]:
             missing.append(shard)
             continue
         try:
-            same = torch.equal(open_shard(out, index, shard)[1], labels[index.rows(shard)])
+            found = open_shard(out, index, shard)
+            found.check_all()
+            same = torch.equal(found.labels, labels[index.rows(shard)])
         except InputError:
             same = False
         if not same:
             print(f"{shard_file(out, shard)} is broken: it is made anew", file=sys.stderr)
             missing.append(shard)
-    need = sum(len(index.rows(shard)) for shard in missing) * (2 * 2 * math.prod(index.shape) * 2 + 8)
+    need = sum(len(index.rows(shard)) for shard in missing) * bytes_of(index)
     if need > room:
         raise InputError(f"{out} has room for {room / 1e9:.1f} GB, the latents need {need / 1e9:.1f} GB more")
     if not (out / INDEX).is_file():
-        save_json(asdict(index), out / INDEX)
+        save_signed_json(asdict(index), out / INDEX)
     return missing
 
 
@@ -219,7 +241,12 @@ def encode_shards(
                 if stop.requested:
                     return
             labels = images.labels[index.rows(shard)].contiguous()
-            content = save({"moments": torch.cat(parts).contiguous(), "labels": labels})
+            moments = torch.cat(parts).contiguous()
+            named = zip(index.rows(shard), labels.tolist(), moments, strict=True)
+            checks = torch.tensor(
+                [[check_of(index, row, label, m, pair[m]) for m in (0, 1)] for row, label, pair in named]
+            )
+            content = save({"moments": moments, "labels": labels, "checks": checks})
             # save_file would make a file that others can't read
             write_atomically(shard_file(Path(options.out), shard), partial(Path.write_bytes, data=content))
 

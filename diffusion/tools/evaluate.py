@@ -27,9 +27,9 @@ from PIL import Image
 from torch import Tensor
 
 from core.errors import InputError
-from core.files import make_folder, save_json
+from core.files import make_folder
 from core.training.command import DONE, parse, run_command
-from core.training.run import environment
+from core.training.run import environment, identity_of, save_signed_json
 from diffusion import metrics
 from diffusion.data import DataConfig, load_images
 from diffusion.dit.data import LabelledConfig, load_labelled
@@ -86,6 +86,8 @@ def parse_options(argv: Sequence[str], data: DataConfig | None = None) -> Any:
     options = parse(parser, argv)
     if bool(options.networks) == (options.images is not None):
         raise InputError("give run or network folders, or --images FOLDER")
+    if options.inception is not None and options.features != "inception":
+        raise InputError(f"--inception counts only with --features inception, not with {options.features}")
     return options
 
 
@@ -197,18 +199,25 @@ class Results:
             **{name: getattr(options, name) for name in ("samples", "seed", "sampling_steps", "last_step", "splits")},
             "dit": None if dit is None else {**dit.settings, "vae": options.vae},
         }
+        if self.file is not None and (self.file.parent / "config.yaml").is_file():
+            settings["run"] = identity_of(self.file.parent / "config.yaml")
+        if self.file is not None and self.file.is_dir():
+            raise InputError(f"--out {self.file} is a folder: name the JSON file in it")
+        if self.file is not None:
+            make_folder(self.file.parent, "--out")
         self.report: dict[str, Any] = {**settings, "rows": [], "environment": environment(str(extractor.device))}
         try:
             before = {} if self.file is None else read_json(self.file)
         except InputError as error:
-            raise InputError(f"{self.file} is no JSON of results: name another --out, or delete it") from error
+            raise InputError(f"{error}: it is no JSON of results; name another --out, or delete it") from error
         now = json.loads(json.dumps(settings))
+        before = {"run": now.get("run"), **before} if before else {}  # of an earlier version
         changed = [key for key in now if before and _setting(before, key) != _setting(now, key)]
         self.rename = bool(changed)
         if changed:
             print(f"{self.file} is of other settings ({changed[0]}): it becomes {self.file}.before", flush=True)
         elif before:
-            self.report["rows"] = before["rows"]
+            self.report["rows"] = before.get("rows", [])
 
     def missing(self, plan: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of ``{"network", "guidance", "sha256"}`` that have no row. Rows of what they were before go."""
@@ -228,7 +237,7 @@ class Results:
         if self.rename:
             os.replace(self.file, f"{self.file}.before")
             self.rename = False
-        save_json(self.report, self.file)
+        save_signed_json(self.report, self.file)
 
 
 def _setting(report: dict[str, Any], key: str) -> Any:

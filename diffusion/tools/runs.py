@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
 
 from core.errors import InputError
 from core.files import make_folder
+from core.training.checkpoint import step_of
 from core.training.run import read_config as read_signed_config
 from diffusion.data import DataConfig
-from diffusion.dit.convert import null_label
+from diffusion.dit.convert import exports, null_label
 from diffusion.dit.data import LabelledConfig
 from diffusion.dit.gaussian import Sampler, spaced_times
 from diffusion.dit.sampling import Precision, check_guidance, load_vae
 from diffusion.files import read_json
+
+UpTo100: Any = restricted_number_type("UpTo100", int, [(">", 0), ("<=", 100)])
+"""Pictures along the side of a figure."""
 
 
 def find_students(folders: Sequence[str | Path], steps: Sequence[int] = ()) -> list[Path]:
@@ -36,16 +40,16 @@ def find_students(folders: Sequence[str | Path], steps: Sequence[int] = ()) -> l
             found.append(folder)
             continue
         rounds = {int(path.parent.name.removeprefix("round-")): [path] for path in folder.glob("round-*/student")}
-        exports: dict[int, list[Path]] = {}
-        for path in sorted((folder / "export").glob("step-*/*/adm.json")):
-            exports.setdefault(int(path.parent.parent.name.removeprefix("step-")), []).append(path.parent)
-        known = exports or rounds
+        iterations: dict[int, list[Path]] = {}
+        for path in exports(folder):
+            iterations.setdefault(step_of(path.parent), []).append(path)
+        known = iterations or rounds
         if not known:
             raise InputError(f"{folder} is neither a network's folder (config.json) nor a run with a finished round")
         if missing := sorted(set(steps) - set(known)):
-            what = f"no network of iteration {missing[0]}" if exports else f"no student of {missing[0]} steps"
-            raise InputError(f"{folder} has {what}, only of {sorted(known, reverse=not exports)}")
-        found += [path for n in sorted(steps or known, reverse=not exports) for path in known[n]]
+            what = f"no network of iteration {missing[0]}" if iterations else f"no student of {missing[0]} steps"
+            raise InputError(f"{folder} has {what}, only of {sorted(known, reverse=not iterations)}")
+        found += [path for n in sorted(steps or known, reverse=not iterations) for path in known[n]]
     return found
 
 
@@ -79,9 +83,9 @@ def figures_folder(out: str | None, folder: str | Path) -> Path:
 
 def tool_parser(description: str) -> Any:
     """jsonargparse's parser as all tools have it, for ``core.training.command.parse``."""
-    from jsonargparse import ArgumentParser
+    from core.training.command import tool_parser
 
-    return ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    return tool_parser(description)
 
 
 def add_device(parser: Any) -> None:
@@ -106,7 +110,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 def data_of(folder: Path) -> DataConfig | LabelledConfig:
     """The images that a run, or a network of it, was trained on; the defaults where that is not known."""
     dit = (folder / "export").is_dir() or (is_network(folder) and is_dit(folder))
-    said = read_config(folder).get("data", {})
+    config = read_config(folder)
+    if not config and not is_network(folder):
+        raise InputError(f"{folder}/config.yaml is missing: the run's command writes it again; or name its networks")
+    said = config.get("data", {})
     return LabelledConfig(**said) if dit else DataConfig(**said)
 
 

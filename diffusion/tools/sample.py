@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from PIL import Image
 from torch import Tensor
 
@@ -81,8 +80,8 @@ def parse_options(argv: Sequence[str] | None) -> Any:
     add = parser.add_argument
     runs.add_sampling_options(parser, "+")
     add("--classes", type=int, nargs="+", default=None, help="of DiTs: those of the rows; --rows of them unless given")
-    add("--rows", type=PositiveInt, default=6, help="of a grid; also the images whose trajectory is drawn")
-    add("--columns", type=PositiveInt, default=8, help="of a grid")
+    add("--rows", type=runs.UpTo100, default=6, help="of a grid; also the images whose trajectory is drawn")
+    add("--columns", type=runs.UpTo100, default=8, help="of a grid")
     add("--gif", type=bool, default=False, help="of a chain: write each trajectory as a GIF too, a frame a step")
     add("--out", type=str, default=None, help="folder of the figures; figures/ of the first run or round unless given")
     return parse(parser, argv)

@@ -69,7 +69,7 @@ def test_a_chain_from_noise_to_one_step(whole: Path, command: Command) -> None:
     for name, steps in zip(ROUNDS, (1024, 4, 2, 1), strict=True):
         network, role = whole / name / ("teacher" if steps == 1024 else "student"), "student"
         said = json.loads((network / "adm.json").read_text())
-        assert said == {"prediction": "x", "timesteps": 1024, "steps": steps, "schedule": "cosine"}
+        assert said.items() >= {"prediction": "x", "timesteps": 1024, "steps": steps, "schedule": "cosine"}.items()
         loaded = dict(UNet2DModel.from_pretrained(network).state_dict())
         weights, state = read_checkpoint(whole / name / "checkpoints/last")
         if steps == 1024:

@@ -22,6 +22,7 @@ from diffusion.dit.convert import load_dit, load_dit_pipeline, null_label, save_
 from diffusion.dit.distiller import DiTDistiller
 from diffusion.dit.model import DiT, DiTConfig
 from diffusion.dit.training import load_teacher
+from diffusion.files import read_about
 
 PUBLISHED = DiTConfig(size=None, width=384, depth=1, heads=6, patch=4)
 """A width whose number of heads is known; one block keeps it small."""
@@ -66,7 +67,7 @@ def test_an_exported_network_comes_back(tmp_path: Path, learn_sigma: bool) -> No
         assert again.learn_sigma == learn_sigma and not again.training
         assert [w.requires_grad for w in again.parameters()] == [w.requires_grad for w in network.parameters()]
         assert torch.equal(output_of(again), output_of(network))
-    assert json.loads((tmp_path / "student/adm.json").read_text()) == {
+    assert read_about(tmp_path / "student") == {
         "kind": "dit", "channels": 3, "input_size": 8, "classes": 10, "learn_sigma": learn_sigma,
         "null_label": True, "latent_scale": None, "step": 7,
     }  # fmt: skip

@@ -14,7 +14,7 @@ from PIL import Image
 from runs import ROOT, in_two_processes
 from small_dit import dit
 
-from core.training.run import signed
+from core.training.run import read_json, save_signed_json, signed
 
 pytest.importorskip("diffusers")
 pytest.importorskip("torch_fidelity")
@@ -279,7 +279,8 @@ def test_wrong_input_is_one_line(run: Path, shell: Shell, small: list[str], argu
 
 def test_a_run_without_label_dropout_is_not_guided(run: Path, shell: Shell, small: list[str]) -> None:
     for about in run.glob("export/*/student/adm.json"):
-        about.write_text(json.dumps({**json.loads(about.read_text()), "null_label": False}))
+        said = {**read_json(about), "null_label": False}
+        save_signed_json(said, about)
     code, _, err = shell(evaluate.main, [*small, str(run)])
     assert code == 2 and "cannot be guided; give --guidance 1" in err and err.count("\n") == 1, err
     assert not (run / "evaluation-digits.json").exists()

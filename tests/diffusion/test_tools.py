@@ -123,7 +123,7 @@ def test_pictures_of_samples(run: Path, tmp_path: Path, shell: Shell) -> None:
     with Image.open(tmp_path / "trajectory-0002.gif") as gif:
         assert gif.n_frames == 3  # noise and two steps
     code, _, err = shell(sample.main, [str(run), "--rows", "0"])
-    assert code == 2 and 'rows": Not of type PositiveInt: 0' in err
+    assert code == 2 and 'rows": Not of type UpTo100: 0' in err
     assert shell(sample.main, [str(run / "round-0002/student"), "--device", "cpu", "--rows", "1"])[0] == 0
     assert (run / "round-0002/figures/samples.png").is_file()
 
@@ -177,7 +177,7 @@ def test_wrong_input_of_visualize_is_one_line(run: Path, tmp_path: Path, shell: 
     for arguments, message in (
         ([], "give one of a run folder"),
         (["--student", str(run)], "--student needs --teacher"),
-        ([str(run), "--times", "0"], 'times": Not of type PositiveInt: 0'),
+        ([str(run), "--times", "0"], 'times": Not of type UpTo100: 0'),
         ([str(run), "--teacher", "/absent"], "/absent holds no network"),
         ([str(run), "--data.limit", "0"], "limit must be at least 1"),
     ):
