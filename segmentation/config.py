@@ -11,7 +11,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,17 @@ from typing import Any
 import mmseg
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import init_default_scope
-from mmengine.runner import CheckpointLoader
+from mmengine.evaluator import Evaluator
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import get_external_models
-from mmseg.registry import DATASETS, MODELS
+from mmseg.registry import MODELS
 
 from core.errors import InputError, first_line, unknown
 from core.training.command import LineParser
 from core.weights import check_finite, read_state_dict, read_torch, split_key
-from segmentation.data import check_label_map
+from segmentation.data import NumberedDataset, check_folders, check_label_map, check_truth
 from segmentation.distiller import ROLES, load_weights
 from segmentation.losses import adm_config, parse_method
 from segmentation.options import check_option, check_settings
@@ -65,6 +67,8 @@ def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> C
     for role in ROLES:
         if "stock" in cfg.model[role]:
             cfg.model[role] = stock_network(cfg.model[role])
+    for name in ("train_pipeline", "test_pipeline"):  # the loaders hold them
+        cfg.pop(name, None)
     for key, value in (options or {}).items():
         check_option(cfg, key, value)
         try:
@@ -84,8 +88,6 @@ def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> C
     for scheduler in cfg.param_scheduler:
         if scheduler.type == "PolyLR" and not scheduler.by_epoch:
             scheduler.setdefault("end", cfg.train_cfg.max_iters)
-    for name in ("train_pipeline", "test_pipeline"):  # the loaders hold them
-        cfg.pop(name, None)
     return cfg
 
 
@@ -203,9 +205,9 @@ def map_stride(network: Mapping[str, Any]) -> int:
     return 4 * math.prod(network["backbone"].get("strides", ()))
 
 
-def check_images(loader: Any, classes: int) -> None:
-    """Raises: InputError where images or labels are not where a loader's config says, or the networks that tell so many
-    ``classes`` apart do not fit them."""
+def check_images(loader: Any, head: Any) -> None:
+    """Raises: InputError where images or labels are damaged or not where a loader's config says, or a network's decode
+    ``head`` does not fit them."""
     config = _datasets(loader.dataset)[-1]
     root = Path(config.get("data_root") or ".")
     images, labels = (root / config.data_prefix[key] for key in ("img_path", "seg_map_path"))
@@ -213,20 +215,61 @@ def check_images(loader: Any, classes: int) -> None:
     for folder in (images, labels):
         if not folder.is_dir():
             raise InputError(f"no folder {folder}: {where}")
-    dataset: Any = DATASETS.build({**config, "pipeline": [], "serialize_data": False})
+    steps = [step for step in config.get("pipeline", ()) if step.type == "LoadAnnotations"]
+    pipeline = [*steps, {"type": "PackSegInputs"}]
+    truth = NumberedDataset({**config, "pipeline": pipeline, "serialize_data": False})
+    dataset: Any = truth.dataset
     if not len(dataset):
         raise InputError(f"no image *{dataset.img_suffix} in {images}: {where}")
     files = [Path(dataset.get_data_info(i)["seg_map_path"]) for i in range(len(dataset))]
     if missing := next((file for file in files if not file.exists()), None):
         made = " (made by cityscapesscripts' createTrainIdLabelImgs)" if "TrainIds" in missing.name else ""
         raise InputError(f"no label map {missing}{made}: every image needs one")
+    check_folders(dataset, images, labels, files)
     for i, file in enumerate(files):
         check_label_map(Path(dataset.get_data_info(i)["img_path"]), file)
-    if len(dataset.metainfo["classes"]) != classes:
+    if len(dataset.metainfo["classes"]) != head.num_classes:
         raise InputError(
-            f"{config.type} has {len(dataset.metainfo['classes'])} classes, the networks' heads have {classes}: "
-            "set num_classes of all heads"
+            f"{config.type} has {len(dataset.metainfo['classes'])} classes, the networks' heads have "
+            f"{head.num_classes}: set num_classes of all heads"
         )
+    if dataset.ignore_index != head.ignore_index:
+        raise InputError(
+            f"{config.type} ignores the label {dataset.ignore_index}, the networks' heads {head.ignore_index}: set "
+            "ignore_index of all heads"
+        )
+    if steps:
+        check_truth(truth, labels)
+
+
+def check_parts(cfg: Config, model: Any) -> None:
+    """Builds once, for nothing, what mmengine builds only after a run has begun.
+
+    Raises: InputError naming the section that cannot be built, or ``run.select`` where it is not evaluated.
+    """
+
+    def built(section: str, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except Exception as error:  # what stands there may raise anything
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{section} cannot be built: {first_line(error)}") from error
+
+    wrapper = built("optim_wrapper", lambda: build_optim_wrapper(model, cfg.optim_wrapper))
+    for number, scheduler in enumerate(cfg.param_scheduler):
+        name = f"param_scheduler.{number}"
+        built(name, lambda one=scheduler: PARAM_SCHEDULERS.build({**one, "optimizer": wrapper}))
+    for hook in [*filter(None, cfg.default_hooks.values()), *(cfg.get("custom_hooks") or ())]:
+        built("hooks", lambda one=hook: HOOKS.build(one))
+    for name in ("train_dataloader", "val_dataloader"):
+        loader = built(name, lambda name=name: Runner.build_dataloader(cfg[name], seed=cfg.seed))
+    evaluated = {m.prefix for m in built("val_evaluator", lambda: Evaluator(cfg.val_evaluator)).metrics}
+    role, _, value = cfg.run.select.partition("/")
+    if role not in evaluated:
+        raise InputError(f"run.select {cfg.run.select}: val_evaluator evaluates {', '.join(map(str, evaluated))} alone")
+    if value.startswith("IoU.") and (asked := value.removeprefix("IoU.")) not in loader.dataset.metainfo["classes"]:
+        raise unknown("class in run.select", asked, loader.dataset.metainfo["classes"])
 
 
 def check_pretrained(cfg: Config, networks: Mapping[str, Any]) -> None:

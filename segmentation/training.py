@@ -21,14 +21,22 @@ from core.errors import InputError, TrainingError
 from core.files import write_atomically
 from core.training.checkpoint import LAST, latest_checkpoint
 from core.training.command import DONE, Stop
-from core.training.run import RunFolder, signed
+from core.training.run import IDENTITY, RunFolder, signed
 from core.training.step import bytes_needed, shortest
 from core.training.task import dry_run, estimate, exit_code, gigabytes, open_run
-from core.weights import read_torch
-from segmentation.config import build, check_images, check_pretrained, complete, load_config, map_stride
+from segmentation.config import (
+    build,
+    check_images,
+    check_parts,
+    check_pretrained,
+    complete,
+    load_config,
+    map_stride,
+)
 from segmentation.distiller import ROLES
-from segmentation.experiment import as_text
+from segmentation.experiment import as_text, read_own
 from segmentation.hooks import RunHook
+from segmentation.options import READ_BY_RUNNER, say_odd
 
 # In what a resumed run may differ: where it runs, and how much it says and keeps.
 MAY_CHANGE = (
@@ -36,7 +44,6 @@ MAY_CHANGE = (
     "train_dataloader.num_workers", "val_dataloader",
     "env_cfg", "visualizer", "log_level", "custom_imports",
 )  # fmt: skip
-READ_BY_RUNNER = ("model_wrapper_cfg", "find_unused_parameters", "sync_bn", "activation_checkpointing", "compile")
 RESUMED = "resumed-run://"
 SMALL = 128  # pixels a side of the images that a dry run takes at the most
 
@@ -59,6 +66,7 @@ def train(
         scale: Any = "dynamic" if amp == "fp16" else {"enabled": False}  # bf16 has float32's range
         dtype = {"fp16": "float16", "bf16": "bfloat16"}[amp]
         cfg.optim_wrapper.update({"type": "AmpOptimWrapper", "dtype": dtype, "loss_scale": scale})
+    say_odd(cfg)
     folder = Path(out or f"runs/{Path(config).stem}/{cfg.model.method}-{cfg.seed}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _processes(launcher, device, cfg) as (rank, processes):
@@ -69,7 +77,8 @@ def train(
         set_random_seed(cfg.seed)
         model = build(ready.model)
         for loader in (ready.train_dataloader, ready.val_dataloader):
-            check_images(loader, ready.model.student.decode_head.num_classes)
+            check_images(loader, model.student.decode_head)
+        check_parts(ready, model)
         with _one_line():
             if run is not None:
                 return _run(run, cfg, ready, model)
@@ -82,10 +91,14 @@ def train(
 def _run(run: RunFolder, cfg: Config, ready: Config, model: Any) -> int:
     """``cfg``: of the run, as it is kept; ``ready``: for this machine."""
     _, processes = get_dist_info()
-    found = latest_checkpoint(run.checkpoints, run.log, read_torch) if run.main else None
+
+    def read(file: Path) -> dict[str, Any]:
+        return read_own(file, run.identity)
+
+    found = latest_checkpoint(run.checkpoints, run.log, read) if run.main else None
     barrier()
     if not run.main and (last := run.checkpoints / f"{LAST}.pth").exists():
-        found = read_torch(last)
+        found = read(last)
     if found is None:
         check_pretrained(ready, model.networks)
     else:
@@ -97,7 +110,8 @@ def _run(run: RunFolder, cfg: Config, ready: Config, model: Any) -> int:
             model.networks[role].backbone.init_cfg = None
     run.open()
     if run.main:
-        write_atomically(run.path / "config.py", lambda path: path.write_text(signed(as_text(cfg))))
+        text = signed(f"{as_text(cfg)}{IDENTITY}{run.identity}\n")
+        write_atomically(run.path / "config.py", lambda path: path.write_text(text))
     parts = ("train_dataloader", "val_dataloader", "train_cfg", "val_cfg", "optim_wrapper", "param_scheduler")
     others = ("default_hooks", "custom_hooks", "env_cfg", "log_level", "visualizer", "default_scope", "randomness")
     runner = Runner(

@@ -18,7 +18,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the clock says, and what else differs from one start to the next.
-TIMES = ("seconds", "wall_seconds_of_last_start", "images_per_second", "metrics_size", "peak_memory_bytes", "sha256")
+TIMES = (
+    "seconds", "wall_seconds_of_last_start", "images_per_second", "metrics_size", "peak_memory_bytes", "sha256",
+    "metrics_sha256",
+)  # fmt: skip
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
-from core.errors import InputError
-from core.files import make_folder, write_atomically
+from core.errors import InputError, notice
+from core.files import files_hash, make_folder, write_atomically
 from core.training.run import flatten, identity_of, read_config, read_json, read_metrics
 
 KEPT = "runs.jsonl"
@@ -145,13 +145,18 @@ def _read_folder(folder: Path) -> dict[str, Any]:
         files: dict[str, Any] = {}
         if (folder / "config.yaml").is_file():
             files["config"] = read_config(folder / "config.yaml")
+        metrics = folder / "metrics.jsonl"
         documents = sorted(folder.glob("*.json"), key=lambda f: (f.stem not in ("environment", "summary"), f.stem))
         own = ("environment.json", "summary.json")
         files |= {f.stem: read_json(f) if f.name in own else json.loads(f.read_text()) for f in documents}
         for name in ("environment", "summary") if "config" in files else ():
             if files.get(name, {}).get("run", identity := identity_of(folder / "config.yaml")) != identity:
                 raise InputError(f"{folder / name}.json is another run's: resuming the run writes its own")
-        if lines := [line for line in read_metrics(folder / "metrics.jsonl") if line.get("kind") == "evaluation"]:
+        known = files.get("summary", {}).get("metrics_sha256")
+        finished = files.get("summary", {}).get("status") == "finished"
+        if finished and known not in (None, files_hash([metrics] if metrics.is_file() else [])):
+            notice(f"{metrics} is damaged, or not whole: curves are drawn of what is left, results are the summary's")
+        if lines := [line for line in read_metrics(metrics) if line.get("kind") == "evaluation"]:
             files["metrics"] = lines
         if rounds := {one.name: found for one in sorted(folder.glob("*/")) if (found := _read_round(one))}:
             files["rounds"] = rounds

@@ -50,7 +50,8 @@ class Recorder:
 
         Returns: the random state of this process (``rank``), None where there is none to go on with exactly.
         """
-        self.run.cut_metrics(0 if state is None else state["metrics_size"])
+        known = state or {"metrics_size": 0}
+        self.run.cut_metrics(known["metrics_size"], known.get("metrics_sha256"))
         if state is None:
             return None
         if state.get("run", self.run.identity) != self.run.identity:
@@ -111,7 +112,8 @@ class Recorder:
         own = {"random": random_state(), "window": window}
         return {
             "run": self.run.identity, "best": self.best, "seconds": self.clock.seconds, "samples": self.clock.samples,
-            "metrics_size": self.run.metrics_size(), "processes": self.gather(own),
+            "metrics_size": self.run.metrics_size(), "metrics_sha256": self.run.metrics_digest(),
+            "processes": self.gather(own),
         }  # fmt: skip
 
     def draw(self) -> None:
@@ -137,6 +139,7 @@ class Recorder:
             "images_per_second": self.clock.samples * self.processes / max(self.clock.seconds, 1e-9),
             "wall_seconds_of_last_start": time.perf_counter() - self._started,
             "peak_memory_bytes": peak_memory(self.device),
+            "metrics_sha256": self.run.metrics_digest(),
             **summary,
         }
         self.run.write_json("summary.json", result)

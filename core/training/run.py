@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, TrainingError, first_line, notices
-from ..files import leftover, make_folder, plain, save_json, write_atomically
+from ..files import files_hash, leftover, make_folder, plain, save_json, write_atomically
 from . import lock
 
 PACKAGES = (
@@ -137,8 +137,15 @@ class RunFolder:
             os.fsync(opened.fileno())
         return self.metrics_file.stat().st_size
 
-    def cut_metrics(self, size: int) -> None:
-        """Cuts ``metrics.jsonl`` back to a checkpoint's size; lines that a crash spoiled go too, which is said."""
+    def metrics_digest(self) -> str:
+        """SHA-256 of ``metrics.jsonl``: checkpoints and the summary know by it what else may have become of a line."""
+        return files_hash([self.metrics_file] if self.metrics_file.exists() else [])
+
+    def cut_metrics(self, size: int, digest: str | None = None) -> None:
+        """Cuts ``metrics.jsonl`` back to a checkpoint's size; lines that a crash spoiled go too, which is said.
+
+        ``digest``: of what the file was then, None where that is not known.
+        """
         if not self.main or not (self.metrics_file.exists() or size):
             return
         content = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
@@ -147,6 +154,8 @@ class RunFolder:
             self.log(
                 f"{self.metrics_file} lacks {size - len(good)} of {size} bytes, or they are damaged: it goes on so"
             )
+        elif digest not in (None, hashlib.sha256(good).hexdigest()):
+            self.log(f"{self.metrics_file} is damaged: some of its numbers are others; it goes on so")
         if good != content:
             write_atomically(self.metrics_file, lambda file: file.write_bytes(good))
 

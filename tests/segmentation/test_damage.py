@@ -1,0 +1,215 @@
+"""Every file of a run damaged in every way: each command gives the undamaged run's result or one line with the file."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import damage
+import pytest
+import torch
+from damage import DAMAGES, Outcome, assert_refused_or_good, damaged, files_of
+from runs import assert_same, assert_same_runs, read, train_whole, undrawn
+from street import arguments, stop_at
+
+from core.training.command import run_command
+from segmentation.tools.evaluate import main as evaluate
+from segmentation.tools.train import main as train
+from segmentation.tools.visualize import main as visualize
+from tools import reproduce
+from tools.compare import main as compare
+
+NAME = "table05/proxy/deeplabv3-dml+adm-0"  # where the report looks for it
+SPOKEN = ("cannot read", "damaged", "another run")
+
+
+class Runs:
+    """A finished run, an interrupted one, another of each with another seed, and what the commands make of them."""
+
+    def __init__(self, street: Path, root: Path) -> None:
+        self.street, self.root = street, root
+        self.good: dict[str, dict[str, Any]] = {}
+        for kind in ("finished", "interrupted"):
+            for seed in (0, 1):
+                out = self.folder(kind, seed)
+                with pytest.MonkeyPatch.context() as patch:
+                    if kind == "interrupted":
+                        stop_at(patch, 5)
+                        with undrawn():
+                            assert train(self.command(out, seed)) == 130
+                    else:
+                        train_whole(train, self.command(out, seed))
+                assert evaluate([str(out)]) == 0
+            self.good[kind] = {name: look(self.folder(kind, 0)) for name, look in LOOKS.items()}
+
+    def folder(self, kind: str, seed: int) -> Path:
+        return self.root / kind / str(seed) / NAME
+
+    def command(self, out: Path, seed: int = 0) -> list[str]:
+        options = ["run.save_every=2", "run.keep=3", f"seed={seed}"]
+        return arguments(self.street, out, *options)
+
+
+def outcome(main: Callable[[list[str]], int], argv: list[str]) -> Outcome:
+    """As a shell would see it."""
+    return damage.outcome(lambda words: run_command(lambda: main(words)), argv)  # type: ignore[arg-type,return-value]
+
+
+def exported(run: Path, *options: str) -> tuple[Outcome, Any]:
+    """The student of the last checkpoint, what it scores, and what its network is."""
+    to = run.parents[2] / "exported"
+    shutil.rmtree(to, ignore_errors=True)
+    done = outcome(evaluate, [str(run), "--out", str(to.with_suffix(".json")), "--export", str(to), *options])
+    if done.code:
+        return done, None
+    weights = torch.load(to / "student.pth", weights_only=True)
+    return done, (weights, read(to.with_suffix(".json"))["values"], (to / "student_config.py").read_text())
+
+
+def drawn(run: Path) -> tuple[Outcome, Any]:
+    done = outcome(visualize, [str(run), "--images", "1"])
+    return done, None if done.code else (run / "figures/maps.png").read_bytes()
+
+
+def compared(run: Path) -> tuple[Outcome, Any]:
+    done = outcome(compare, [str(run), "--partial", "--out", str(to := run.parents[2] / "compared")])
+    if done.code:
+        return done, None
+    found = {key: value for key, value in read(to / "compare.json").items() if key != "command"}
+    text = re.sub(r'"commit": [^,}]*', "", json.dumps(found).replace(str(run), "RUN"))
+    return done, (text, (to / "compare.png").read_bytes())
+
+
+def reported(run: Path) -> tuple[Outcome, Any]:
+    root, to = run.parents[2], run.parents[2] / "report"
+    where = ["--runs", str(root), "--results", str(root / "none"), "--out", str(to)]
+    done = outcome(reproduce.main, ["report", *where])
+    if not done.code:
+        done.said += (to / "report.md").read_text()  # it names what it leaves out
+    return done, None if done.code else (to / "report.csv").read_text()
+
+
+LOOKS: dict[str, Callable[[Path], tuple[Outcome, Any]]] = {
+    "evaluate": exported,
+    "visualize": drawn,
+    "compare": compared,
+    "report": reported,
+}
+
+
+@pytest.fixture(scope="module")
+def runs(street: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    with undrawn():
+        yield Runs(street, tmp_path_factory.mktemp("runs"))
+
+
+def names(said: str, file: str) -> bool:
+    """Whether a line speaks of the damaged file as damaged."""
+    return any(Path(file).name in line and any(word in line for word in SPOKEN) for line in said.splitlines())
+
+
+def check(runs: Runs, kind: str, file: str, run: Path, looks: list[str], problem: Callable[[str], object]) -> None:
+    """Looks at a damaged run by these commands, then resumes it; tells ``problem`` what went wrong."""
+    for name in looks:
+        done, found = LOOKS[name](run)
+        usual, good = runs.good[kind][name]
+        where = f"{kind} {file} {name}"
+
+        def same(found: Any = found, good: Any = good, done: Outcome = done, usual: Outcome = usual) -> None:
+            if names(done.said, file) or (file == "summary.json" and "Not finished" in done.said):
+                return
+            assert done.code == usual.code
+            assert_same(found, good)
+
+        try:
+            assert_refused_or_good(done, where, same)
+        except AssertionError as error:
+            problem(f"{where}: {error or 'other results'}")
+    done = outcome(train, runs.command(run))
+    try:
+        assert_refused_or_good(done, f"{kind} {file} train", lambda: _assert_as_undamaged(runs, run, file, done))
+    except Exception as error:
+        problem(f"{kind} {file} train: {error or 'other results'}")
+
+
+def _assert_as_undamaged(runs: Runs, run: Path, file: str, done: Outcome) -> None:
+    whole = runs.folder("finished", 0)
+    if "is finished" in done.said:  # then nothing is read but the summary
+        assert (run / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
+    else:
+        if not names(done.said, file):
+            assert_same_runs(whole, run)
+        assert_same(*(torch.load(r / "student.pth", weights_only=True) for r in (whole, run)))
+
+
+def cases() -> list[tuple[str, str, str]]:
+    """(which run, file, damage) of all; the files are known before there is a run."""
+    checkpoints = {"finished": (3, 4, 6), "interrupted": (3, 4, 5)}
+    own = ("config.py", "config.yaml", "environment.json", "metrics.jsonl", "log.txt", "summary.json", "run.lock")
+    files = {kind: [*own, *(f"checkpoints/iter_{n}.pth" for n in steps)] for kind, steps in checkpoints.items()}
+    files["finished"] += ["evaluation-iter_6.json", "student.pth", "student.safetensors", "student_config.py"]
+    files["interrupted"] += ["evaluation-iter_5.json"]
+    return [(kind, file, spoil) for kind, own in files.items() for file in own for spoil in DAMAGES]
+
+
+def test_these_are_all_files_of_a_run(runs: Runs) -> None:
+    for kind in ("finished", "interrupted"):
+        found = {file for file in files_of(runs.folder(kind, 0)) if not file.startswith(("mmengine/", "figures/"))}
+        assert found == {file for of, file, _ in cases() if of == kind}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "file", "spoil"), cases())
+def test_every_damage(runs: Runs, tmp_path: Path, kind: str, file: str, spoil: str) -> None:
+    run = damaged(runs.folder(kind, 0), runs.folder(kind, 1), tmp_path / NAME, file, spoil)
+    check(runs, kind, file, run, list(LOOKS), pytest.fail)
+
+
+LINKS: dict[str, Callable[[Path], object]] = {
+    "missing": lambda link: None,
+    "to nothing": lambda link: link.symlink_to("iter_99.pth"),
+    "to itself": lambda link: link.symlink_to(link.name),
+    "to an older one": lambda link: link.symlink_to("iter_3.pth"),
+    "an empty file": lambda link: link.write_bytes(b""),
+    "text": lambda link: link.write_text("iter_3.pth"),
+    "a folder": lambda link: link.mkdir(),
+    "a copy": lambda link: shutil.copyfile(link.with_name("iter_4.pth"), link),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoil", LINKS)
+@pytest.mark.parametrize("name", ["last.pth", "best.pth"])
+@pytest.mark.parametrize("kind", ["finished", "interrupted"])
+def test_damaged_links(runs: Runs, tmp_path: Path, kind: str, name: str, spoil: str) -> None:
+    check_link(runs, tmp_path, kind, name, spoil, pytest.fail)
+
+
+def check_link(runs: Runs, to: Path, kind: str, name: str, spoil: str, problem: Callable[[str], object]) -> None:
+    run = to / NAME
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(runs.folder(kind, 0), run, symlinks=True)
+    link = run / "checkpoints" / name
+    link.unlink()
+    LINKS[spoil](link)
+    for looked in ("evaluate", "visualize"):
+        argv = [str(run), "--checkpoint", link.stem]
+        done = outcome({"evaluate": evaluate, "visualize": visualize}[looked], argv)
+        try:
+            assert_refused_or_good(done, f"{kind} {name} {spoil} {looked}", lambda: None)
+        except AssertionError as error:
+            problem(str(error))
+    done = outcome(train, runs.command(run))
+
+    def good() -> None:
+        if kind == "interrupted":
+            assert_same_runs(runs.folder("finished", 0), run)
+
+    try:
+        assert_refused_or_good(done, f"{kind} {name} {spoil} train", good)
+    except AssertionError as error:
+        problem(f"{kind} {name} {spoil} train: {error}")
