@@ -27,9 +27,10 @@ from mmengine.runner.checkpoint import get_external_models
 from mmseg.registry import MODELS
 
 from core.errors import InputError, first_line, unknown
+from core.images import image_files
 from core.training.command import LineParser
 from core.weights import check_finite, read_state_dict, read_torch, split_key
-from segmentation.data import NumberedDataset, check_folders, check_label_map, check_truth
+from segmentation.data import NumberedDataset, check_label_map, check_listing, check_truth
 from segmentation.distiller import ROLES, load_weights
 from segmentation.losses import adm_config, parse_method
 from segmentation.options import check_option, check_settings
@@ -215,6 +216,8 @@ def check_images(loader: Any, head: Any) -> None:
     for folder in (images, labels):
         if not folder.is_dir():
             raise InputError(f"no folder {folder}: {where}")
+    image_files(images)  # which refuses what no data set should meet: pipes, links in a circle
+    maps = image_files(labels)
     steps = [step for step in config.get("pipeline", ()) if step.type == "LoadAnnotations"]
     pipeline = [*steps, {"type": "PackSegInputs"}]
     truth = NumberedDataset({**config, "pipeline": pipeline, "serialize_data": False})
@@ -222,10 +225,10 @@ def check_images(loader: Any, head: Any) -> None:
     if not len(dataset):
         raise InputError(f"no image *{dataset.img_suffix} in {images}: {where}")
     files = [Path(dataset.get_data_info(i)["seg_map_path"]) for i in range(len(dataset))]
+    check_listing(dataset, images, files, [labels / file for file in maps])
     if missing := next((file for file in files if not file.exists()), None):
         made = " (made by cityscapesscripts' createTrainIdLabelImgs)" if "TrainIds" in missing.name else ""
         raise InputError(f"no label map {missing}{made}: every image needs one")
-    check_folders(dataset, images, labels, files)
     for i, file in enumerate(files):
         check_label_map(Path(dataset.get_data_info(i)["img_path"]), file)
     if len(dataset.metainfo["classes"]) != head.num_classes:

@@ -19,7 +19,7 @@ from mmseg.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
 from torch.utils.data import Dataset, Sampler
 
 from core.errors import InputError, first_line, notice
-from core.images import EXTENSIONS, image_files, read_header
+from core.images import EXTENSIONS, read_header
 
 LOOKED_AT = 16
 """Label maps of a data set that are read before a training; all are looked at when they are trained with."""
@@ -92,19 +92,18 @@ class NumberedDataset(Dataset):
         return sample
 
 
-def check_folders(dataset: Any, images: Path, labels: Path, files: Sequence[Path]) -> None:
-    """Says which label maps have no image. Raises: InputError for what ``core.images`` refuses, and hidden images.
+def check_listing(dataset: Any, images: Path, files: Sequence[Path], there: Sequence[Path]) -> None:
+    """Says which label maps have no image. Raises: InputError for images in a hidden folder.
 
-    ``files``: the label map of each image of the data set.
+    ``files``: the label map of each image of the data set; ``there``: all that are there.
     """
-    image_files(images)
-    maps = {labels / file for file in image_files(labels) if file.endswith(dataset.seg_map_suffix)}
     for i in range(len(dataset)):
         file = Path(dataset.get_data_info(i)["img_path"])
         if any(part.startswith(".") for part in file.relative_to(images).parts):
             raise InputError(f"{file} would be taken for an image, though it is in a hidden folder: delete that")
-    if not dataset.ann_file and dataset._indices is None and (alone := sorted(maps - set(files))):
-        notice(f"{labels}: {len(alone)} label map(s) have no image and are left out, as {alone[0].name}")
+    alone = sorted({file for file in there if file.name.endswith(dataset.seg_map_suffix)} - set(files))
+    if alone and not dataset.ann_file and dataset._indices is None:
+        notice(f"{len(alone)} label map(s) have no image and are left out, as {alone[0]}")
 
 
 def check_truth(truth: NumberedDataset, folder: Path) -> None:

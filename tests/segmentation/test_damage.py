@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +29,26 @@ SPOKEN = ("cannot read", "damaged", "another run")
 
 
 class Runs:
-    """A finished run, an interrupted one, another of each with another seed, and what the commands make of them."""
+    """A finished run, an interrupted one, one of another seed that has all their files, and what is made of them."""
 
     def __init__(self, street: Path, root: Path) -> None:
         self.street, self.root = street, root
-        self.good: dict[str, dict[str, Any]] = {}
-        for kind in ("finished", "interrupted"):
-            for seed in (0, 1):
-                out = self.folder(kind, seed)
-                with pytest.MonkeyPatch.context() as patch:
-                    if kind == "interrupted":
-                        stop_at(patch, 5)
-                        with undrawn():
-                            assert train(self.command(out, seed)) == 130
-                    else:
-                        train_whole(train, self.command(out, seed))
-                assert evaluate([str(out)]) == 0
-            self.good[kind] = {name: look(self.folder(kind, 0)) for name, look in LOOKS.items()}
+        train_whole(train, self.command(self.folder("finished")))
+        with pytest.MonkeyPatch.context() as patch, undrawn():
+            stop_at(patch, 5)
+            assert train(self.command(self.folder("interrupted"))) == 130
+        train_whole(train, self.command(self.folder("other"), "seed=1", "run.save_every=1", "run.keep=9"))
+        for kind, steps in (("finished", [6]), ("interrupted", [5]), ("other", [5, 6])):
+            run = self.folder(kind)
+            for step in steps:
+                assert outcome(evaluate, [str(run), "--checkpoint", f"iter_{step}"]).code == 0
+        self.good = cache(lambda kind, name: LOOKS[name](self.folder(kind)))
 
-    def folder(self, kind: str, seed: int) -> Path:
-        return self.root / kind / str(seed) / NAME
+    def folder(self, kind: str) -> Path:
+        return self.root / kind / NAME
 
-    def command(self, out: Path, seed: int = 0) -> list[str]:
-        options = ["run.save_every=2", "run.keep=3", f"seed={seed}"]
-        return arguments(self.street, out, *options)
+    def command(self, out: Path, *options: str) -> list[str]:
+        return arguments(self.street, out, "run.save_every=2", "run.keep=3", *options)
 
 
 def outcome(main: Callable[[list[str]], int], argv: list[str]) -> Outcome:
@@ -112,11 +109,11 @@ def names(said: str, file: str) -> bool:
     return any(Path(file).name in line and any(word in line for word in SPOKEN) for line in said.splitlines())
 
 
-def check(runs: Runs, kind: str, file: str, run: Path, looks: list[str], problem: Callable[[str], object]) -> None:
+def check(runs: Runs, kind: str, file: str, run: Path, looks: Sequence[str], problem: Callable[[str], object]) -> None:
     """Looks at a damaged run by these commands, then resumes it; tells ``problem`` what went wrong."""
     for name in looks:
         done, found = LOOKS[name](run)
-        usual, good = runs.good[kind][name]
+        usual, good = runs.good(kind, name)
         where = f"{kind} {file} {name}"
 
         def same(found: Any = found, good: Any = good, done: Outcome = done, usual: Outcome = usual) -> None:
@@ -137,7 +134,7 @@ def check(runs: Runs, kind: str, file: str, run: Path, looks: list[str], problem
 
 
 def _assert_as_undamaged(runs: Runs, run: Path, file: str, done: Outcome) -> None:
-    whole = runs.folder("finished", 0)
+    whole = runs.folder("finished")
     if "is finished" in done.said:  # then nothing is read but the summary
         assert (run / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
     else:
@@ -156,17 +153,41 @@ def cases() -> list[tuple[str, str, str]]:
     return [(kind, file, spoil) for kind, own in files.items() for file in own for spoil in DAMAGES]
 
 
+@pytest.mark.slow
 def test_these_are_all_files_of_a_run(runs: Runs) -> None:
     for kind in ("finished", "interrupted"):
-        found = {file for file in files_of(runs.folder(kind, 0)) if not file.startswith(("mmengine/", "figures/"))}
+        found = {file for file in files_of(runs.folder(kind)) if not file.startswith(("mmengine/", "figures/"))}
         assert found == {file for of, file, _ in cases() if of == kind}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "file", "spoil"), cases())
 def test_every_damage(runs: Runs, tmp_path: Path, kind: str, file: str, spoil: str) -> None:
-    run = damaged(runs.folder(kind, 0), runs.folder(kind, 1), tmp_path / NAME, file, spoil)
+    run = damaged(runs.folder(kind), runs.folder("other"), tmp_path / NAME, file, spoil)
     check(runs, kind, file, run, list(LOOKS), pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "spoil", "look"),
+    [
+        ("finished", "checkpoints/iter_6.pth", "flipped", "visualize"),
+        ("finished", "metrics.jsonl", "flipped", "compare"),
+        ("finished", "summary.json", "half", "report"),
+        ("finished", "config.yaml", "another's", "compare"),
+        ("interrupted", "config.py", "another's", "evaluate"),
+        ("interrupted", "config.yaml", "zeros", "compare"),
+        ("interrupted", "checkpoints/iter_5.pth", "another's", "evaluate"),
+        ("interrupted", "checkpoints/iter_4.pth", "missing", "evaluate"),
+        ("interrupted", "metrics.jsonl", "flipped", "compare"),
+        ("interrupted", "environment.json", "garbage", "compare"),
+        ("interrupted", "summary.json", "another's", "compare"),
+    ],
+)
+def test_a_damaged_file_is_named_or_harmless(
+    runs: Runs, tmp_path: Path, kind: str, file: str, spoil: str, look: str
+) -> None:
+    run = damaged(runs.folder(kind), runs.folder("other"), tmp_path / NAME, file, spoil)
+    check(runs, kind, file, run, [look], pytest.fail)
 
 
 LINKS: dict[str, Callable[[Path], object]] = {
@@ -192,7 +213,7 @@ def test_damaged_links(runs: Runs, tmp_path: Path, kind: str, name: str, spoil: 
 def check_link(runs: Runs, to: Path, kind: str, name: str, spoil: str, problem: Callable[[str], object]) -> None:
     run = to / NAME
     shutil.rmtree(run, ignore_errors=True)
-    shutil.copytree(runs.folder(kind, 0), run, symlinks=True)
+    shutil.copytree(runs.folder(kind), run, symlinks=True)
     link = run / "checkpoints" / name
     link.unlink()
     LINKS[spoil](link)
@@ -207,7 +228,7 @@ def check_link(runs: Runs, to: Path, kind: str, name: str, spoil: str, problem: 
 
     def good() -> None:
         if kind == "interrupted":
-            assert_same_runs(runs.folder("finished", 0), run)
+            assert_same_runs(runs.folder("finished"), run)
 
     try:
         assert_refused_or_good(done, f"{kind} {name} {spoil} train", good)
