@@ -330,7 +330,7 @@ def build(model: Mapping[str, Any]) -> Any:
         warnings.filterwarnings("ignore", message="DeprecationWarning: pretrained is a deprecated")  # stock configs
         try:
             return MODELS.build(model)
-        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except Exception as error:  # what a setting that does not fit raises
             raise InputError(f"the networks cannot be built: {first_line(error)}") from error

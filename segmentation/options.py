@@ -26,18 +26,21 @@ NUMBERS = {
     r"seed": Seed,
     r"batch_size|run\.(log_every|save_every|keep)|train_cfg\.(max_iters|val_interval|val_begin)": Count,
     r"crop_size\.\d+": Pixels,
-    r".*_dataloader\.num_workers": Index,
-    r"optim_wrapper\.optimizer\.(lr|weight_decay|eps)|param_scheduler\.\d+\.(eta_min|begin|end|power)": NonNegative,
+    r".*_dataloader\.num_workers|param_scheduler\.\d+\.(begin|end)": Index,
+    r"optim_wrapper\.optimizer\.(lr|weight_decay|eps)|param_scheduler\.\d+\.(eta_min|power)": NonNegative,
     r"optim_wrapper\.optimizer\.(momentum|dampening|betas\.\d+)": Share,
     r"model\.adm\.(alpha|beta|gamma|tau)": NonNegative,
     r"optim_wrapper\.clip_grad\.(max_norm|norm_type|clip_value)": Positive,
     r"optim_wrapper\.accumulative_counts|(train|val)_dataloader\.(batch_size|prefetch_factor)": Count,
+    r"model\.data_preprocessor\.std\.\d+": Positive,
     r"model\..*\.loss_weight": NonNegative,
     r"model\..*\.dropout_ratio": Share,
     r"model\..*head\.(num_classes|channels|in_channels|num_convs)": Size,
-    r"model\..*backbone\.(depth|base_channels|stem_channels)": Size,
+    r"model\..*backbone\.(depth|base_channels|stem_channels|num_stages)": Size,
+    r"model\..*backbone\.(strides|dilations)\.\d+|model\..*head\.dilations\.\d+": Size,
 }
 """What numbers may stand at our own keys, and at those of mmengine's that people change; keys as options name them."""
+FILES = r"data_root|model\.teacher_weights|model\.(teacher|student)\.pretrained"
 SET_BY = {
     r"train_dataloader\.batch_size": "batch_size",
     r"train_dataloader\.dataset\.seed|randomness\.seed": "seed",
@@ -93,14 +96,16 @@ def check_settings(cfg: Config) -> None:
     for name in TYPED:
         check_types(cfg.get(name) or {}, f"{name}.")
     values = flatten(cfg.to_dict())
+    for key, value in values.items():
+        needed = key == "data_root"
+        if re.fullmatch(FILES, key) and not (isinstance(value, str) or (value is None and not needed)):
+            raise InputError(f"{key} is a {'folder' if needed else 'file'}, not {value!r}")
     for key, known in CHOICES.items():
         if values.get(key) is not None and values[key] not in known:
             raise unknown(key, str(values[key]), known)
     for number, scheduler in enumerate(cfg.param_scheduler):
         if scheduler.get("by_epoch", True):
             raise InputError(f"param_scheduler.{number}.by_epoch must be False: a run counts iterations, not epochs")
-    if not isinstance(cfg.data_root, str):
-        raise InputError(f"data_root is a folder, not {cfg.data_root!r}")
     if not re.fullmatch(r"(teacher|student)/(mIoU|aAcc|IoU\..+)", str(cfg.run.select)):
         raise InputError(f"run.select {cfg.run.select!r}: student/mIoU or teacher/mIoU, or their aAcc or IoU.<class>")
     for tracker in cfg.run.setdefault("trackers", list(TRACKERS)):
@@ -121,8 +126,12 @@ def say_odd(cfg: Config) -> None:
     for key, value in values.items():
         if re.fullmatch(r"param_scheduler\.\d+\.begin", key) and value >= total:
             notice(f"note: {key} {value} lies behind the run's end, {total}")
-    if values["optim_wrapper.optimizer.lr"] == 0:
+    rate = values["optim_wrapper.optimizer.lr"]
+    if rate == 0:
         notice("note: optim_wrapper.optimizer.lr is 0: nothing is learnt")
+    for key, value in values.items():
+        if re.fullmatch(r"param_scheduler\.\d+\.eta_min", key) and value > rate > 0:
+            notice(f"note: {key} {value} is above the learning rate {rate}, which will rise")
 
 
 def check_numbers(cfg: Config) -> None:
@@ -130,6 +139,9 @@ def check_numbers(cfg: Config) -> None:
     for key, value in flatten(_by_key(cfg.to_dict())).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key} must be a finite number: {value}")
+        whole, _, place = key.rpartition(".")
+        if place.isdigit() and any(re.fullmatch(pattern, whole) for pattern in NUMBERS):
+            raise InputError(f"{whole} must be one number")
         for pattern, kind in NUMBERS.items():
             if not re.fullmatch(pattern, key) or (value is None and key == "run.save_every"):
                 continue
@@ -189,7 +201,7 @@ def check_option(cfg: Config, key: str, value: Any) -> None:
             return
         else:
             raise InputError(f"unknown option {key}: {place} is {here!r}, it has no parts")
-    if key != "crop_size" and not (value is None and (optional or isinstance(usual, str))):
+    if key != "crop_size" and not (value is None and (optional or (isinstance(usual, str) and part != "type"))):
         _check_kind(key, value, usual)
 
 

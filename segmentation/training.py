@@ -17,7 +17,7 @@ from mmengine.runner import CheckpointLoader, Runner, set_random_seed
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
-from core.errors import InputError, TrainingError
+from core.errors import InputError, TrainingError, first_line
 from core.files import write_atomically
 from core.training.checkpoint import LAST, latest_checkpoint
 from core.training.command import DONE, Stop
@@ -79,6 +79,7 @@ def train(
         for loader in (ready.train_dataloader, ready.val_dataloader):
             check_images(loader, model.student.decode_head)
         check_parts(ready, model)
+        check_forward(model, ready)
         with _one_line():
             if run is not None:
                 return _run(run, cfg, ready, model)
@@ -194,14 +195,38 @@ def describe(model: Any, wrapper: Any, ready: Config) -> Iterator[str]:
     yield gigabytes(memory(model, wrapper, ready))
 
 
+def blank(ready: Config, device: Any) -> tuple[torch.Tensor, list[SegDataSample]]:
+    """Two small black images and their labels, to take through the networks."""
+    height, width = (min(side, SMALL) for side in ready.crop_size)
+    channels = 6 if ready.model.data_preprocessor.type == "ViewsDataPreProcessor" else 3
+    labels = PixelData(data=torch.zeros(1, height, width, dtype=torch.long, device=device))
+    return torch.zeros(2, channels, height, width, device=device), [SegDataSample(gt_sem_seg=labels)] * 2
+
+
+def check_forward(model: Any, ready: Config) -> None:
+    """Takes a small batch through the networks, which changes nothing in them.
+
+    Raises: InputError where they could be built and cannot be run.
+    """
+    model.eval()
+    try:
+        with torch.no_grad():
+            model.loss(*blank(ready, next(model.parameters()).device))
+    except Exception as error:  # what a head that does not fit its backbone raises
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"the networks cannot be run: {first_line(error)}; do in_channels, in_index, dilations and strides of heads "
+            "and backbones fit?"
+        ) from error
+    finally:
+        model.train()
+
+
 def memory(model: Any, wrapper: Any, ready: Config) -> int:
     """Bytes that training needs, from one forward of two small images: what is kept grows with their area."""
-    crop = tuple(min(side, SMALL) for side in ready.crop_size)
-    device = next(model.parameters()).device
-    channels = 6 if ready.model.data_preprocessor.type == "ViewsDataPreProcessor" else 3
-    labels = PixelData(data=torch.zeros(1, *crop, dtype=torch.long, device=device))
-    images, samples = torch.zeros(2, channels, *crop, device=device), [SegDataSample(gt_sem_seg=labels)] * 2
-    count = round(ready.train_dataloader.batch_size * math.prod(ready.crop_size) / math.prod(crop))
+    images, samples = blank(ready, next(model.parameters()).device)
+    count = round(ready.train_dataloader.batch_size * math.prod(ready.crop_size) / math.prod(images.shape[2:]))
     defaults = wrapper.optimizer.defaults
     moments = 2 if "betas" in defaults else int(defaults.get("momentum", 0) > 0)
     with wrapper.optim_context(model):
