@@ -211,7 +211,9 @@ def check_images(loader: Any, head: Any) -> None:
     ``head`` does not fit them."""
     config = _datasets(loader.dataset)[-1]
     root = Path(config.get("data_root") or ".")
-    images, labels = (root / config.data_prefix[key] for key in ("img_path", "seg_map_path"))
+    images, labels = built(
+        "data_prefix", lambda: [root / config.data_prefix[key] for key in ("img_path", "seg_map_path")]
+    )
     where = f"--data-root {root} must hold {config.data_prefix.img_path}/ and {config.data_prefix.seg_map_path}/"
     for folder in (images, labels):
         if not folder.is_dir():
@@ -220,7 +222,8 @@ def check_images(loader: Any, head: Any) -> None:
     maps = image_files(labels)
     steps = [step for step in config.get("pipeline", ()) if step.type == "LoadAnnotations"]
     pipeline = [*steps, {"type": "PackSegInputs"}]
-    truth = NumberedDataset({**config, "pipeline": pipeline, "serialize_data": False})
+    settings = {**config, "pipeline": pipeline, "serialize_data": False}
+    truth = built(f"the data set {config.type}", lambda: NumberedDataset(settings))
     dataset: Any = truth.dataset
     if not len(dataset):
         raise InputError(f"no image *{dataset.img_suffix} in {images}: {where}")
@@ -245,19 +248,21 @@ def check_images(loader: Any, head: Any) -> None:
         check_truth(truth, labels)
 
 
+def built(section: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` makes of a section of a config. Raises: InputError, naming it, whatever that raises."""
+    try:
+        return make()
+    except InputError:
+        raise
+    except Exception as error:  # what stands there may raise anything
+        raise InputError(f"{section} cannot be built: {first_line(error)}") from error
+
+
 def check_parts(cfg: Config, model: Any) -> None:
     """Builds once, for nothing, what mmengine builds only after a run has begun.
 
     Raises: InputError naming the section that cannot be built, or ``run.select`` where it is not evaluated.
     """
-
-    def built(section: str, make: Callable[[], Any]) -> Any:
-        try:
-            return make()
-        except Exception as error:  # what stands there may raise anything
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{section} cannot be built: {first_line(error)}") from error
 
     wrapper = built("optim_wrapper", lambda: build_optim_wrapper(model, cfg.optim_wrapper))
     for number, scheduler in enumerate(cfg.param_scheduler):
@@ -267,6 +272,8 @@ def check_parts(cfg: Config, model: Any) -> None:
         built("hooks", lambda one=hook: HOOKS.build(one))
     for name in ("train_dataloader", "val_dataloader"):
         loader = built(name, lambda name=name: Runner.build_dataloader(cfg[name], seed=cfg.seed))
+        data = loader.dataset
+        built(name, lambda data=data: data[(0, 0) if isinstance(data, NumberedDataset) else 0]["inputs"])
     evaluated = {m.prefix for m in built("val_evaluator", lambda: Evaluator(cfg.val_evaluator)).metrics}
     role, _, value = cfg.run.select.partition("/")
     if role not in evaluated:

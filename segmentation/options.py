@@ -100,6 +100,8 @@ def check_settings(cfg: Config) -> None:
         needed = key == "data_root"
         if re.fullmatch(FILES, key) and not (isinstance(value, str) or (value is None and not needed)):
             raise InputError(f"{key} is a {'folder' if needed else 'file'}, not {value!r}")
+        if key.endswith("init_cfg") and not (value is None or isinstance(value, list)):
+            raise InputError(f"{key} is a section with parts of its own, not {value!r}")
     for key, known in CHOICES.items():
         if values.get(key) is not None and values[key] not in known:
             raise unknown(key, str(values[key]), known)

@@ -211,7 +211,9 @@ def check_forward(model: Any, ready: Config) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            model.loss(*blank(ready, next(model.parameters()).device))
+            images, samples = blank(ready, next(model.parameters()).device)
+            model.loss(images, samples)
+            model.predict(images)
     except Exception as error:  # what a head that does not fit its backbone raises
         if isinstance(error, InputError):
             raise

@@ -247,7 +247,7 @@ train_pipeline=5 resume=True load_from=x.pth launcher=pytorch work_dir=x experim
 env_cfg.nosuch=1 env_cfg.mp_cfg.mp_start_method=foo log_level=FOO default_scope=foo sync_bn=foo
 val_cfg.type=Foo default_hooks.checkpoint.type=Foo visualizer.type=Foo model_wrapper_cfg.type=Foo
 model.data_preprocessor.std=[nan,1,1] model.data_preprocessor.std=[0,1,1] model.teacher_weights=5
-model.student.backbone.strides=(0,0,0,0) model.student.decode_head.dilations=[0]
+model.student.backbone.init_cfg=5 model.student.backbone.strides=(0,0,0,0) model.student.decode_head.dilations=[0]
 model.student.decode_head.loss_decode.class_weight=nowhere.json val_dataloader.batch_size=0
 """
 
@@ -266,7 +266,10 @@ def test_a_wrong_option_is_refused_in_one_line_that_names_it(option: str) -> Non
 UNBUILDABLE = """
 optim_wrapper.optimizer.type=Adam optim_wrapper.optimizer.type=LBFGS optim_wrapper.constructor=Foo
 optim_wrapper.clip_grad=5 val_evaluator.0.role=foo run.select=student/IoU.nosuch train_dataloader.prefetch_factor=2
-train_dataloader.timeout=-1 val_evaluator=[] custom_hooks=[5] model.student.decode_head.in_channels=7 model.student.decode_head.in_index=9
+train_dataloader.timeout=-1 val_evaluator=[] custom_hooks=[5]
+model.student.decode_head.in_channels=7 model.student.decode_head.in_index=9
+model.student.test_cfg.mode=foo train_dataloader.dataset.dataset.pipeline=[]
+train_dataloader.dataset.dataset.pipeline.2.ratio_range=(0,0)
 """
 
 

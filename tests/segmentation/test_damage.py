@@ -190,6 +190,14 @@ def test_a_damaged_file_is_named_or_harmless(
     check(runs, kind, file, run, [look], pytest.fail)
 
 
+def test_a_kill_in_the_last_drawing_leaves_nothing(runs: Runs, tmp_path: Path) -> None:
+    run = shutil.copytree(runs.folder("finished"), tmp_path / NAME, symlinks=True)
+    (run / "curves.png.writing").write_bytes(b"half")
+    assert outcome(train, runs.command(run)).code == 0
+    assert not (run / "curves.png.writing").exists()
+    assert_same_runs(runs.folder("finished"), run)
+
+
 LINKS: dict[str, Callable[[Path], object]] = {
     "missing": lambda link: None,
     "to nothing": lambda link: link.symlink_to("iter_99.pth"),
