@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,13 +268,13 @@ def check_parts(cfg: Config, model: Any) -> None:
     wrapper = built("optim_wrapper", lambda: build_optim_wrapper(model, cfg.optim_wrapper))
     for number, scheduler in enumerate(cfg.param_scheduler):
         name = f"param_scheduler.{number}"
-        built(name, lambda one=scheduler: PARAM_SCHEDULERS.build({**one, "optimizer": wrapper}))
+        built(name, partial(PARAM_SCHEDULERS.build, {**scheduler, "optimizer": wrapper}))
     for hook in [*filter(None, cfg.default_hooks.values()), *(cfg.get("custom_hooks") or ())]:
-        built("hooks", lambda one=hook: HOOKS.build(one))
+        built("hooks", partial(HOOKS.build, hook))
     for name in ("train_dataloader", "val_dataloader"):
-        loader = built(name, lambda name=name: Runner.build_dataloader(cfg[name], seed=cfg.seed))
+        loader = built(name, partial(Runner.build_dataloader, cfg[name], seed=cfg.seed))
         data = loader.dataset
-        built(name, lambda data=data: data[(0, 0) if isinstance(data, NumberedDataset) else 0]["inputs"])
+        built(name, partial(data.__getitem__, (0, 0) if isinstance(data, NumberedDataset) else 0))
     evaluated = {m.prefix for m in built("val_evaluator", lambda: Evaluator(cfg.val_evaluator)).metrics}
     role, _, value = cfg.run.select.partition("/")
     if role not in evaluated:

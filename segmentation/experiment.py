@@ -79,7 +79,7 @@ def read_own(file: Path, identity: str) -> dict[str, Any]:
         raise InputError(f"{file} is damaged: it is no checkpoint of a run")
     if (owner := content["run"].get("run", identity)) != identity and identity:
         raise InputError(f"{file} is another run's (its identity begins with {owner[:8]}, not {identity[:8]})")
-    return content
+    return dict(content)
 
 
 def export_network(cfg: Config, network: nn.Module, role: str, metainfo: Mapping[str, Any], folder: Path) -> None:

@@ -141,9 +141,9 @@ def check_numbers(cfg: Config) -> None:
     for key, value in flatten(_by_key(cfg.to_dict())).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key} must be a finite number: {value}")
-        whole, _, place = key.rpartition(".")
-        if place.isdigit() and any(re.fullmatch(pattern, whole) for pattern in NUMBERS):
-            raise InputError(f"{whole} must be one number")
+        listed, _, place = key.rpartition(".")
+        if place.isdigit() and any(re.fullmatch(pattern, listed) for pattern in NUMBERS):
+            raise InputError(f"{listed} must be one number")
         for pattern, kind in NUMBERS.items():
             if not re.fullmatch(pattern, key) or (value is None and key == "run.save_every"):
                 continue

@@ -218,8 +218,8 @@ def check_forward(model: Any, ready: Config) -> None:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"the networks cannot be run: {first_line(error)}; do in_channels, in_index, dilations and strides of heads "
-            "and backbones fit?"
+            f"the networks cannot be run: {first_line(error)}; do in_channels, in_index, dilations and strides of "
+            "heads and backbones fit?"
         ) from error
     finally:
         model.train()
