@@ -50,7 +50,7 @@ def read_config(file: str | Path) -> Config:
         raise InputError(f"no config {file}")
     try:
         cfg = Config.fromfile(str(file))
-    except Exception as error:  # a config is Python and can raise anything
+    except (Exception, SystemExit) as error:  # a config is Python and can raise anything
         raise InputError(f"{file} is no config: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if "model" not in cfg:
         raise InputError(f"{file} lacks model: start from one of segmentation/configs")
@@ -65,6 +65,8 @@ def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> C
     cfg = read_config(file)
     if missing := [key for key in NEEDED if key not in cfg]:
         raise InputError(f"{file} lacks {missing[0]}: start from one of segmentation/configs")
+    if lacks := [part for part in (*ROLES, "method", "data_preprocessor") if part not in cfg.model]:
+        raise InputError(f"{file} lacks model.{lacks[0]}: start from one of segmentation/configs, or a run's config.py")
     init_default_scope("mmseg")
     for role in ROLES:
         if "stock" in cfg.model[role]:
@@ -79,6 +81,8 @@ def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> C
             raise InputError(f"the option {key} does not fit the config: {' '.join(str(error).split())}") from error
     check_settings(cfg)
     method, with_adm = parse_method(cfg.model.method)
+    if not with_adm and (idle := next((key for key in options or {} if key.startswith("model.adm.")), None)):
+        raise InputError(f"{idle} does nothing without ADM: give the method {method}+adm, or leave it out")
     cfg.model.adm = asdict(adm_config(cfg.model.get("adm") or {}, method, used=with_adm))
     crop = tuple(cfg.crop_size) if isinstance(cfg.crop_size, (list, tuple)) else ()
     if len(crop) != 2:

@@ -144,10 +144,15 @@ def _processes(launcher: str | None, device: str, cfg: Config) -> Iterator[tuple
     if launcher == "none":
         yield 0, 1
         return
-    if device == "cpu":
-        torch.distributed.init_process_group("gloo")  # mmengine's own would ask for a GPU
-    else:
-        init_dist(launcher, **cfg.env_cfg.dist_cfg)
+    try:
+        if device == "cpu":
+            torch.distributed.init_process_group("gloo")  # mmengine's own would ask for a GPU
+        else:
+            init_dist(launcher, **cfg.env_cfg.dist_cfg)
+    except (ValueError, KeyError) as error:  # what is not in the environment
+        raise InputError(
+            f"--launcher {launcher} did not start this process ({first_line(error)}): leave it out"
+        ) from error
     try:
         yield get_dist_info()
     finally:

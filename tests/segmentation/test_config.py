@@ -284,6 +284,11 @@ def test_what_cannot_be_built_is_refused_before_the_run_begins(option: str, stre
     assert any(part.rstrip("_") in str(caught.value) for part in re.split(r"[.=_]", option)), str(caught.value)
 
 
+def test_options_of_adm_without_adm_are_refused() -> None:
+    with pytest.raises(InputError, match=r"model\.adm\.alpha does nothing without ADM: give the method dml\+adm"):
+        load_config(DEEPLAB, {"model.adm.alpha": 0.5, "model.method": "dml"})
+
+
 def test_what_is_legal_and_probably_meant_otherwise_is_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
