@@ -39,6 +39,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if not temporary.is_symlink():
             _sync(temporary)
         if path.is_dir() and not path.is_symlink():
+            if not temporary.is_dir() and any(path.iterdir()):  # a checkpoint's folder gives way, a user's never
+                raise InputError(f"{path} is a folder with files in it: name a file")
             shutil.rmtree(path)
         temporary.replace(path)
     except BaseException as error:
