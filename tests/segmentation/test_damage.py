@@ -190,6 +190,12 @@ def test_a_damaged_file_is_named_or_harmless(
     check(runs, kind, file, run, [look], pytest.fail)
 
 
+def test_a_report_never_takes_a_folders_place(runs: Runs) -> None:
+    done = outcome(evaluate, [str(runs.folder("finished")), "--out", str(runs.street)])
+    assert (done.code, len(done.error)) == (2, 1) and "is a folder with files in it" in done.said
+    assert (runs.street / "gtFine").is_dir()
+
+
 def test_a_kill_in_the_last_drawing_leaves_nothing(runs: Runs, tmp_path: Path) -> None:
     run = shutil.copytree(runs.folder("finished"), tmp_path / NAME, symlinks=True)
     (run / "curves.png.writing").write_bytes(b"half")
