@@ -11,23 +11,27 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mmseg
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import init_default_scope
-from mmengine.runner import CheckpointLoader
+from mmengine.evaluator import Evaluator
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner.checkpoint import get_external_models
-from mmseg.registry import DATASETS, MODELS
+from mmseg.registry import MODELS
 
 from core.errors import InputError, first_line, unknown
+from core.images import image_files
 from core.training.command import LineParser
 from core.weights import check_finite, read_state_dict, read_torch, split_key
-from segmentation.data import check_label_map
+from segmentation.data import NumberedDataset, check_label_map, check_listing, check_truth
 from segmentation.distiller import ROLES, load_weights
 from segmentation.losses import adm_config, parse_method
 from segmentation.options import check_option, check_settings
@@ -46,7 +50,7 @@ def read_config(file: str | Path) -> Config:
         raise InputError(f"no config {file}")
     try:
         cfg = Config.fromfile(str(file))
-    except Exception as error:  # a config is Python and can raise anything
+    except (Exception, SystemExit) as error:  # a config is Python and can raise anything
         raise InputError(f"{file} is no config: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if "model" not in cfg:
         raise InputError(f"{file} lacks model: start from one of segmentation/configs")
@@ -61,10 +65,14 @@ def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> C
     cfg = read_config(file)
     if missing := [key for key in NEEDED if key not in cfg]:
         raise InputError(f"{file} lacks {missing[0]}: start from one of segmentation/configs")
+    if lacks := [part for part in (*ROLES, "method", "data_preprocessor") if part not in cfg.model]:
+        raise InputError(f"{file} lacks model.{lacks[0]}: start from one of segmentation/configs, or a run's config.py")
     init_default_scope("mmseg")
     for role in ROLES:
         if "stock" in cfg.model[role]:
             cfg.model[role] = stock_network(cfg.model[role])
+    for name in ("train_pipeline", "test_pipeline"):  # the loaders hold them
+        cfg.pop(name, None)
     for key, value in (options or {}).items():
         check_option(cfg, key, value)
         try:
@@ -73,6 +81,8 @@ def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> C
             raise InputError(f"the option {key} does not fit the config: {' '.join(str(error).split())}") from error
     check_settings(cfg)
     method, with_adm = parse_method(cfg.model.method)
+    if not with_adm and (idle := next((key for key in options or {} if key.startswith("model.adm.")), None)):
+        raise InputError(f"{idle} does nothing without ADM: give the method {method}+adm, or leave it out")
     cfg.model.adm = asdict(adm_config(cfg.model.get("adm") or {}, method, used=with_adm))
     crop = tuple(cfg.crop_size) if isinstance(cfg.crop_size, (list, tuple)) else ()
     if len(crop) != 2:
@@ -84,8 +94,6 @@ def load_config(file: str | Path, options: Mapping[str, Any] | None = None) -> C
     for scheduler in cfg.param_scheduler:
         if scheduler.type == "PolyLR" and not scheduler.by_epoch:
             scheduler.setdefault("end", cfg.train_cfg.max_iters)
-    for name in ("train_pipeline", "test_pipeline"):  # the loaders hold them
-        cfg.pop(name, None)
     return cfg
 
 
@@ -203,30 +211,80 @@ def map_stride(network: Mapping[str, Any]) -> int:
     return 4 * math.prod(network["backbone"].get("strides", ()))
 
 
-def check_images(loader: Any, classes: int) -> None:
-    """Raises: InputError where images or labels are not where a loader's config says, or the networks that tell so many
-    ``classes`` apart do not fit them."""
+def check_images(loader: Any, head: Any) -> None:
+    """Raises: InputError where images or labels are damaged or not where a loader's config says, or a network's decode
+    ``head`` does not fit them."""
     config = _datasets(loader.dataset)[-1]
     root = Path(config.get("data_root") or ".")
-    images, labels = (root / config.data_prefix[key] for key in ("img_path", "seg_map_path"))
+    images, labels = built(
+        "data_prefix", lambda: [root / config.data_prefix[key] for key in ("img_path", "seg_map_path")]
+    )
     where = f"--data-root {root} must hold {config.data_prefix.img_path}/ and {config.data_prefix.seg_map_path}/"
     for folder in (images, labels):
         if not folder.is_dir():
             raise InputError(f"no folder {folder}: {where}")
-    dataset: Any = DATASETS.build({**config, "pipeline": [], "serialize_data": False})
+    image_files(images)  # which refuses what no data set should meet: pipes, links in a circle
+    maps = image_files(labels)
+    steps = [step for step in config.get("pipeline", ()) if step.type == "LoadAnnotations"]
+    pipeline = [*steps, {"type": "PackSegInputs"}]
+    settings = {**config, "pipeline": pipeline, "serialize_data": False}
+    truth = built(f"the data set {config.type}", lambda: NumberedDataset(settings))
+    dataset: Any = truth.dataset
     if not len(dataset):
         raise InputError(f"no image *{dataset.img_suffix} in {images}: {where}")
     files = [Path(dataset.get_data_info(i)["seg_map_path"]) for i in range(len(dataset))]
+    check_listing(dataset, images, files, [labels / file for file in maps])
     if missing := next((file for file in files if not file.exists()), None):
         made = " (made by cityscapesscripts' createTrainIdLabelImgs)" if "TrainIds" in missing.name else ""
         raise InputError(f"no label map {missing}{made}: every image needs one")
     for i, file in enumerate(files):
         check_label_map(Path(dataset.get_data_info(i)["img_path"]), file)
-    if len(dataset.metainfo["classes"]) != classes:
+    if len(dataset.metainfo["classes"]) != head.num_classes:
         raise InputError(
-            f"{config.type} has {len(dataset.metainfo['classes'])} classes, the networks' heads have {classes}: "
-            "set num_classes of all heads"
+            f"{config.type} has {len(dataset.metainfo['classes'])} classes, the networks' heads have "
+            f"{head.num_classes}: set num_classes of all heads"
         )
+    if dataset.ignore_index != head.ignore_index:
+        raise InputError(
+            f"{config.type} ignores the label {dataset.ignore_index}, the networks' heads {head.ignore_index}: set "
+            "ignore_index of all heads"
+        )
+    if steps:
+        check_truth(truth, labels)
+
+
+def built(section: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` makes of a section of a config. Raises: InputError, naming it, whatever that raises."""
+    try:
+        return make()
+    except InputError:
+        raise
+    except Exception as error:  # what stands there may raise anything
+        raise InputError(f"{section} cannot be built: {first_line(error)}") from error
+
+
+def check_parts(cfg: Config, model: Any) -> None:
+    """Builds once, for nothing, what mmengine builds only after a run has begun.
+
+    Raises: InputError naming the section that cannot be built, or ``run.select`` where it is not evaluated.
+    """
+
+    wrapper = built("optim_wrapper", lambda: build_optim_wrapper(model, cfg.optim_wrapper))
+    for number, scheduler in enumerate(cfg.param_scheduler):
+        name = f"param_scheduler.{number}"
+        built(name, partial(PARAM_SCHEDULERS.build, {**scheduler, "optimizer": wrapper}))
+    for hook in [*filter(None, cfg.default_hooks.values()), *(cfg.get("custom_hooks") or ())]:
+        built("hooks", partial(HOOKS.build, hook))
+    for name in ("train_dataloader", "val_dataloader"):
+        loader = built(name, partial(Runner.build_dataloader, cfg[name], seed=cfg.seed))
+        data = loader.dataset
+        built(name, partial(data.__getitem__, (0, 0) if isinstance(data, NumberedDataset) else 0))
+    evaluated = {m.prefix for m in built("val_evaluator", lambda: Evaluator(cfg.val_evaluator)).metrics}
+    role, _, value = cfg.run.select.partition("/")
+    if role not in evaluated:
+        raise InputError(f"run.select {cfg.run.select}: val_evaluator evaluates {', '.join(map(str, evaluated))} alone")
+    if value.startswith("IoU.") and (asked := value.removeprefix("IoU.")) not in loader.dataset.metainfo["classes"]:
+        raise unknown("class in run.select", asked, loader.dataset.metainfo["classes"])
 
 
 def check_pretrained(cfg: Config, networks: Mapping[str, Any]) -> None:
@@ -284,7 +342,7 @@ def build(model: Mapping[str, Any]) -> Any:
         warnings.filterwarnings("ignore", message="DeprecationWarning: pretrained is a deprecated")  # stock configs
         try:
             return MODELS.build(model)
-        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except Exception as error:  # what a setting that does not fit raises
             raise InputError(f"the networks cannot be built: {first_line(error)}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from mmseg.datasets.transforms import PhotoMetricDistortion
 from mmseg.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
 from torch.utils.data import Dataset, Sampler
 
-from core.errors import InputError, first_line
+from core.errors import InputError, first_line, notice
 from core.images import EXTENSIONS, read_header
 
+LOOKED_AT = 16
+"""Label maps of a data set that are read before a training; all are looked at when they are trained with."""
 Draw = tuple[int, int]  # index of the image, number of the draw over all processes
 
 
@@ -88,6 +90,35 @@ class NumberedDataset(Dataset):
             ) from error
         check_labels(sample["data_samples"], len(self.metainfo["classes"]), self.dataset.ignore_index)
         return sample
+
+
+def check_listing(dataset: Any, images: Path, files: Sequence[Path], there: Sequence[Path]) -> None:
+    """Says which label maps have no image. Raises: InputError for images in a hidden folder.
+
+    ``files``: the label map of each image of the data set; ``there``: all that are there.
+    """
+    for i in range(len(dataset)):
+        file = Path(dataset.get_data_info(i)["img_path"])
+        if any(part.startswith(".") for part in file.relative_to(images).parts):
+            raise InputError(f"{file} would be taken for an image, though it is in a hidden folder: delete that")
+    alone = sorted({file for file in there if file.name.endswith(dataset.seg_map_suffix)} - set(files))
+    if alone and not dataset.ann_file and dataset._indices is None:
+        notice(f"{len(alone)} label map(s) have no image and are left out, as {alone[0]}")
+
+
+def check_truth(truth: NumberedDataset, folder: Path) -> None:
+    """Reads 16 of the label maps, evenly, and the others where none of these has a labelled pixel.
+
+    Raises: InputError for one that cannot be read or holds a wrong label, and where nothing is labelled at all.
+    """
+    some = sorted({i * len(truth) // LOOKED_AT for i in range(LOOKED_AT)})
+    labelled = [_has_labels(truth, i) for i in some]
+    if not any(labelled) and not any(_has_labels(truth, i) for i in range(len(truth)) if i not in some):
+        raise InputError(f"no pixel of the label maps in {folder} has a label: is everything marked as ignored?")
+
+
+def _has_labels(truth: NumberedDataset, index: int) -> bool:
+    return bool((truth[index]["data_samples"].gt_sem_seg.data != truth.dataset.ignore_index).any())
 
 
 def check_label_map(image: Path, labels: Path) -> None:

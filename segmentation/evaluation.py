@@ -10,7 +10,7 @@ from mmengine.evaluator import Evaluator
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 
-from core.errors import InputError
+from core.errors import InputError, notice
 from core.training.command import align
 
 PREDICTIONS = {"student": "pred_sem_seg", "teacher": "pred_sem_seg_teacher"}
@@ -45,6 +45,10 @@ class NetworkIoU(IoUMetric):
             raise InputError("no evaluated pixel has a label: is everything marked as ignored?")
         iou = 100 * intersection / union
         names = self.dataset_meta["classes"]
+        if not occurs.all():
+            absent = ", ".join(names[k] for k in (~occurs).nonzero().flatten().tolist())
+            others = int(occurs.sum())
+            notice(f"no evaluated pixel is labelled {absent}: mIoU is the mean over the other {others} classes")
         per_class = {f"IoU.{names[k]}": iou[k].item() for k in occurs.nonzero().flatten().tolist()}
         accuracy = 100 * intersection.sum() / labelled.sum()
         return {"mIoU": iou[occurs].mean().item(), "aAcc": accuracy.item(), **per_class}

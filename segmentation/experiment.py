@@ -19,7 +19,8 @@ from torch import nn
 from core.errors import InputError
 from core.files import write_atomically
 from core.training.checkpoint import find_checkpoint
-from core.training.run import read_signed
+from core.training.run import identity_of
+from core.weights import read_torch
 from segmentation.config import PAIR, build, check_images, load_config, read_config, ready_loader
 from segmentation.distiller import load_weights
 
@@ -47,13 +48,15 @@ def restore(
         config = f"{run}/config.py"
         if not Path(config).is_file():
             raise InputError(f"{run} is no run folder of segmentation: it has no config.py")
-        read_signed(Path(config))  # which says it where the file is not whole
+        identity = identity_of(Path(config))  # which says it where the file is not whole
     cfg = read_config(config or "")
     if pair := cfg.model.get("type") == PAIR:
         cfg = load_config(config or "")
     elif role is None:
         role = "student"
     file = Path(checkpoint or "") if run is None else find_checkpoint(Path(run), checkpoint or "last")
+    if run is not None:
+        read_own(file, identity)
     init_default_scope("mmseg")
     settings = network_model(cfg, role) if pair and role else copy.deepcopy(cfg.model)
     model = build(settings if role is None else {**settings, "pretrained": None})
@@ -63,10 +66,20 @@ def restore(
     if source is None:
         raise InputError(f"{config} has neither val_dataloader nor test_dataloader: what is to be evaluated?")
     loader = ready_loader(source, root or cfg.get("data_root"))
-    check_images(loader, next(iter(networks.values())).decode_head.num_classes)
+    check_images(loader, next(iter(networks.values())).decode_head)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = revert_sync_batchnorm(model).to(device).eval()
     return Restored(cfg, file, model, networks, Runner.build_dataloader(loader), device)
+
+
+def read_own(file: Path, identity: str) -> dict[str, Any]:
+    """What a checkpoint holds. Raises: InputError for a damaged one, and one of a run of another ``identity``."""
+    content = read_torch(file)
+    if not isinstance(content, Mapping) or not {"state_dict", "meta", "run"} <= content.keys():
+        raise InputError(f"{file} is damaged: it is no checkpoint of a run")
+    if (owner := content["run"].get("run", identity)) != identity and identity:
+        raise InputError(f"{file} is another run's (its identity begins with {owner[:8]}, not {identity[:8]})")
+    return dict(content)
 
 
 def export_network(cfg: Config, network: nn.Module, role: str, metainfo: Mapping[str, Any], folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -12,32 +13,58 @@ from typing import Any, get_args
 import torch
 from mmengine import registry
 from mmengine.config import Config
-from mmengine.runner import Runner
 from mmseg import registry as mmseg_registry
 from mmseg.registry import DATASETS, MODELS
 
 from core.adm import ADMConfig
-from core.errors import InputError, unknown
+from core.errors import InputError, notice, unknown
 from core.ranges import Count, Index, NonNegative, Pixels, Positive, Seed, Share, Size
 from core.training.run import flatten
 
 TRACKERS = ("tensorboard",)
 NUMBERS = {
     r"seed": Seed,
-    r"batch_size|run\.(log_every|save_every|keep)|train_cfg\.(max_iters|val_interval)": Count,
+    r"batch_size|run\.(log_every|save_every|keep)|train_cfg\.(max_iters|val_interval|val_begin)": Count,
     r"crop_size\.\d+": Pixels,
-    r".*_dataloader\.num_workers": Index,
-    r"optim_wrapper\.optimizer\.(lr|weight_decay|eps)|param_scheduler\.\d+\.(eta_min|begin|end|power)": NonNegative,
-    r"optim_wrapper\.optimizer\.(momentum|betas\.\d+)": Share,
+    r".*_dataloader\.num_workers|param_scheduler\.\d+\.(begin|end)": Index,
+    r"optim_wrapper\.optimizer\.(lr|weight_decay|eps)|param_scheduler\.\d+\.(eta_min|power)": NonNegative,
+    r"optim_wrapper\.optimizer\.(momentum|dampening|betas\.\d+)": Share,
     r"model\.adm\.(alpha|beta|gamma|tau)": NonNegative,
-    r"optim_wrapper\.clip_grad\.max_norm": Positive,
-    r"optim_wrapper\.accumulative_counts": Count,
+    r"optim_wrapper\.clip_grad\.(max_norm|norm_type|clip_value)": Positive,
+    r"optim_wrapper\.accumulative_counts|(train|val)_dataloader\.(batch_size|prefetch_factor)": Count,
+    r"model\.data_preprocessor\.std\.\d+": Positive,
     r"model\..*\.loss_weight": NonNegative,
     r"model\..*\.dropout_ratio": Share,
     r"model\..*head\.(num_classes|channels|in_channels|num_convs)": Size,
-    r"model\..*backbone\.(depth|base_channels|stem_channels)": Size,
+    r"model\..*backbone\.(depth|base_channels|stem_channels|num_stages)": Size,
+    r"model\..*backbone\.(strides|dilations)\.\d+|model\..*head\.dilations\.\d+": Size,
 }
 """What numbers may stand at our own keys, and at those of mmengine's that people change; keys as options name them."""
+FILES = r"data_root|model\.teacher_weights|model\.(teacher|student)\.pretrained"
+SET_BY = {
+    r"train_dataloader\.batch_size": "batch_size",
+    r"train_dataloader\.dataset\.seed|randomness\.seed": "seed",
+    r".+\.data_root": "data_root",
+    r"model\.data_preprocessor\.size|train_dataloader\..*pipeline\.\d+\.crop_size": "crop_size",
+}
+"""Keys that a run sets itself, from our own."""
+READ_BY_RUNNER = ("model_wrapper_cfg", "find_unused_parameters", "sync_bn", "activation_checkpointing", "compile")
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "": ("custom_hooks", "randomness", *READ_BY_RUNNER),
+    "run": (),
+    "train_cfg": ("val_begin",),
+    "val_cfg": ("fp16",),
+    "randomness": ("deterministic",),
+    "env_cfg": ("resource_limit",),
+    "env_cfg.mp_cfg": (),
+    "env_cfg.dist_cfg": ("timeout",),
+    "optim_wrapper.clip_grad": ("type", "max_norm", "norm_type", "error_if_nonfinite", "foreach", "clip_value"),
+    "optim_wrapper.paramwise_cfg": (
+        "custom_keys", "bias_lr_mult", "bias_decay_mult", "norm_decay_mult", "flat_decay_mult", "dwconv_decay_mult",
+        "dcn_offset_lr_mult", "bypass_duplicate",
+    ),
+}  # fmt: skip
+"""What these sections may have besides what the configs say."""
 TYPED = (
     "model",
     "train_dataloader",
@@ -46,16 +73,41 @@ TYPED = (
     "optim_wrapper",
     "param_scheduler",
     "train_cfg",
+    "val_cfg",
+    "default_hooks",
+    "custom_hooks",
+    "visualizer",
+    "model_wrapper_cfg",
 )
+CHOICES = {
+    "train_cfg.type": ("IterBasedTrainLoop",),
+    "val_cfg.type": ("ValLoop",),
+    "default_scope": ("mmseg",),
+    "log_level": ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG"),
+    "sync_bn": ("torch", "mmcv"),
+    "env_cfg.mp_cfg.mp_start_method": ("fork", "spawn", "forkserver"),
+}
+"""What these keys may say, where they say anything."""
 
 
 def check_settings(cfg: Config) -> None:
     """Raises: InputError naming the first setting that no run could have."""
     check_numbers(cfg)
     for name in TYPED:
-        check_types(cfg[name], f"{name}.")
-    if not isinstance(cfg.data_root, str):
-        raise InputError(f"data_root is a folder, not {cfg.data_root!r}")
+        check_types(cfg.get(name) or {}, f"{name}.")
+    values = flatten(cfg.to_dict())
+    for key, value in values.items():
+        needed = key == "data_root"
+        if re.fullmatch(FILES, key) and not (isinstance(value, str) or (value is None and not needed)):
+            raise InputError(f"{key} is a {'folder' if needed else 'file'}, not {value!r}")
+        if key.endswith("init_cfg") and not (value is None or isinstance(value, list)):
+            raise InputError(f"{key} is a section with parts of its own, not {value!r}")
+    for key, known in CHOICES.items():
+        if values.get(key) is not None and values[key] not in known:
+            raise unknown(key, str(values[key]), known)
+    for number, scheduler in enumerate(cfg.param_scheduler):
+        if scheduler.get("by_epoch", True):
+            raise InputError(f"param_scheduler.{number}.by_epoch must be False: a run counts iterations, not epochs")
     if not re.fullmatch(r"(teacher|student)/(mIoU|aAcc|IoU\..+)", str(cfg.run.select)):
         raise InputError(f"run.select {cfg.run.select!r}: student/mIoU or teacher/mIoU, or their aAcc or IoU.<class>")
     for tracker in cfg.run.setdefault("trackers", list(TRACKERS)):
@@ -63,9 +115,35 @@ def check_settings(cfg: Config) -> None:
             raise unknown("tracker", str(tracker), TRACKERS)
 
 
+def say_odd(cfg: Config) -> None:
+    """Says in a line each what is legal and probably meant otherwise."""
+    total = cfg.train_cfg.max_iters
+    values = flatten(_by_key(cfg.to_dict()))
+    for key in (
+        "run.log_every", "run.save_every", "train_cfg.val_interval", "train_cfg.val_begin",
+        "optim_wrapper.accumulative_counts",
+    ):  # fmt: skip
+        if (value := values.get(key)) is not None and value > total:
+            notice(f"note: {key} {value} is longer than the run of {total} iterations")
+    for key, value in values.items():
+        if re.fullmatch(r"param_scheduler\.\d+\.begin", key) and value >= total:
+            notice(f"note: {key} {value} lies behind the run's end, {total}")
+    rate = values["optim_wrapper.optimizer.lr"]
+    if rate == 0:
+        notice("note: optim_wrapper.optimizer.lr is 0: nothing is learnt")
+    for key, value in values.items():
+        if re.fullmatch(r"param_scheduler\.\d+\.eta_min", key) and value > rate > 0:
+            notice(f"note: {key} {value} is above the learning rate {rate}, which will rise")
+
+
 def check_numbers(cfg: Config) -> None:
-    """Raises: InputError naming the first number of the config that is of another kind or out of its range."""
+    """Raises: InputError naming the first number of the config that is of another kind, not finite or out of range."""
     for key, value in flatten(_by_key(cfg.to_dict())).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key} must be a finite number: {value}")
+        listed, _, place = key.rpartition(".")
+        if place.isdigit() and any(re.fullmatch(pattern, listed) for pattern in NUMBERS):
+            raise InputError(f"{listed} must be one number")
         for pattern, kind in NUMBERS.items():
             if not re.fullmatch(pattern, key) or (value is None and key == "run.save_every"):
                 continue
@@ -96,54 +174,82 @@ def check_types(section: Any, key: str = "") -> None:
 
 
 def check_option(cfg: Config, key: str, value: Any) -> None:
-    """Raises: InputError for an option that nothing would read, offering the nearest, or a text instead of a number."""
+    """Raises: InputError for an option that nothing would read, offering the nearest, or a value of another kind."""
+    if own := next((own for pattern, own in SET_BY.items() if re.fullmatch(pattern, key)), None):
+        raise InputError(f"unknown option {key}: it follows from {own}, give that")
     here: Any = cfg
-    parts = key.split(".")
+    usual: Any = None
+    optional, parts = False, key.split(".")
     for depth, part in enumerate(parts):
         place = ".".join(parts[:depth])
         if isinstance(here, (list, tuple)):
             if not part.isdigit() or int(part) >= len(here):
                 raise InputError(f"unknown option {key}: {place} has the items 0 to {len(here) - 1}")
-            here = here[int(part)]
+            here = usual = here[int(part)]
+            optional = False
         elif isinstance(here, (Mapping, Config)):
-            if part not in here and (known := _accepted(here, place)) is not None and part not in known:
-                names = sorted(known | set(here))
+            accepted = _accepted(here, place)
+            if part not in here and accepted is not None and part not in accepted:
+                names = sorted(set(accepted) | set(here))
                 nearest = difflib.get_close_matches(part, names, n=1, cutoff=0.5)
                 meant = ".".join([*parts[:depth], *nearest])
                 hint = f"did you mean {meant}?" if nearest else f"{place or 'a config'} has {', '.join(names)}"
                 raise InputError(f"unknown option {key}: {hint}")
+            optional = (accepted or {}).get(part, part) is None
             here = here.get(part)
-            last = depth == len(parts) - 1
-            if last and isinstance(here, (dict, list)) and not isinstance(value, (dict, list)) and key != "crop_size":
-                raise InputError(f"the option {key} is a section with parts of its own, not {value!r}")
-            if isinstance(here, (int, float)) and isinstance(value, str) and last:
-                raise InputError(f"the option {key} is a number or a switch, not {value!r}")
+            usual = (accepted or {}).get(part) if here is None else here
+            here = {} if here is None and ".".join(parts[: depth + 1]) in SECTIONS else here
         elif here is None:
             return
         else:
             raise InputError(f"unknown option {key}: {place} is {here!r}, it has no parts")
+    if key != "crop_size" and not (value is None and (optional or (isinstance(usual, str) and part != "type"))):
+        _check_kind(key, value, usual)
 
 
-def _accepted(section: Mapping[str, Any] | Config, place: str) -> set[str] | None:
-    """The arguments that a section's class takes besides those it has; None where they cannot be known."""
-    if not place:
-        return set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"} | {"find_unused_parameters"}
+def _check_kind(key: str, value: Any, usual: Any) -> None:
+    """Raises: InputError where a value is of another kind than the usual one of an option."""
+    several = isinstance(value, (Mapping, list, tuple))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    many = several and (key.startswith("model.") or ".pipeline." in key)  # there one value may stand for several
+    kinds: tuple[tuple[Any, bool, str], ...] = (
+        ((Mapping, list, tuple), several, "a section with parts of its own"),
+        (bool, isinstance(value, bool) or value in (0, 1), "a number or a switch"),
+        ((int, float), number or many, "a number or a switch"),
+        (str, isinstance(value, str), "a text"),
+    )
+    for kind, fits, name in kinds:
+        if isinstance(usual, kind):
+            if not fits:
+                raise InputError(f"the option {key} is {name}, not {value!r}")
+            return
+
+
+def _accepted(section: Mapping[str, Any] | Config, place: str) -> dict[str, Any] | None:
+    """What a section's class takes besides what it has, with the defaults; None where it cannot be known."""
+    if place in SECTIONS:
+        return dict.fromkeys(SECTIONS[place])
     if place == "model.adm":
-        return {field.name for field in fields(ADMConfig)}
-    if place == "run":
-        return set()
+        return {field.name: field.default for field in fields(ADMConfig)}
     if "type" not in section:
-        return set(inspect.signature(torch.utils.data.DataLoader).parameters) if "sampler" in section else None
+        return _defaults(torch.utils.data.DataLoader) if "sampler" in section else None
     owner = _class_of(section["type"])
     if owner is None:
         return None
-    names: set[str] = set()
+    found: dict[str, Any] = {"init_cfg": None}
     for parent in owner.__mro__ if inspect.isclass(owner) else (owner,):
-        parameters = inspect.signature(parent.__init__ if inspect.isclass(parent) else parent).parameters.values()
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        call = parent.__init__ if inspect.isclass(parent) else parent
+        found = {**_defaults(call), **found}
+        if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(call).parameters.values()):
             break
-    return names | {"init_cfg"}
+    return found
+
+
+def _defaults(call: Any) -> dict[str, Any]:
+    named = [
+        p for p in inspect.signature(call).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    return {p.name: p.default for p in named if p.name != "self"}
 
 
 def _class_of(name: Any) -> Any:

@@ -17,18 +17,26 @@ from mmengine.runner import CheckpointLoader, Runner, set_random_seed
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
-from core.errors import InputError, TrainingError
+from core.errors import InputError, TrainingError, first_line
 from core.files import write_atomically
 from core.training.checkpoint import LAST, goal, latest_checkpoint
 from core.training.command import DONE, Stop
-from core.training.run import RunFolder, signed
+from core.training.run import IDENTITY, RunFolder, signed
 from core.training.step import bytes_needed, shortest
 from core.training.task import dry_run, estimate, exit_code, gigabytes, open_run
-from core.weights import read_torch
-from segmentation.config import build, check_images, check_pretrained, complete, load_config, map_stride
+from segmentation.config import (
+    build,
+    check_images,
+    check_parts,
+    check_pretrained,
+    complete,
+    load_config,
+    map_stride,
+)
 from segmentation.distiller import ROLES
-from segmentation.experiment import as_text
+from segmentation.experiment import as_text, read_own
 from segmentation.hooks import RunHook
+from segmentation.options import READ_BY_RUNNER, say_odd
 
 # In what a resumed run may differ: where it runs, and how much it says and keeps.
 MAY_CHANGE = (
@@ -36,7 +44,6 @@ MAY_CHANGE = (
     "train_dataloader.num_workers", "val_dataloader",
     "env_cfg", "visualizer", "log_level", "custom_imports",
 )  # fmt: skip
-READ_BY_RUNNER = ("model_wrapper_cfg", "find_unused_parameters", "sync_bn", "activation_checkpointing", "compile")
 RESUMED = "resumed-run://"
 SMALL = 128  # pixels a side of the images that a dry run takes at the most
 
@@ -59,6 +66,7 @@ def train(
         scale: Any = "dynamic" if amp == "fp16" else {"enabled": False}  # bf16 has float32's range
         dtype = {"fp16": "float16", "bf16": "bfloat16"}[amp]
         cfg.optim_wrapper.update({"type": "AmpOptimWrapper", "dtype": dtype, "loss_scale": scale})
+    say_odd(cfg)
     folder = Path(out or f"runs/{Path(config).stem}/{cfg.model.method}-{cfg.seed}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _processes(launcher, device, cfg) as (rank, processes):
@@ -69,7 +77,9 @@ def train(
         set_random_seed(cfg.seed)
         model = build(ready.model)
         for loader in (ready.train_dataloader, ready.val_dataloader):
-            check_images(loader, ready.model.student.decode_head.num_classes)
+            check_images(loader, model.student.decode_head)
+        check_parts(ready, model)
+        check_forward(model, ready)
         with _one_line():
             if run is not None:
                 return _run(run, cfg, ready, model)
@@ -82,10 +92,14 @@ def train(
 def _run(run: RunFolder, cfg: Config, ready: Config, model: Any) -> int:
     """``cfg``: of the run, as it is kept; ``ready``: for this machine."""
     _, processes = get_dist_info()
-    found = latest_checkpoint(run.checkpoints, run.log, read_torch) if run.main else None
+
+    def read(file: Path) -> dict[str, Any]:
+        return read_own(file, run.identity)
+
+    found = latest_checkpoint(run.checkpoints, run.log, read) if run.main else None
     barrier()
     if not run.main and (last := goal(run.checkpoints / f"{LAST}.pth")).exists():
-        found = read_torch(last)
+        found = read(last)
     if found is None:
         check_pretrained(ready, model.networks)
     else:
@@ -97,7 +111,8 @@ def _run(run: RunFolder, cfg: Config, ready: Config, model: Any) -> int:
             model.networks[role].backbone.init_cfg = None
     run.open()
     if run.main:
-        write_atomically(run.path / "config.py", lambda path: path.write_text(signed(as_text(cfg))))
+        text = signed(f"{as_text(cfg)}{IDENTITY}{run.identity}\n")
+        write_atomically(run.path / "config.py", lambda path: path.write_text(text))
     parts = ("train_dataloader", "val_dataloader", "train_cfg", "val_cfg", "optim_wrapper", "param_scheduler")
     others = ("default_hooks", "custom_hooks", "env_cfg", "log_level", "visualizer", "default_scope", "randomness")
     runner = Runner(
@@ -129,10 +144,15 @@ def _processes(launcher: str | None, device: str, cfg: Config) -> Iterator[tuple
     if launcher == "none":
         yield 0, 1
         return
-    if device == "cpu":
-        torch.distributed.init_process_group("gloo")  # mmengine's own would ask for a GPU
-    else:
-        init_dist(launcher, **cfg.env_cfg.dist_cfg)
+    try:
+        if device == "cpu":
+            torch.distributed.init_process_group("gloo")  # mmengine's own would ask for a GPU
+        else:
+            init_dist(launcher, **cfg.env_cfg.dist_cfg)
+    except (ValueError, KeyError) as error:  # what is not in the environment
+        raise InputError(
+            f"--launcher {launcher} did not start this process ({first_line(error)}): leave it out"
+        ) from error
     try:
         yield get_dist_info()
     finally:
@@ -180,14 +200,40 @@ def describe(model: Any, wrapper: Any, ready: Config) -> Iterator[str]:
     yield gigabytes(memory(model, wrapper, ready))
 
 
+def blank(ready: Config, device: Any) -> tuple[torch.Tensor, list[SegDataSample]]:
+    """Two small black images and their labels, to take through the networks."""
+    height, width = (min(side, SMALL) for side in ready.crop_size)
+    channels = 6 if ready.model.data_preprocessor.type == "ViewsDataPreProcessor" else 3
+    labels = PixelData(data=torch.zeros(1, height, width, dtype=torch.long, device=device))
+    return torch.zeros(2, channels, height, width, device=device), [SegDataSample(gt_sem_seg=labels)] * 2
+
+
+def check_forward(model: Any, ready: Config) -> None:
+    """Takes a small batch through the networks, which changes nothing in them.
+
+    Raises: InputError where they could be built and cannot be run.
+    """
+    model.eval()
+    try:
+        with torch.no_grad():
+            images, samples = blank(ready, next(model.parameters()).device)
+            model.loss(images, samples)
+            model.predict(images)
+    except Exception as error:  # what a head that does not fit its backbone raises
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"the networks cannot be run: {first_line(error)}; do in_channels, in_index, dilations and strides of "
+            "heads and backbones fit?"
+        ) from error
+    finally:
+        model.train()
+
+
 def memory(model: Any, wrapper: Any, ready: Config) -> int:
     """Bytes that training needs, from one forward of two small images: what is kept grows with their area."""
-    crop = tuple(min(side, SMALL) for side in ready.crop_size)
-    device = next(model.parameters()).device
-    channels = 6 if ready.model.data_preprocessor.type == "ViewsDataPreProcessor" else 3
-    labels = PixelData(data=torch.zeros(1, *crop, dtype=torch.long, device=device))
-    images, samples = torch.zeros(2, channels, *crop, device=device), [SegDataSample(gt_sem_seg=labels)] * 2
-    count = round(ready.train_dataloader.batch_size * math.prod(ready.crop_size) / math.prod(crop))
+    images, samples = blank(ready, next(model.parameters()).device)
+    count = round(ready.train_dataloader.batch_size * math.prod(ready.crop_size) / math.prod(images.shape[2:]))
     defaults = wrapper.optimizer.defaults
     moments = 2 if "betas" in defaults else int(defaults.get("momentum", 0) > 0)
     with wrapper.optim_context(model):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import leftover, remove
 from .checkpoint import prune
 from .command import DONE, INTERRUPTED
 from .run import RunFolder, is_main_process
@@ -26,6 +27,10 @@ def open_run(
         return run
     if run.main:
         prune(run.checkpoints, keep)
+        if left := [path for path in run.path.glob("*") if leftover(path)]:  # killed in its last drawing
+            for path in left:
+                remove(path)
+            run.draw()
     run.log(f"{run.path} is finished; its results are in {run.path / 'summary.json'}")
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -9,12 +10,14 @@ from urllib.error import URLError
 import pytest
 import torch
 from mmengine.config import Config
-from street import CONFIGS, DEEPLAB
+from street import CONFIGS, DEEPLAB, TINY
 
 from core.errors import InputError
 from segmentation import config
 from segmentation.config import STOCK_CONFIGS as STOCK
-from segmentation.config import build, complete, load_config, parse_options
+from segmentation.config import build, check_parts, complete, load_config, parse_options
+from segmentation.options import say_odd
+from segmentation.training import check_forward
 
 SHIPPED = sorted(path for path in CONFIGS.glob("*.py"))
 
@@ -232,6 +235,20 @@ model.student=5 param_scheduler=5 model.student.decode_head.type=Foo model.stude
 run.select=5 model.student.decode_head.loss_decode.loss_weight=nan
 model.student.decode_head.loss_decode.type=Foo train_dataloader.sampler.type=Foo
 train_dataloader.dataset.type=Foo val_evaluator.0.type=Foo train_cfg.type=Foo
+train_cfg.max_iters=[6] train_cfg.val_begin=abc train_cfg.val_begin=1.5 train_cfg.val_begin=-1
+train_cfg.dynamic_intervals=5 train_cfg.type=EpochBasedTrainLoop seed=[1] optim_wrapper.optimizer.lr=[1]
+optim_wrapper.optimizer.lr=True optim_wrapper.optimizer.type=5 optim_wrapper.optimizer.type=None
+optim_wrapper.optimizer.nesterov=abc optim_wrapper.optimizer.dampening=nan optim_wrapper.optimizer.dampening=-1
+optim_wrapper.clip_grad.nosuch=1 optim_wrapper.clip_grad.norm_type=abc optim_wrapper.paramwise_cfg.nosuch=1
+param_scheduler.0.end=1.5 param_scheduler.0.by_epoch=True model.adm.alpha=[1] train_dataloader.batch_size=7
+train_dataloader.dataset.seed=3 randomness.seed=5 model.data_preprocessor.size=(8,8)
+val_dataloader.dataset.dataset.data_root=x train_dataloader.dataset.dataset.pipeline.3.crop_size=(8,8)
+train_pipeline=5 resume=True load_from=x.pth launcher=pytorch work_dir=x experiment_name=x auto_scale_lr=5
+env_cfg.nosuch=1 env_cfg.mp_cfg.mp_start_method=foo log_level=FOO default_scope=foo sync_bn=foo
+val_cfg.type=Foo default_hooks.checkpoint.type=Foo visualizer.type=Foo model_wrapper_cfg.type=Foo
+model.data_preprocessor.std=[nan,1,1] model.data_preprocessor.std=[0,1,1] model.teacher_weights=5
+model.student.backbone.init_cfg=5 model.student.backbone.strides=(0,0,0,0) model.student.decode_head.dilations=[0]
+model.student.decode_head.loss_decode.class_weight=nowhere.json val_dataloader.batch_size=0
 """
 
 
@@ -243,3 +260,46 @@ def test_a_wrong_option_is_refused_in_one_line_that_names_it(option: str) -> Non
     assert "\n" not in said
     key, _, value = option.partition("=")
     assert any(word in said for word in (key, key.rpartition(".")[2], value, "networks cannot be built")), said
+
+
+# What mmengine would build only when the run has begun.
+UNBUILDABLE = """
+optim_wrapper.optimizer.type=Adam optim_wrapper.optimizer.type=LBFGS optim_wrapper.constructor=Foo
+optim_wrapper.clip_grad=5 val_evaluator.0.role=foo run.select=student/IoU.nosuch train_dataloader.prefetch_factor=2
+train_dataloader.timeout=-1 val_evaluator=[] custom_hooks=[5]
+model.student.decode_head.in_channels=7 model.student.decode_head.in_index=9
+model.student.test_cfg.mode=foo train_dataloader.dataset.dataset.pipeline=[]
+train_dataloader.dataset.dataset.pipeline.2.ratio_range=(0,0)
+"""
+
+
+@pytest.mark.parametrize("option", UNBUILDABLE.split())
+def test_what_cannot_be_built_is_refused_before_the_run_begins(option: str, street: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        ready = complete(load_config(DEEPLAB, {**parse_options([*TINY, option]), "data_root": str(street)}), 1, "cpu")
+        model = build(ready.model)
+        check_parts(ready, model)
+        check_forward(model, ready)
+    assert "\n" not in str(caught.value)
+    assert any(part.rstrip("_") in str(caught.value) for part in re.split(r"[.=_]", option)), str(caught.value)
+
+
+def test_options_of_adm_without_adm_are_refused() -> None:
+    with pytest.raises(InputError, match=r"model\.adm\.alpha does nothing without ADM: give the method dml\+adm"):
+        load_config(DEEPLAB, {"model.adm.alpha": 0.5, "model.method": "dml"})
+
+
+def test_what_is_legal_and_probably_meant_otherwise_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.errors._notices", [])
+    say_odd(load_config(DEEPLAB))
+    assert capsys.readouterr().err == ""
+    odd = {
+        "run.log_every": 751, "run.save_every": 751, "train_cfg.val_interval": 751, "train_cfg.val_begin": 751,
+        "optim_wrapper.accumulative_counts": 751, "param_scheduler.0.begin": 750, "param_scheduler.0.eta_min": 1.0,
+    }  # fmt: skip
+    say_odd(load_config(DEEPLAB, odd))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(odd)
+    assert all(any(line.startswith(f"note: {key} {value} ") for line in lines) for key, value in odd.items()), lines
