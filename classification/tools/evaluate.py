@@ -103,7 +103,7 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
 def weights_command(options: Any) -> Command:
     """A weight file as a command of one network. What is not given comes from the file's metadata, then from timm."""
     file = options.weights
-    said = read_metadata(file) if file is not None else {}
+    said = read_metadata(file) if file is not None and not Path(file).is_dir() else {}
     if note := said.get("export_note", said.get("caveat")):  # the latter in files of earlier versions
         warnings.warn(f"{file}: {note}", stacklevel=2)
     name = options.network or said.get("architecture")

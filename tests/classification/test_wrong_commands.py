@@ -79,7 +79,7 @@ def test_what_stands_where_a_file_should_go_is_kept(run: Path, tmp_path: Path, s
     for name, said in (("folder", "it is a folder"), ("pipe", "no regular file")):
         refused(shell(evaluate.main, [str(run), "--out", str(tmp_path / name)]), said)
     assert (tmp_path / "folder/mine.txt").read_text() == "mine" and (tmp_path / "pipe").is_fifo()
-    refused(shell(evaluate.main, [str(run), "--out", str(tmp_path / "folder/mine.txt/x")]), "Not a directory", 1)
+    refused(shell(evaluate.main, [str(run), "--out", str(tmp_path / "folder/mine.txt/x")]), "mine.txt/x: ", 1)
 
 
 def test_a_checkpoint_is_one_of_the_run_and_flags_without_use_are_refused(run: Path, shell: Any) -> None:

@@ -322,6 +322,7 @@ def test_pickles_that_could_run_code_are_refused(tmp_path: Path) -> None:
         load_dit(file)
     assert "weights_only" not in str(caught.value)  # torch's advice is to run the code
     save_dit(tmp_path / "student", dit())
+    (tmp_path / "student/adm.json").unlink()  # a folder of somebody else's
     folder = tmp_path / "student" / "transformer"
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     torch.save({"pos_embed.proj.bias": Harm(harm)}, folder / "diffusion_pytorch_model.bin")
@@ -385,7 +386,7 @@ def test_a_folder_that_is_no_dit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds a UNet2DModel"):
         load_dit(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"cannot read .*config\.json"):
+    with pytest.raises(InputError, match=r"config\.json is damaged"):
         load_dit(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
     with pytest.raises(InputError, match="cannot read the network"):

@@ -50,7 +50,7 @@ def test_all_published_sizes_build_and_the_own_one_is_the_same_network() -> None
         ({"size": "S"}, "did you mean"),
         ({"size": None, "width": 16, "depth": 2, "heads": 4}, "needs all of width, depth, heads and patch"),
         ({"size": "S/2", "width": 16}, "set size to null"),
-        ({"size": None, "width": 16, "depth": 0, "heads": 4, "patch": 2}, r"depth must be in \[1, 16384\]: 0"),
+        ({"size": None, "width": 16, "depth": 0, "heads": 4, "patch": 2}, r"depth must be in \[1, 1024\]: 0"),
         ({"size": None, "width": 18, "depth": 1, "heads": 3, "patch": 2}, "multiple of 4 and of its 3 heads: 18"),
         ({"size": None, "width": 16, "depth": 1, "heads": 3, "patch": 2}, "multiple of 4 and of its 3 heads: 16"),
     ],

@@ -192,7 +192,7 @@ def test_a_damaged_file_is_named_or_harmless(
 
 def test_a_report_never_takes_a_folders_place(runs: Runs) -> None:
     done = outcome(evaluate, [str(runs.folder("finished")), "--out", str(runs.street)])
-    assert (done.code, len(done.error)) == (2, 1) and "is a folder with files in it" in done.said
+    assert (done.code, len(done.error)) == (2, 1) and "it is a folder" in done.said
     assert (runs.street / "gtFine").is_dir()
 
 
