@@ -35,7 +35,10 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    from core.errors import notices
+
     torch.manual_seed(0)
+    notices()  # what a refused command said before is not the next run's to log
 
 
 @pytest.fixture
