@@ -193,7 +193,7 @@ class Cut:
             node = user
         skips = [user for user in used_behind(graph, node) if user is not node]
         if skips:
-            said = "the images" if skips[0].op == "placeholder" else f"{skips[0].name}, which comes before it"
+            said = "the images" if skips[0].op == "placeholder" else f"{target_name(skips[0])}, which comes before it"
             raise InputError(f"{name}: behind {target} it needs more than that map, namely {said}: {CALLABLES}")
         return halves(graph, node, model)
 
