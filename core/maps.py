@@ -23,7 +23,12 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def smaller_size(a: Tensor, b: Tensor) -> tuple[int, ...]:
-    """The elementwise smaller size of two maps ``[B, C, *places]``, e.g. (H, W): at which they are compared."""
+    """The elementwise smaller size of two maps ``[B, C, *places]``, e.g. (H, W): at which they are compared.
+
+    Raises: InputError where one has more dimensions than the other.
+    """
+    if a.dim() != b.dim():
+        raise InputError(f"maps {tuple(a.shape)} and {tuple(b.shape)} cannot be compared: give maps of one kind")
     return tuple(min(m, n) for m, n in zip(a.shape[2:], b.shape[2:], strict=True))
 
 
@@ -86,7 +91,7 @@ def check_maps(map_student: Any, map_teacher: Any, student: str = "student", tea
 
 def one_ratio(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether one of two sizes (H, W) is the other's, divided by one number r >= 1 and rounded up or down."""
-    (h, large_h), (w, large_w) = sorted((a[0], b[0])), sorted((a[1], b[1]))
+    h, w, large_h, large_w = min(a[0], b[0]), min(a[1], b[1]), max(a[0], b[0]), max(a[1], b[1])
     # h is large_h / r rounded, so that large_h / (h + 1) < r < large_h / (h - 1), and w alike: is there such an r?
     one_ratio = large_h * (w - 1) < large_w * (h + 1) and large_w * (h - 1) < large_h * (w + 1)
     return one_ratio and (a[0] - b[0]) * (a[1] - b[1]) >= 0
