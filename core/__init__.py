@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what `__getattr__` finds, with its types
     from .adapter import *
     from .adm import *
+    from .checks import *
     from .distillation import *
     from .errors import *
     from .network import *
+    from .parts import *
+    from .split import *
 
 __all__ = [
     "ADMConfig",
@@ -24,6 +27,7 @@ __all__ = [
     "TrainingError",
     "as_network",
     "check_network",
+    "check_pair",
     "consensus_attention",
     "consensus_kd_loss",
     "consensus_loss",
@@ -40,7 +44,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("errors", "adapter", "adm", "distillation", "network")
+_MODULES = ("errors", "adapter", "adm", "distillation", "network", "split", "parts", "checks")
 
 
 def __getattr__(name: str) -> Any:

@@ -199,8 +199,14 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for network in (student, teacher):
         assert network.conv1.weight.grad is not None and network.fc.weight.grad is not None
 
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.classifier = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 1000)
+
+    scope["my_model"] = Own()
     exec(split, scope)
-    assert scope["student"](x).shape == (2, 1000)
+    assert scope["student"](x).shape == scope["teacher"](x).shape == scope["own"](x).shape == (2, 1000)
 
     monkeypatch.chdir(tmp_path)
     file = Path(re.search(r'load_file\("(.*)"\)', load).group(1))

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from classification.methods.base import MethodOptions, Output, Outputs, probe, standardised
 from classification.networks.base import CifarNetwork, ConvBN, classifier_of, init_conv
-from core.adapter import smaller_size
 from core.adm import Head
 from core.distillation import full_precision
 from core.errors import InputError
+from core.maps import smaller_size
 from core.network import preserved, stage_maps
 from core.ranges import NonNegative, Positive, Size
 from core.training.distiller import Progress
@@ -81,7 +81,7 @@ def norm_loss(expanded: Tensor, map_teacher: Tensor) -> Tensor:
     return segments.shape[1] * F.mse_loss(segments, t[:, None].expand_as(segments))
 
 
-def _max_pool_to(feature_map: Tensor, size: tuple[int, int]) -> Tensor:
+def _max_pool_to(feature_map: Tensor, size: tuple[int, ...]) -> Tensor:
     return feature_map if feature_map.shape[-2:] == size else F.adaptive_max_pool2d(feature_map, size)
 
 
@@ -215,7 +215,7 @@ class NORM(KD):
 @torch.no_grad()
 def _check_head(network: nn.Module, classifier: nn.Linear, feature_map: Tensor) -> None:
     """Raises: InputError where a head is more than ``classifier`` of the pooled map: folding could not be exact."""
-    name = type(getattr(network, "model", network)).__name__
+    name = type(network).__name__
     if classifier.out_features < 3:
         raise InputError("norm needs 3 classes: standardised logits of two say nothing but which is the larger")
     if classifier.bias is None:
