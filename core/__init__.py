@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what `__getattr__` finds, with its types
     from .adapter import *
     from .adm import *
+    from .analysis.attention import *
     from .distillation import *
     from .errors import *
     from .network import *
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ADMConfig",
     "ADMLoss",
     "Adapter",
+    "AttentionStatistics",
     "InputError",
     "Network",
     "Split",
@@ -40,7 +44,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("errors", "adapter", "adm", "distillation", "network")
+_MODULES = ("errors", "adapter", "adm", "distillation", "network", "analysis.attention")
 
 
 def __getattr__(name: str) -> Any:
