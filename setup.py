@@ -1,4 +1,4 @@
-"""This repository works from its checkout, in place. A wheel of it would put `core`, `tools`, ... beside everybody's."""
+"""This repository works from its checkout. A wheel of it would put `core`, `tools`, ... beside everybody's."""
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -9,7 +9,7 @@ class Refused(bdist_wheel):
 
     def run(self) -> None:
         raise SystemExit(
-            "this repository is not installed as a wheel: `pip install -e .` in its checkout for the training commands, "
+            "this repository is not installed as a wheel: `pip install -e .` in its checkout for the commands, "
             "or `pip install ./core` (from elsewhere: `pip install 'git+URL#subdirectory=core'`) for `import adm`"
         )
 

@@ -14,10 +14,11 @@ from runs import ROOT
 USE = """
 import sys
 
+OTHERS = "timm torchvision transformers accelerate PIL matplotlib safetensors jsonargparse tqdm yaml sklearn scipy".split()
+
 class TorchAlone:  # and what torch itself needs
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"timm", "torchvision", "transformers", "accelerate", "PIL", "matplotlib", "safetensors",
-                                  "jsonargparse", "tqdm", "yaml", "sklearn", "scipy"}:
+        if name.split(".")[0] in OTHERS:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, TorchAlone())
@@ -42,7 +43,7 @@ print(adm.__version__, adm.__file__)
 
 
 def project(folder: Path) -> Path:
-    """Somebody's repository, with a package ``core``, a folder ``tools`` without ``__init__.py``, ``classification``."""
+    """Somebody's repository, with ``core``, ``classification`` and a folder ``tools`` without ``__init__.py``."""
     for name in ("core/__init__.py", "tools/mine.py", "classification/__init__.py"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("OURS = True\n")
