@@ -14,7 +14,7 @@ from runs import ROOT
 USE = """
 import sys
 
-OTHERS = "timm torchvision transformers accelerate PIL matplotlib safetensors jsonargparse tqdm yaml sklearn scipy".split()
+OTHERS = "timm torchvision transformers accelerate PIL matplotlib safetensors jsonargparse tqdm yaml sklearn".split()
 
 class TorchAlone:  # and what torch itself needs
     def find_spec(self, name, path=None, target=None):
