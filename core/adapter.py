@@ -5,17 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def smaller_size(a: Tensor, b: Tensor) -> tuple[int, int]:
-    """The elementwise smaller (H, W) of two maps ``[B, C, H, W]``: the resolution at which they are compared."""
-    return min(a.shape[-2], b.shape[-2]), min(a.shape[-1], b.shape[-1])
-
-
-def pool_to(feature_map: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Average-pools ``[B, C, H, W]`` to ``size``; the same tensor where it has that size already."""
-    if feature_map.shape[-2:] == size:
-        return feature_map
-    return F.adaptive_avg_pool2d(feature_map, (size[0], size[1]))
+from .maps import pool_to
 
 
 class Adapter(nn.Module):

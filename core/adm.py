@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import Adapter, pool_to, smaller_size
-from .distillation import NoiseFilter, full_precision, kd_loss
+from .adapter import Adapter
+from .distillation import NoiseFilter, kd_loss
 from .errors import unknown
+from .maps import full_precision, pool_to, smaller_size
 from .ranges import NonNegative, Positive, Unit, check_ranges
 
 Head = Callable[[Tensor], Tensor]

@@ -12,14 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adapter import Adapter, pool_to, smaller_size
+from .adapter import Adapter
+from .maps import full_precision, pool_to, smaller_size
 
 NoiseFilter = Literal["none", "norm", "relu", "drop"]
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """At least float32, also under autocast; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def kd_loss(logits: Tensor, target_logits: Tensor, tau: float = 1.0, weight: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from mmengine import dist
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
-from core.adapter import Adapter, smaller_size
+from core.adapter import Adapter
 from core.adm import (
     ADMConfig,
     consensus_kd_loss,
@@ -25,6 +25,7 @@ from core.adm import (
 )
 from core.distillation import distances, epsilon, feature_loss, full_precision, learning, min_logit_target
 from core.errors import InputError, parse_label, unknown
+from core.maps import smaller_size
 
 Terms = dict[str, Tensor]
 

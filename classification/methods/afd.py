@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from classification.methods.base import Method, MethodOptions, Outputs, sum_over_processes
 from classification.options import TrainConfig
-from core.adapter import pool_to
 from core.distillation import full_precision, mutual_loss
 from core.errors import InputError
+from core.maps import pool_to
 from core.network import preserved, stage_maps
 from core.ranges import NonNegative, Positive
 from core.training.distiller import Batch, Losses, Progress, backward

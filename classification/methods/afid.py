@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from classification.methods.base import Method, MethodOptions, Output, Outputs
 from classification.networks.base import CifarNetwork, ConvBN, init_conv
 from classification.options import TrainConfig
-from core.adapter import Adapter, smaller_size
+from core.adapter import Adapter
 from core.adm import Head
 from core.distillation import full_precision, kd_loss
 from core.errors import InputError
+from core.maps import smaller_size
 from core.ranges import Index, NonNegative, Positive
 from core.training.distiller import Batch, Losses, Progress
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from classification.methods.base import Method, MethodOptions, Output, Outputs, probe, standardised
 from classification.networks.base import ConvBN, classifier_of, init_conv
 from classification.options import TrainConfig
-from core.adapter import pool_to
 from core.adm import Head
 from core.distillation import kd_loss
 from core.errors import InputError
+from core.maps import pool_to
 from core.ranges import Positive
 from core.training.distiller import Batch, Losses, Progress
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from classification.methods.base import MethodOptions, Output, Outputs, probe, standardised
 from classification.networks.base import CifarNetwork, ConvBN, classifier_of, init_conv
-from core.adapter import smaller_size
 from core.adm import Head
 from core.distillation import full_precision
 from core.errors import InputError
+from core.maps import smaller_size
 from core.network import preserved, stage_maps
 from core.ranges import NonNegative, Positive, Size
 from core.training.distiller import Progress
