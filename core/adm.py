@@ -1,30 +1,34 @@
 """Asymmetric Decision-Making: the student learns harder where two maps agree, the teacher where they differ.
 
 Eq. 6 ``spatial_similarity``, the attentions of Eq. 7 and 8, the losses of Eq. 7, 8, 11, 12, and ``ADMLoss`` (Eq. 9).
-Maps are the last spatial features ``[B, C, H, W]`` before global pooling; a ``head`` is whatever a network does with
-that map to reach its logits (activation, pooling, classifier).
+Maps are the last spatial features ``[B, C, H, W]`` before global pooling (or ``[B, C, L]`` of sequences, ``[B, C, D, H,
+W]`` of volumes: wherever H, W stands); a ``head`` is whatever a network does with that map to reach its logits
+(activation, pooling, classifier). Targets and criteria: module ``targets``.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .distillation import NoiseFilter, kd_loss
-from .errors import unknown
-from .maps import full_precision, pool_to, smaller_size
+from .distillation import NoiseFilter
+from .errors import InputError, unknown
+from .maps import check_maps, full_precision, pool_to, smaller_size
 from .ranges import NonNegative, Positive, Unit, check_ranges
+from .targets import Criterion, blended_loss, check_imitation, imitation_loss, kd_loss, label_loss, read_criterion
 
 Head = Callable[[Tensor], Tensor]
-Criterion = Callable[[Tensor, Tensor], Tensor]
 Form = Literal["ce", "kd"]
 Control = Literal["none", "uniform", "shuffled"]
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 # Algorithm 1's guard. Where a map's mean weight m = 1 -+ S_bar is tiny, the attention's mean is m / (m + EPSILON) < 1.
 EPSILON = 1e-5
@@ -35,12 +39,17 @@ def spatial_similarity(map_student: Tensor, map_teacher: Tensor) -> Tensor:
 
     Args: maps ``[B, C, Hs, Ws]`` and ``[B, C, Ht, Wt]`` of equal C; the larger is average-pooled to the smaller's size.
     Returns: S ``[B, H, W]`` in [-1, 1], detached, float32 (float64 for float64 maps), 0 where a vector is zero.
-    Raises: ValueError where the channels differ (project the student's map by an ``Adapter`` first).
+    Raises: InputError, a ValueError, where the channels differ (project the student's map by an ``Adapter`` first).
     """
-    if map_student.dim() != 4 or map_teacher.dim() != 4 or map_student.shape[:2] != map_teacher.shape[:2]:
-        raise ValueError(
-            f"cannot compare a student map {tuple(map_student.shape)} with a teacher map {tuple(map_teacher.shape)}: "
-            "both must be [B, C, H, W] with equal B and C; for unequal channels use core.Adapter(Cs, Ct)"
+    maps = (map_student, map_teacher)
+    if (
+        not all(isinstance(x, Tensor) and 3 <= x.dim() <= 5 for x in maps)
+        or map_student.shape[:2] != map_teacher.shape[:2]
+    ):
+        student, teacher = (tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in maps)
+        raise InputError(
+            f"cannot compare a student map {student} with a teacher map {teacher}: "
+            "both must be [B, C, H, W] with equal B and C; for unequal channels use Adapter(Cs, Ct)"
         )
     size = smaller_size(map_student, map_teacher)
     s, t = (pool_to(full_precision(x.detach()), size) for x in (map_student, map_teacher))  # [B, C, H, W]
@@ -64,7 +73,7 @@ def control(similarity: Tensor, kind: Control = "none") -> Tensor:
     if kind == "shuffled":
         places = torch.rand_like(similarity).flatten(1).argsort(dim=1)  # a permutation for each image
         return similarity.flatten(1).gather(1, places).view_as(similarity)
-    raise ValueError(f"unknown control {kind!r}: 'none', 'uniform' or 'shuffled'")
+    raise InputError(f"unknown control {kind!r}: 'none', 'uniform' or 'shuffled'")
 
 
 def consensus_attention(similarity: Tensor) -> Tensor:
@@ -82,35 +91,42 @@ def divergence_attention(similarity: Tensor) -> Tensor:
 
 def _attention(weight: Tensor) -> Tensor:
     # [B, 1, H, W]: one weight per location of its own image (Algorithm 1, as printed, yields [B, B, H, W]).
-    return (weight / (weight.mean(dim=(-2, -1), keepdim=True) + EPSILON)).unsqueeze(1)
+    places = tuple(range(1, weight.dim()))
+    return (weight / (weight.mean(dim=places, keepdim=True) + EPSILON)).unsqueeze(1)
 
 
 def resize_similarity(similarity: Tensor, size: tuple[int, ...]) -> Tensor:
-    """S ``[B, H, W]`` for the network with the larger map: bilinear, before any mean is taken."""
-    if similarity.shape[-2:] == size:
+    """S ``[B, H, W]`` for the network with the larger map: bilinear (linear, trilinear), before any mean is taken."""
+    if similarity.shape[1:] == size:
         return similarity
-    resized = F.interpolate(similarity.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
+    resized = F.interpolate(similarity.unsqueeze(1), size=size, mode=_LINEAR[len(size)], align_corners=False).squeeze(1)
     return resized.clamp(-1.0, 1.0)  # interpolation, too, rounds beyond 1
 
 
 def attend(feature_map: Tensor, similarity: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
     """``attention(S) * F``: the map ``[B, C, H, W]`` reweighted at each location, in the map's own precision."""
-    weight = attention(resize_similarity(similarity, feature_map.shape[-2:]))  # [B, 1, H, W]
+    weight = attention(resize_similarity(similarity, feature_map.shape[2:]))  # [B, 1, H, W]
     return weight.to(feature_map.dtype) * feature_map
 
 
 def consensus_loss(
-    similarity: Tensor, map_student: Tensor, target: Tensor, student_head: Head, criterion: Criterion = F.cross_entropy
+    similarity: Tensor, map_student: Tensor, target: Any, student_head: Head, criterion: Criterion = F.cross_entropy
 ) -> Tensor:
-    """Eq. 7, trains the student: ``criterion(W_s(GAP((1 + S) / (1 + S_bar) F_s)), y)``, a scalar."""
-    return criterion(student_head(attend(map_student, similarity, consensus_attention)), target)
+    """Eq. 7, trains the student: ``criterion(W_s(GAP((1 + S) / (1 + S_bar) F_s)), y)``, a scalar.
+
+    Args: S ``[B, h, w]``; the student's map ``[B, Cs, Hs, Ws]``; targets, head and criterion as in ``ADMLoss``.
+    """
+    return label_loss(student_head(attend(map_student, similarity, consensus_attention)), target, criterion)
 
 
 def divergence_loss(
-    similarity: Tensor, map_teacher: Tensor, target: Tensor, teacher_head: Head, criterion: Criterion = F.cross_entropy
+    similarity: Tensor, map_teacher: Tensor, target: Any, teacher_head: Head, criterion: Criterion = F.cross_entropy
 ) -> Tensor:
-    """Eq. 8, trains the teacher: ``criterion(W_t(GAP((1 - S) / (1 - S_bar) F_t)), y)``, a scalar."""
-    return criterion(teacher_head(attend(map_teacher, similarity, divergence_attention)), target)
+    """Eq. 8, trains the teacher: ``criterion(W_t(GAP((1 - S) / (1 - S_bar) F_t)), y)``, a scalar.
+
+    Args: S ``[B, h, w]``; the teacher's map ``[B, Ct, Ht, Wt]``; targets, head and criterion as in ``ADMLoss``.
+    """
+    return label_loss(teacher_head(attend(map_teacher, similarity, divergence_attention)), target, criterion)
 
 
 def consensus_kd_loss(
@@ -121,14 +137,23 @@ def consensus_kd_loss(
     teacher_head: Head,
     tau: float = 1.0,
     weight: Tensor | None = None,
+    *,
+    target: Tensor | None = None,
+    criterion: Criterion = F.cross_entropy,
 ) -> Tensor:
     """Eq. 11, trains the student: it imitates what the teacher says about its own map under the same attention.
 
-    ``weight``: a factor for each distribution that the heads put out, as in ``kd_loss``.
+    Args: S ``[B, h, w]``; both maps and heads; tau > 0.
+        ``weight``: a factor for each distribution that the heads put out, as in ``kd_loss``. Or the ``target`` and the
+        ``criterion``: which of them it ignores and what it weighs, as in ``imitation_loss``.
+    Returns: a scalar. Raises: InputError for a criterion that this form cannot honour.
     """
     with torch.no_grad():
         teacher_logits = teacher_head(attend(map_teacher, similarity, consensus_attention))
-    return kd_loss(student_head(attend(map_student, similarity, consensus_attention)), teacher_logits, tau, weight)
+    student_logits = student_head(attend(map_student, similarity, consensus_attention))
+    if weight is not None:
+        return kd_loss(student_logits, teacher_logits, tau, weight)
+    return imitation_loss(student_logits, teacher_logits, tau, target, criterion)
 
 
 def divergence_kd_loss(
@@ -138,19 +163,20 @@ def divergence_kd_loss(
     teacher_head: Head,
     previous: Tensor | None = None,
     delta: float | Tensor = 0.0,
+    criterion: Criterion = F.cross_entropy,
 ) -> Tensor:
     """Eq. 12, trains the teacher: cross-entropy towards ``(1 - delta) onehot(y) + delta previous``, a scalar.
 
-    ``previous``: the teacher's own probabilities ``[B, K]`` for these samples in the last epoch (None in the first);
-    ``delta``: a number, or one for each sample ``[B]`` (0 where its row of ``previous`` means nothing).
+    Args: S ``[B, h, w]``; the teacher's map and head; targets and criterion as in ``ADMLoss``.
+        ``previous``: the teacher's own probabilities ``[B, K, ...]`` for these samples in the last epoch (None in the
+        first); ``delta``: a number, or one for each sample ``[B]`` (0 where its row of ``previous`` means nothing).
     Written as soft cross-entropy: same gradient as KL, which is NaN on one-hot targets. Equals Eq. 8 at delta 0.
+    Raises: InputError for a criterion that this form cannot honour, or shapes that do not fit.
     """
     logits = full_precision(teacher_head(attend(map_teacher, similarity, divergence_attention)))  # [B, K]
     if previous is None:
-        return F.cross_entropy(logits, target)
-    hard = F.cross_entropy(logits, target, reduction="none")  # [B]
-    soft = F.cross_entropy(logits, previous.detach().to(logits.dtype), reduction="none")  # [B]
-    return ((1.0 - delta) * hard + delta * soft).mean()
+        return label_loss(logits, target, criterion)
+    return blended_loss(logits, target, previous, delta, criterion)
 
 
 def phi_loss(projected: Tensor, map_teacher: Tensor, map_student: Tensor | None = None) -> Tensor:
@@ -161,7 +187,7 @@ def phi_loss(projected: Tensor, map_teacher: Tensor, map_student: Tensor | None 
     is the denominator. The curvature in phi's weight is then at most 8, and SGD with momentum 0.9 at learning rate 0.1
     (stable below 38) cannot diverge whatever the student's scale.
     """
-    size = projected.shape[-2:]
+    size = projected.shape[2:]
     teacher = full_precision(pool_to(map_teacher.detach(), size))
     energy = teacher.square().sum()
     if map_student is not None:
@@ -216,15 +242,24 @@ class ADMConfig:
 class ADMLoss(nn.Module):
     """Eq. 9: ``alpha L_co + beta L_di`` for one student and one teacher, to be added to any loss.
 
+    The paper's weights, where L_co is Eq. 7 or 11 and gamma that of ``feature_loss``, which is the caller's own:
+    CIFAR-100 alpha 0.01, beta 0.01, gamma 1; ImageNet 0.2, 0.6, 0.01 with ``consensus="kd"``; under a fixed teacher
+    alpha 1 (CIFAR-100) or 0.1 (ImageNet), beta and gamma 0.
+
     Args:
         alpha, beta, consensus, divergence, tau, control: as in ``ADMConfig``; a weight of 0 leaves that side's head
-            alone. Online: 0.01 / 0.01 (CIFAR-100), 0.2 / 0.6 (ImageNet).
+            alone.
         adapter: ``Adapter(Cs, Ct)``, needed where the channels differ (``always=True`` where they agree). S then
             compares F_t with phi(F_s), and the returned scalar holds phi's own loss: hand ``adm.parameters()`` to the
             optimiser.
         train_adapter: phi by its own loss (default). False: by whatever feature loss you compute with it.
-        criterion: ``criterion(head_output, target)`` of the "ce" forms; cross-entropy unless told.
-    Raises: InputError, a ValueError, as ``ADMConfig``.
+        criterion: what the targets are (module ``targets``): ``nn.CrossEntropyLoss(...)`` (the default without options)
+            for class indices ``[B]`` or ``[B, H, W]`` and for probabilities ``[B, K]``, ``nn.BCEWithLogitsLoss(...)``
+            for several labels ``[B, K]`` in [0, 1]. What it ignores has no gradient in either form, and its weights
+            count in both. Or any ``criterion(head_output, target)``, for the "ce" forms alone.
+    Raises: InputError, a ValueError, as ``ADMConfig``, and for a criterion that a "kd" form cannot honour. At its first
+        call, and where shapes change, as ``check_maps`` for maps that cannot be compared.
+        Warns at the first call where beta > 0 and the student's map has a gradient but not the teacher's.
     """
 
     def __init__(
@@ -242,14 +277,40 @@ class ADMLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.config = ADMConfig(alpha, beta, consensus=consensus, divergence=divergence, tau=tau, control=control)
-        self.adapter, self.train_adapter, self.criterion = adapter, train_adapter, criterion
+        self.adapter, self.train_adapter, self.criterion = adapter, train_adapter, read_criterion(criterion)
+        if alpha > 0 and consensus == "kd":
+            check_imitation(self.criterion, "consensus='kd'", labelled=False)
+        if beta > 0 and divergence == "kd":
+            check_imitation(self.criterion, "divergence='kd'")
+        self._shapes: tuple[Any, Any] | None = None
+
+    def _check(self, map_student: Any, map_teacher: Any) -> None:
+        """Looks at maps whose shapes are not the last call's: free in a loop."""
+        if torch.compiler.is_compiling():  # at each trace; what is compiled holds nothing of it
+            check_maps(map_student, map_teacher)
+            return
+        shapes = getattr(map_student, "shape", None), getattr(map_teacher, "shape", None)
+        if shapes == self._shapes:
+            return
+        check_maps(map_student, map_teacher)
+        trained = self._shapes is None and torch.is_grad_enabled() and map_student.requires_grad
+        if trained and self.config.beta > 0 and not map_teacher.requires_grad:
+            warnings.warn(
+                "the teacher's map has no gradient, so that beta trains its head alone: give beta=0 where the teacher "
+                "is fixed, else compute its map with gradient",
+                stacklevel=6,  # whoever called the module
+            )
+        self._shapes = shapes
 
     def project(self, map_student: Tensor, map_teacher: Tensor) -> Tensor:
-        """phi(F_s) at the size at which the maps are compared, F_s detached; the map itself without an adapter."""
+        """phi(F_s) ``[B, Ct, h, w]``, F_s detached: at the size of comparison, or as it is without an adapter.
+
+        Raises: InputError where the channels differ and there is no adapter.
+        """
         if self.adapter is not None:
             return self.adapter(map_student.detach(), smaller_size(map_student, map_teacher))
         if (cs := map_student.shape[1]) != (ct := map_teacher.shape[1]):
-            raise ValueError(
+            raise InputError(
                 f"the student's map has {cs} channels, the teacher's {ct}: write "
                 f"ADMLoss(alpha, beta, adapter=Adapter({cs}, {ct})) and give adm.parameters() to the optimiser"
             )
@@ -268,9 +329,13 @@ class ADMLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """The weighted parts, by name: "consensus" (student), "divergence" (teacher), "phi" (adapter alone).
 
-        Args: maps ``[B, Cs, Hs, Ws]``, ``[B, Ct, Ht, Wt]``; class indices ``[B]``; each network's own head.
+        Args: maps ``[B, Cs, Hs, Ws]``, ``[B, Ct, Ht, Wt]`` (or of sequences or volumes); targets that fit the
+            criterion, class indices ``[B]`` unless told; each network's own head, map -> logits.
             ``previous`` ``[B, K]``, ``delta`` (a number or ``[B]``): only for the "kd" form of divergence (Eq. 12).
+        Returns: scalars to be added; a name is left out where its weight is 0, "phi" where phi has no parameters.
+        Raises: InputError, a ValueError, for maps that cannot be compared or targets that do not fit the heads' logits.
         """
+        self._check(map_student, map_teacher)
         config, terms = self.config, {}
         projected = self.project(map_student, map_teacher)
         similarity = control(spatial_similarity(projected, map_teacher), config.control)  # [B, H, W]
@@ -278,13 +343,18 @@ class ADMLoss(nn.Module):
             if config.consensus == "ce":
                 loss = consensus_loss(similarity, map_student, target, student_head, self.criterion)
             else:
-                loss = consensus_kd_loss(similarity, map_student, map_teacher, student_head, teacher_head, config.tau)
+                loss = consensus_kd_loss(
+                    similarity, map_student, map_teacher, student_head, teacher_head, config.tau,
+                    target=target, criterion=self.criterion,
+                )  # fmt: skip
             terms["consensus"] = config.alpha * loss
         if config.beta > 0:
             if config.divergence == "ce":
                 loss = divergence_loss(similarity, map_teacher, target, teacher_head, self.criterion)
             else:
-                loss = divergence_kd_loss(similarity, map_teacher, target, teacher_head, previous, delta)
+                loss = divergence_kd_loss(
+                    similarity, map_teacher, target, teacher_head, previous, delta, self.criterion
+                )
             terms["divergence"] = config.beta * loss
         if self.train_adapter and self.adapter is not None and self.adapter.conv is not None:
             terms["phi"] = phi_loss(projected, map_teacher, map_student)

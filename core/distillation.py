@@ -5,6 +5,7 @@ Towards the end what classification and segmentation share of KDCL (a target) an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -13,25 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .adapter import Adapter
+from .errors import InputError, unknown
 from .maps import full_precision, pool_to, smaller_size
+from .targets import Criterion, imitation_loss, label_loss, read_criterion
+from .targets import kd_loss as kd_loss
 
 NoiseFilter = Literal["none", "norm", "relu", "drop"]
-
-
-def kd_loss(logits: Tensor, target_logits: Tensor, tau: float = 1.0, weight: Tensor | None = None) -> Tensor:
-    """Eq. 2: ``tau^2 KL(p_target || p)``, ``p = softmax(logits / tau)``, in float32 also under autocast.
-
-    Args: logits ``[B, K]`` (or ``[B, K, ...]``: one distribution per location); those of the imitated network are
-        detached; tau > 0; a factor for each distribution ``[B, ...]`` (0: it does not count, but for the mean).
-    Returns: a scalar, the mean over all but the class dimension.
-    Raises: ValueError where the shapes differ.
-    """
-    if logits.shape != target_logits.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and target logits {tuple(target_logits.shape)} differ in shape")
-    log_p = F.log_softmax(full_precision(logits) / tau, dim=1)
-    log_target = F.log_softmax(full_precision(target_logits.detach()) / tau, dim=1)
-    divergence = F.kl_div(log_p, log_target, reduction="none", log_target=True).sum(dim=1)  # [B, ...]
-    return tau**2 * (divergence if weight is None else weight * divergence).mean()
 
 
 def standardise(logits: Tensor, scale: float) -> Tensor:
@@ -50,21 +38,37 @@ def mutual_loss(
     weights: Mapping[str, float] | float = 1.0,
     tau: float = 1.0,
     peers: Literal["mean", "sum"] = "mean",
+    criterion: Criterion = F.cross_entropy,
 ) -> dict[str, dict[str, Tensor]]:
     """Eq. 4, deep mutual learning among any number of networks: the sum of everything returned is L_dml.
 
-    Args: ``{role: logits [B, K]}``; class indices ``[B]``; lambda, one for all or per role (Table 19 lowers the
-        teacher's); the temperature; the mean over the other networks (Eq. 4) or their sum.
-    Returns: ``{role: {"ce": scalar, "kd": lambda_i L_kd_i}}``; a lone network has no "kd".
+    Args:
+        logits: ``{role: [B, K]}``, or ``[B, K, H, W]`` with dense targets; the roles are names of your own.
+        target: class indices ``[B]``, or whatever fits the criterion (module ``targets``).
+        weights: lambda, 1 in the paper, one for all or per role (1 for a role left out; Table 19 lowers the teacher's).
+        tau: temperature of the imitation.
+        peers: the mean over the other networks (Eq. 4) or their sum.
+        criterion: ``nn.CrossEntropyLoss(...)`` or ``nn.BCEWithLogitsLoss(...)``. What it ignores has no gradient, and
+            its class weights hold, in the imitation too (``imitation_loss``); label smoothing smooths the labels alone.
+    Returns: ``{role: {"ce": scalar, "kd": lambda_i L_kd_i}}``; a lone network, or lambda 0, has no "kd".
+    Raises: InputError, a ValueError, for an unknown role in ``weights``, a weight that is negative or not finite, a tau
+        that is not positive, targets that do not fit, or another criterion where there is a "kd".
     """
+    criterion = read_criterion(criterion)
+    given = weights if isinstance(weights, Mapping) else dict.fromkeys(logits, weights)
+    for role, weight in given.items():
+        if role not in logits:
+            raise unknown("network in weights", str(role), logits)
+        if not 0 <= weight < math.inf:
+            raise InputError(f"the weight of {role} must be a number of at least 0: {weight}")
     losses: dict[str, dict[str, Tensor]] = {}
     for role, own in logits.items():
-        losses[role] = {"ce": F.cross_entropy(own, target)}
-        others = [kd_loss(own, other, tau) for name, other in logits.items() if name != role]
-        weight = weights if isinstance(weights, (int, float)) else weights.get(role, 1.0)
-        if others and weight:
+        losses[role] = {"ce": label_loss(own, target, criterion)}
+        others = [other for name, other in logits.items() if name != role]
+        if others and (weight := given.get(role, 1.0)):
+            terms = [imitation_loss(own, other, tau, target, criterion) for other in others]
             scale = weight / len(others) if peers == "mean" else weight
-            losses[role]["kd"] = scale * sum(others[1:], start=others[0])
+            losses[role]["kd"] = scale * sum(terms[1:], start=terms[0])
     return losses
 
 
@@ -78,25 +82,34 @@ def feature_loss(
 ) -> Tensor:
     """Eq. 5: the mean squared difference of two maps, for the student alone (the teacher's map is detached).
 
+    Its weight gamma is the caller's: 1 in the paper on CIFAR-100, 0.01 on ImageNet.
+
     Args:
-        map_student, map_teacher: one map ``[B, C, H, W]`` each (weight 1), or the lists of stage maps without the
-            stem's, paired from the last backwards; the n pairs weigh 1/2^n, ..., 1/4, 1/2 (Algorithm 1).
-            The larger map of a pair is average-pooled to the smaller's size.
+        map_student, map_teacher: one map ``[B, C, H, W]`` each (weight 1; or ``[B, C, L]``, ``[B, C, D, H, W]``), or
+            the lists of stage maps without the stem's, paired from the last backwards; the n pairs weigh
+            1/2^n, ..., 1/4, 1/2 (Algorithm 1). The larger map of a pair is average-pooled to the smaller's size.
         adapter: phi, one per pair (None where the channels agree).
-        noise_filter: Table 18. "norm": each channel's HW vector divided by its L2 norm; "relu": of both maps;
-            "drop": without the floor(HW / 3) locations of each image that differ most.
-        frozen_last: the last pair's phi gets no gradient from here: it has its own loss (``core.adm.phi_loss``).
-    Returns: a scalar. Raises: ValueError where channels differ and no adapter is given, or for an unknown filter.
+        noise_filter: Table 18. "norm": each channel's vector of places divided by its L2 norm; "relu": of both maps;
+            "drop": without the third (rounded down) of the places of each image that differ most.
+        frozen_last: the last pair's phi gets no gradient from here: it has its own loss (``phi_loss``).
+    Returns: a scalar, float32 at least.
+    Raises: InputError, a ValueError, where channels differ and no adapter is given, where one argument is a map and the
+        other a list, for adapters that do not fit the maps, or for an unknown filter.
     """
     if isinstance(map_student, Tensor) and isinstance(map_teacher, Tensor):
-        assert adapter is None or isinstance(adapter, Adapter)
+        if adapter is not None and not isinstance(adapter, Adapter):
+            raise InputError(f"feature_loss of one pair of maps takes one Adapter, not a {type(adapter).__name__}")
         return _feature_loss(map_student, map_teacher, adapter, noise_filter, frozen_last)
+    if isinstance(map_student, Tensor) or isinstance(map_teacher, Tensor):
+        raise InputError("feature_loss takes one map of each network, or a list of maps of each: not a map and a list")
     n = min(len(map_student), len(map_teacher))
     if n == 0:
-        raise ValueError("feature_loss needs at least one map of each network")
-    adapters = [None] * n if adapter is None else list(adapter)  # type: ignore[arg-type]
+        raise InputError("feature_loss needs at least one map of each network")
+    if isinstance(adapter, Adapter):
+        raise InputError("feature_loss of lists of maps takes a list of adapters, one per pair (None: not needed)")
+    adapters = [None] * n if adapter is None else list(adapter)
     if len(adapters) != n:
-        raise ValueError(f"feature_loss got {len(adapters)} adapters for {n} pairs of maps")
+        raise InputError(f"feature_loss got {len(adapters)} adapters for {n} pairs of maps")
     pairs = list(zip(list(map_student)[-n:], list(map_teacher)[-n:], adapters, strict=True))
     losses = [
         _feature_loss(s, t, phi, noise_filter, frozen_last and k == n) / 2 ** (n + 1 - k)
@@ -109,20 +122,21 @@ def _feature_loss(s: Tensor, t: Tensor, phi: Adapter | None, noise_filter: Noise
     size = smaller_size(s, t)
     s = pool_to(s, size) if phi is None else phi(s, size, frozen=frozen)
     t = pool_to(t.detach(), size)
+    if (cs := s.shape[1]) != (ct := t.shape[1]):
+        raise InputError(f"feature_loss needs an adapter from {cs} to {ct} channels: Adapter({cs}, {ct})")
     if s.shape != t.shape:
-        cs, ct = s.shape[1], t.shape[1]
-        raise ValueError(f"feature_loss needs an adapter from {cs} to {ct} channels: Adapter({cs}, {ct})")
-    s, t = full_precision(s), full_precision(t)  # [B, C, H, W]
+        raise InputError(f"feature_loss got maps of {len(s)} and {len(t)} samples: give both networks the same batch")
+    s, t = full_precision(s), full_precision(t)  # [B, C, *places]
     if noise_filter == "norm":
-        s, t = F.normalize(s.flatten(2), dim=2), F.normalize(t.flatten(2), dim=2)  # [B, C, HW]
+        s, t = F.normalize(s.flatten(2), dim=2), F.normalize(t.flatten(2), dim=2)  # [B, C, P]
     elif noise_filter == "relu":
         s, t = F.relu(s), F.relu(t)
     elif noise_filter == "drop":
-        error = (s - t).square().mean(dim=1).flatten(1)  # [B, HW]
+        error = (s - t).square().mean(dim=1).flatten(1)  # [B, P]
         kept = error.shape[1] - error.shape[1] // 3
         return error.topk(kept, dim=1, largest=False, sorted=False).values.mean()
     elif noise_filter != "none":
-        raise ValueError(f"unknown noise filter {noise_filter!r}: 'none', 'norm', 'relu' or 'drop'")
+        raise InputError(f"unknown noise filter {noise_filter!r}: 'none', 'norm', 'relu' or 'drop'")
     # Against zero, not s against t: that would keep both maps for the backward pass, this keeps their difference alone.
     difference = s - t
     return F.mse_loss(difference, difference.new_zeros(()).expand_as(difference))

@@ -23,7 +23,12 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def smaller_size(a: Tensor, b: Tensor) -> tuple[int, ...]:
-    """The elementwise smaller size of two maps ``[B, C, *places]``, e.g. (H, W): at which they are compared."""
+    """The elementwise smaller size of two maps ``[B, C, *places]``, e.g. (H, W): at which they are compared.
+
+    Raises: InputError where one has more dimensions than the other.
+    """
+    if a.dim() != b.dim():
+        raise InputError(f"maps {tuple(a.shape)} and {tuple(b.shape)} cannot be compared: give maps of one kind")
     return tuple(min(m, n) for m, n in zip(a.shape[2:], b.shape[2:], strict=True))
 
 

@@ -52,12 +52,12 @@ class AttentionStatistics(RunningSums):
 
     @torch.no_grad()
     def update(self, similarity: Tensor) -> None:
-        """Add the images of S ``[B, H, W]``, as Eq. 6 gives it (``core.adm.spatial_similarity``). No host sync."""
-        columns = [torch.ones_like(similarity[:, 0, 0])]
+        """Add the images of S ``[B, H, W]`` (or ``[B, *places]``), as ``spatial_similarity`` gives it. No host sync."""
+        columns = [torch.ones(len(similarity), dtype=similarity.dtype, device=similarity.device)]
         for attention in (consensus_attention(similarity), divergence_attention(similarity)):
-            weights = attention.flatten(1)  # [B, H * W]
+            weights = attention.flatten(1)  # [B, P]
             columns += [weights.amin(dim=1), weights.amax(dim=1), weights.var(dim=1, unbiased=False)]
-        columns.append(similarity.mean(dim=(1, 2)))
+        columns.append(similarity.mean(dim=tuple(range(1, similarity.dim()))))
         self._add(torch.stack(columns))
 
     def compute(self) -> dict[str, float]:

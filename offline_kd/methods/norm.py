@@ -81,7 +81,7 @@ def norm_loss(expanded: Tensor, map_teacher: Tensor) -> Tensor:
     return segments.shape[1] * F.mse_loss(segments, t[:, None].expand_as(segments))
 
 
-def _max_pool_to(feature_map: Tensor, size: tuple[int, int]) -> Tensor:
+def _max_pool_to(feature_map: Tensor, size: tuple[int, ...]) -> Tensor:
     return feature_map if feature_map.shape[-2:] == size else F.adaptive_max_pool2d(feature_map, size)
 
 

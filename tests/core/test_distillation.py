@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core import Adapter, feature_loss, kd_loss, mutual_loss
+from core import Adapter, InputError, feature_loss, kd_loss, mutual_loss
 from core.distillation import standardise
 
 B, K = 4, 5
@@ -142,7 +142,7 @@ def test_standardise_is_what_the_paper_writes() -> None:
 def test_mutual_loss(roles: tuple[str, ...], peers: Any, tau: float) -> None:
     logits = {role: torch.randn(B, K, dtype=torch.float64) for role in roles}
     target = torch.randint(K, (B,))
-    weights = {"teacher": 0.3, "student": 1.0, "student_2": 0.7}
+    weights = {role: {"teacher": 0.3, "student": 1.0, "student_2": 0.7}[role] for role in roles}
     losses = mutual_loss(logits, target, weights, tau, peers)
     assert list(losses) == list(roles)
     for role in roles:
@@ -168,6 +168,14 @@ def test_a_lone_network_learns_by_cross_entropy_alone() -> None:
         {"teacher": torch.zeros(B, K), "student": torch.ones(B, K)}, torch.zeros(B, dtype=torch.long), 0.0
     )
     assert set(two["teacher"]) == {"ce"}
+
+
+def test_a_weight_for_a_network_that_is_not_there_is_refused() -> None:
+    logits = {"teacher": torch.zeros(B, K), "student": torch.ones(B, K)}
+    y = torch.zeros(B, dtype=torch.long)
+    with pytest.raises(InputError, match="'studnet': did you mean 'student'"):
+        mutual_loss(logits, y, {"studnet": 0.3})
+    torch.testing.assert_close(mutual_loss(logits, y, {"teacher": 0.3})["student"], mutual_loss(logits, y)["student"])
 
 
 def test_mutual_losses_reach_their_own_network_alone() -> None:
@@ -299,6 +307,20 @@ def test_feature_loss_errors() -> None:
         feature_loss([], [s])
     with pytest.raises(ValueError, match="1 adapters for 2 pairs"):
         feature_loss([s, s], [s, s], [None])
+    with pytest.raises(InputError, match="not a map and a list"):
+        feature_loss(s, [t])
+    with pytest.raises(InputError, match="not a map and a list"):
+        feature_loss([s], t)
+    with pytest.raises(InputError, match="takes one Adapter, not a list"):
+        feature_loss(s, t, [Adapter(3, 5)])
+    with pytest.raises(InputError, match="takes a list of adapters"):
+        feature_loss([s], [t], Adapter(3, 5))
+    with pytest.raises(InputError, match=r"Adapter\(5, 3\) got a map .* 3 channels"):
+        feature_loss(s, t, Adapter(5, 3))
+    with pytest.raises(InputError, match="4 and 2 samples"):
+        feature_loss(s, s[:2])
+    with pytest.raises(InputError, match="maps of one kind"):
+        feature_loss(s, s.flatten(2))
 
 
 def test_mean_squared_error_is_pytorchs() -> None:
