@@ -38,17 +38,14 @@ class ADMTrainer(Trainer):
         loss = sum(outputs["terms"].values())
         if return_outputs:  # evaluation
             return loss, outputs["logits"]
-        added = {"steps": torch.ones(()), "loss": loss, **outputs["terms"]}
+        added = {"steps": torch.ones(()), **outputs["terms"]}
         self.sums = {name: self.sums.get(name, 0) + value.detach() for name, value in added.items()}
         return loss
 
     def log(self, logs, start_time=None):
-        if self.sums:
-            means = {name: (value / self.sums["steps"]).item() for name, value in self.sums.items() if name != "steps"}
-            print(
-                f"epoch {self.state.epoch:.0f}:", *(f"{name} {value:.4f}" for name, value in means.items()), flush=True
-            )
-            logs, self.sums = {**logs, **means}, {}
+        steps = self.sums.pop("steps", 1)
+        logs |= {name: (value / steps).item() for name, value in self.sums.items()}
+        self.sums = {}
         super().log(logs, start_time)
 
 
@@ -70,17 +67,10 @@ student, teacher, adapter = network(8), network(24), Adapter(16, 48)
 check_pair(student, teacher, images[:8], adapter)
 
 with tempfile.TemporaryDirectory() as folder:
-    quiet = {
-        "disable_tqdm": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_strategy": "epoch",
-        "use_cpu": True,
-    }
-    arguments = TrainingArguments(
-        folder, num_train_epochs=6, per_device_train_batch_size=50, learning_rate=5e-3, **quiet
-    )
+    quiet = {"disable_tqdm": True, "report_to": "none", "save_strategy": "no", "logging_strategy": "epoch"}
+    fit = {"num_train_epochs": 6, "per_device_train_batch_size": 50, "learning_rate": 5e-3, "use_cpu": True}
     model = Pair(student, teacher, ADMLoss(0.2, 0.6, adapter))
+    arguments = TrainingArguments(folder, **quiet, **fit)
     trainer = ADMTrainer(model, arguments, train_dataset=data[:1400], compute_metrics=accuracies)
     trainer.train()
     right = trainer.evaluate(data[1400:])
