@@ -124,7 +124,7 @@ def label_loss(logits: Tensor, target: Any, criterion: Criterion = F.cross_entro
     if not isinstance(criterion, nn.CrossEntropyLoss) or target.is_floating_point():
         return criterion(logits, target)
     if criterion.weight is not None and criterion.label_smoothing == 0:  # a class of weight 0 is an ignored one
-        weights, _ = _weights(criterion, logits, target)
+        weights, _ = _weights(criterion, target, torch.float32)
         target = target.masked_fill(weights == 0, criterion.ignore_index)  # type: ignore[operator]
     return torch.where((target != criterion.ignore_index).any(), criterion(logits, target), 0.0)
 
@@ -158,7 +158,7 @@ def imitation_loss(
         return logits.shape[1] * kd_loss(pairs[0], pairs[1], tau, _bernoulli_weights(criterion, target))
     if target is None:
         return kd_loss(logits, target_logits, tau)
-    weights, scale = _weights(criterion, full_precision(logits), target)
+    weights, scale = _weights(criterion, target, torch.promote_types(logits.dtype, torch.float32))
     return kd_loss(logits, target_logits, tau, None if weights is None else weights * scale)
 
 
@@ -200,22 +200,22 @@ def blended_loss(
         reduction="none",
     )  # [B, ...]
     soft = F.cross_entropy(logits, previous, reduction="none")  # [B, ...]
-    weights, scale = _weights(criterion, logits, target)
+    weights, scale = _weights(criterion, target, logits.dtype)
     soft = soft if weights is None else weights * soft
     share = of_sample(hard.dim())
     return (((1.0 - share) * hard + share * soft) * scale).mean()
 
 
-def _weights(criterion: Any, logits: Tensor, target: Tensor) -> tuple[Tensor | None, Tensor | float]:
+def _weights(criterion: Any, target: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | float]:
     """What each distribution weighs ``[B, ...]`` in cross-entropy, and the factor that makes a mean over all its own.
 
     Both are exactly 1 where nothing is ignored or weighed.
     """
-    weight = None if criterion.weight is None else criterion.weight.to(logits.dtype)  # [K]
+    weight = None if criterion.weight is None else criterion.weight.to(dtype)  # [K]
     if target.is_floating_point():
-        return None if weight is None else torch.einsum("bk...,k->b...", target.to(logits.dtype), weight), 1.0
+        return None if weight is None else torch.einsum("bk...,k->b...", target.to(dtype), weight), 1.0
     valid = target != criterion.ignore_index
-    weights = valid.to(logits.dtype)
+    weights = valid.to(dtype)
     if weight is not None:
         weights = weights * weight[target.masked_fill(~valid, 0)]
     total = weights.sum()
