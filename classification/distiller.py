@@ -16,8 +16,9 @@ from classification.networks.pretrained import check_weights, load_weights
 from classification.options import NetworkConfig, OptimizerConfig
 from classification.predictions import PreviousPredictions
 from core.adm import ADMConfig
+from core.checks import check_network
 from core.errors import InputError
-from core.network import as_network, check_network
+from core.parts import as_network
 from core.training.distiller import Batch, Distiller, Losses, Progress
 from core.training.seed import seed_everything
 
@@ -184,8 +185,7 @@ class ClassificationDistiller(Distiller):
         return groups
 
     def export(self, role: str) -> nn.Module:
-        network = self.method.export(role, self.networks[role])
-        return getattr(network, "model", network)  # the timm model inside a layout adapter
+        return self.method.export(role, self.networks[role])
 
     def metadata(self, role: str) -> dict[str, str]:
         mean, std = (json.dumps(list(values)) for values in self.normalisation[role])

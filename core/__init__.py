@@ -11,9 +11,12 @@ if TYPE_CHECKING:  # what `__getattr__` finds, with its types
     from .adapter import *
     from .adm import *
     from .analysis.attention import *
+    from .checks import *
     from .distillation import *
     from .errors import *
     from .network import *
+    from .parts import *
+    from .split import *
 
 __version__ = "0.1.0"
 
@@ -28,6 +31,7 @@ __all__ = [
     "TrainingError",
     "as_network",
     "check_network",
+    "check_pair",
     "consensus_attention",
     "consensus_kd_loss",
     "consensus_loss",
@@ -45,6 +49,7 @@ __all__ = [
 
 
 _MODULES = ("errors", "adapter", "adm", "distillation", "network", "analysis.attention")
+_MODULES = ("errors", "adapter", "adm", "distillation", "network", "split", "parts", "checks")
 
 
 def __getattr__(name: str) -> Any:

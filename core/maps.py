@@ -82,14 +82,14 @@ def check_maps(map_student: Any, map_teacher: Any, student: str = "student", tea
             f"{both}at a single place every attention is 1 and ADM does nothing but repeat the cross-entropy: give "
             "larger images, or cut the network earlier, before its pooling"
         )
-    if len(s) > 3 and not _one_ratio(s[-2:], t[-2:]):
+    if len(s) > 3 and not one_ratio(s[-2:], t[-2:]):
         raise InputError(
             f"{both}they are no even reductions of one image ({s[-2]} x {s[-1]} against {t[-2]} x {t[-1]}): give both "
             "networks images of one aspect ratio"
         )
 
 
-def _one_ratio(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+def one_ratio(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether one of two sizes (H, W) is the other's, divided by one number r >= 1 and rounded up or down."""
     (h, large_h), (w, large_w) = sorted((a[0], b[0])), sorted((a[1], b[1]))
     # h is large_h / r rounded, so that large_h / (h + 1) < r < large_h / (h - 1), and w alike: is there such an r?

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import InputError, first_line, unknown
+from .network import kept_attributes
 
 Half = Callable[[Any, Tensor], Any]
 
@@ -54,9 +55,14 @@ class Split(nn.Module):
         if layer not in names:
             raise unknown(f"layer of {type(model).__name__}", layer, names)
         parts = layer.split(".")
-        cut = Cut(("call_module", layer, 0), [".".join(parts[:k]) for k in range(len(parts))])
+        cut = Cut(("call_module", layer, None), [".".join(parts[:k]) for k in range(len(parts))])
         cut.prepare(model)
         return cls(cut.features, cut.head, model)
+
+    @property
+    def traced(self) -> bool:
+        """Whether its halves were found by tracing the model, whose whole they must then be."""
+        return isinstance(getattr(self.features, "__self__", None), Cut)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``[B, 3, H, W]`` -> the last map ``[B, C, h, w]``."""
@@ -112,8 +118,8 @@ def logits_of(output: Any) -> Any:
     elif not isinstance(output, (tuple, list)):
         logits = getattr(output, "logits", None)
     if logits is None:
-        several = " (auxiliary heads? create the model without them)" if isinstance(output, (tuple, list)) else ""
-        raise InputError(f"a network must return logits, or an output with .logits, not {type(output).__name__}{several}")
+        mend = ": create it without its auxiliary heads" if isinstance(output, (tuple, list)) else ""
+        raise InputError(f"it returns {type(output).__name__} and not logits, nor an output that has logits{mend}")
     return logits
 
 
@@ -124,14 +130,15 @@ class Cut:
     """Where the forward pass of a model is cut, and the two halves as functions that take the model.
 
     Args:
-        at: the value to cut behind: the traced call's kind, its target, and which of the calls alike it is.
+        at: the value to cut behind: the traced call's kind, the name of its target, and which of the calls alike it is
+            (None: the only one, and of an output with several parts the one that is used).
         opened: the names of the modules whose forward is traced ("" is the model); all others are called as they are.
         layout: of that value: "NCHW" (also ``[B, C, ...]``), "NHWC", or "NLC", tokens ``[B, prefix + h w, C]``.
         prefix: tokens before those of the map; the head gets zeros in their place.
     """
 
     def __init__(
-        self, at: tuple[str, Any, int], opened: Collection[str] = ("",), layout: str = "NCHW", prefix: int = 0
+        self, at: tuple[str, str, int | None], opened: Collection[str] = ("",), layout: str = "NCHW", prefix: int = 0
     ) -> None:
         self.at, self.opened, self.layout, self.prefix = at, tuple(opened), layout, prefix
         self._halves: dict[tuple[bool, ...], tuple[Half, Half]] = {}
@@ -174,16 +181,16 @@ class Cut:
     def _cut(self, model: nn.Module) -> tuple[Half, Half]:
         graph = trace(model, self.opened)
         name = type(model).__name__
-        calls = [node for node in graph.nodes if (node.op, node.target) == self.at[:2]]
         kind, target, index = self.at
-        if kind == "call_module" and index == 0 and len(calls) != 1:
-            times = "more than once" if calls else "not called"
+        calls = [node for node in graph.nodes if (node.op, target_name(node)) == (kind, target)]
+        if index is None and len(calls) != 1:
+            times = "called more than once" if calls else "not called"
             raise InputError(f"{name}: {target} is {times} in one pass, so that it has no one map: {CALLABLES}")
-        if index >= len(calls):
+        if (index or 0) >= len(calls):
             raise InputError(f"{name}: its forward pass differs while it trains: {CALLABLES}")
-        node = calls[index]
-        while node.users and all(user.target in _PARTS_OF for user in node.users) and len(node.users) == 1:
-            node = next(iter(node.users))  # of an output with several parts, the one that is used
+        node = calls[index or 0]
+        if index is None and len(node.users) == 1 and _takes_part(user := next(iter(node.users))):
+            node = user
         skips = [user for user in used_behind(graph, node) if user is not node]
         if skips:
             said = "the images" if skips[0].op == "placeholder" else f"{skips[0].name}, which comes before it"
@@ -199,6 +206,16 @@ class Cut:
 
 CALLABLES = "give two callables, Split(features=lambda m, x: ..., head=lambda m, f: ..., model=m)"
 _PARTS_OF: tuple[Any, ...] = (getattr, operator.getitem)
+
+
+def target_name(node: fx.Node) -> str:
+    """What a traced call calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _takes_part(node: fx.Node) -> bool:
+    """Whether a node takes one of the values out of a tuple or an output class."""
+    return node.target in _PARTS_OF and isinstance(node.args[1], (int, str)) and node.args[1] not in dir(Tensor)
 
 
 def grid(places: int, height: int, width: int) -> tuple[int, int]:
@@ -260,18 +277,14 @@ def trace(model: nn.Module, opened: Collection[str]) -> fx.Graph:
         where values are made there that would not move with the model.
     """
     name = type(model).__name__
-    attributes = [(module, dict(vars(module))) for module in map(model.get_submodule, opened)]
     before = _random_states()
     try:
-        graph = _Tracer(opened).trace(_Root(model))
+        with kept_attributes(map(model.get_submodule, opened)):  # nothing of the tracing stays behind
+            graph = _Tracer(opened).trace(_Root(model))
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     except Exception as error:  # whatever a model does to a value that has no numbers
         raise InputError(f"{name} cannot be traced ({first_line(error)}): {CALLABLES}") from error
-    finally:
-        for module, values in attributes:  # nothing of the tracing stays behind
-            vars(module).clear()
-            vars(module).update(values)
     if before != _random_states():
         raise InputError(f"{name} draws random numbers between its modules: {CALLABLES}")
     for node in reversed(graph.nodes):
@@ -336,8 +349,8 @@ def _writes(node: fx.Node, model: nn.Module) -> bool:
     """Whether a call changes its input in place."""
     if node.op == "call_module":
         return any(getattr(module, "inplace", False) for module in model.get_submodule(str(node.target)).modules())
-    name = getattr(node.target, "__name__", str(node.target))
-    return bool(node.kwargs.get("inplace", False)) or True in node.args or (name.endswith("_") and not name.endswith("__"))
+    asked = bool(node.kwargs.get("inplace", False)) or any(one is True for one in node.args)
+    return asked or target_name(node).removesuffix("__").endswith("_")
 
 
 def _function(graph: fx.Graph) -> Half:

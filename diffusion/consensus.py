@@ -22,8 +22,9 @@ from torch import Tensor
 from core.adm import Control, Head, consensus_attention, consensus_kd_loss, control, spatial_similarity
 from core.distillation import full_precision
 from core.errors import InputError
-from core.network import Network, Split
+from core.network import Network
 from core.ranges import Factor, NonNegative, check_ranges
+from core.split import Split
 from diffusion.proxies import load_resnet, resnet_depth
 
 
@@ -124,7 +125,11 @@ def load_classifier(name: str) -> Split:
     if not file or not resnet_depth(kind):
         raise InputError(f"unknown adm.classifier {name!r}: a CIFAR ResNet and its file, as resnet56:FILE")
     network = load_resnet(resnet_depth(kind), file).eval().requires_grad_(False)
-    return Split(lambda x: network.forward_features(127.5 * x + 127.5), network.network.forward_head, network)
+    return Split(
+        features=lambda m, x: m.forward_features(127.5 * x + 127.5),
+        head=lambda m, f: m.network.forward_head(f),
+        model=network,
+    )
 
 
 def _mean(error: Tensor, factor: Tensor) -> Tensor:

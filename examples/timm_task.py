@@ -19,11 +19,8 @@ class Pair(nn.Module):  # everything that is trained: DDP wraps this one module
         self.student, self.teacher, self.adm = student, teacher, adm
 
     def no_weight_decay(self) -> set[str]:  # create_optimizer_v2 asks for it
-        return {
-            f"{r}.{name}"
-            for r in ("student", "teacher")
-            for name in getattr(getattr(self, r), "no_weight_decay", set)()
-        }
+        networks = {"student": self.student, "teacher": self.teacher}.items()
+        return {f"{role}.{name}" for role, n in networks for name in getattr(n, "no_weight_decay", set)()}
 
     def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         map_s, map_t = self.student.forward_features(images), self.teacher.forward_features(images)
@@ -34,9 +31,7 @@ class Pair(nn.Module):  # everything that is trained: DDP wraps this one module
         return logits["student"], terms
 
 
-class ADMTask(TrainingTask):
-    """Mutual learning and ADM; what is evaluated and saved is the student, the teacher and phi are the task's state."""
-
+class ADMTask(TrainingTask):  # evaluates and saves the student; the teacher and phi are its state
     def __init__(self, student: nn.Module, teacher: nn.Module, adm: ADMLoss) -> None:
         super().__init__(verbose=False)
         self.trainable_module = Pair(student, teacher, adm)
@@ -66,9 +61,8 @@ class ADMTask(TrainingTask):
 
 
 torch.manual_seed(0)
-pixels, digits = load_digits(return_X_y=True)
-images, targets = torch.tensor(pixels).float().view(-1, 1, 8, 8) / 16, torch.tensor(digits)
-images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)  # 32 x 32, of which these networks make 4 x 4
+images = torch.tensor(load_digits().images).float().repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None] / 16
+targets = torch.tensor(load_digits().target)  # of images [N, 1, 32, 32]
 settings = {"num_classes": 10, "in_chans": 1, "output_stride": 8}
 student, teacher = (timm.create_model(f"test_{name}", **settings) for name in ("efficientnet", "resnet"))
 adapter = Adapter(student.num_features, teacher.num_features)

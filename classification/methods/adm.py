@@ -12,7 +12,7 @@ from core.adapter import Adapter
 from core.adm import ADMConfig, ADMLoss, spatial_similarity
 from core.distillation import feature_loss
 from core.errors import InputError
-from core.network import check_pair
+from core.maps import check_maps
 from core.training.distiller import Batch, Losses, Progress
 
 
@@ -37,7 +37,7 @@ class ADM(nn.Module):
         self.stage_adapters = nn.ModuleDict()
         for student, teacher in self.pairs:
             maps_s, maps_t = outputs[student].maps, outputs[teacher].maps
-            check_pair(maps_s[-1], maps_t[-1], student, teacher)
+            check_maps(maps_s[-1], maps_t[-1], student, teacher)
             last = Adapter(maps_s[-1].shape[1], maps_t[-1].shape[1], always=config.phi == "always")
             last.requires_grad_(config.phi_loss == "own" or config.gamma > 0)  # else no loss reaches it
             self.adm[_key(student, teacher)] = ADMLoss(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from core.adm import consensus_attention, control
 from core.errors import InputError
-from core.network import Split
 from core.ranges import Count
+from core.split import Split
 from core.training.distiller import Batch, Losses, Progress
 from diffusion.consensus import ConsensusConfig, classifier_loss, gate, map_loss, observations, output_loss, similarity
 from diffusion.progressive.network import InputHook

@@ -31,7 +31,7 @@ from classification.networks import create_network
 from classification.networks.base import classifier_of
 from core.errors import InputError
 from core.files import make_folder, save_figure, save_json
-from core.network import as_network
+from core.parts import as_network
 from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
 from core.training.run import environment
 from core.training.seed import seed_everything
