@@ -48,8 +48,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("errors", "adapter", "adm", "distillation", "network", "analysis.attention")
-_MODULES = ("errors", "adapter", "adm", "distillation", "network", "split", "parts", "checks")
+_MODULES = ("errors", "adapter", "adm", "distillation", "network", "split", "parts", "checks", "analysis.attention")
 
 
 def __getattr__(name: str) -> Any:

@@ -54,7 +54,7 @@ def main(epochs: int = 8) -> Pair:
     pixels, digits = load_digits(return_X_y=True)
     images, targets = torch.tensor(pixels).float().view(-1, 1, 8, 8) / 16, torch.tensor(digits)
     model = pair = Pair(Network(1), Network(2), ADMLoss(0.2, 0.6))
-    check_pair(pair.student, pair.teacher, images[:8])
+    print(check_pair(pair.student, pair.teacher, images[:8]))
     if "RANK" in os.environ:
         dist.init_process_group("gloo")  # on GPUs "nccl", and all tensors on the device of LOCAL_RANK
         model = DistributedDataParallel(pair)

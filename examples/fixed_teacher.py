@@ -46,10 +46,10 @@ for _ in range(5):
 teacher.eval().requires_grad_(False)
 
 student, adapter = network(8), Adapter(16, 48)
-check_pair(student, teacher, images[:8], adapter)
+print(check_pair(student, teacher, images[:8], adapter))
 adm = ADMLoss(alpha=1.0, beta=0.0, adapter=adapter)
 optimizer = torch.optim.SGD([*student.parameters(), *adm.parameters()], lr=0.05, momentum=0.9, weight_decay=5e-4)
-for epoch in range(1, 9):
+for epoch in range(1, 6):
     student.train()
     sums: dict[str, torch.Tensor] = {}
     for i in torch.randperm(1400).split(50):

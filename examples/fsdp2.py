@@ -49,7 +49,7 @@ def main(epochs: int = 8) -> dict[str, Tensor]:
     images, targets = torch.tensor(pixels).float().view(-1, 1, 8, 8) / 16, torch.tensor(digits)
     pair = nn.ModuleDict({"student": Network(1), "teacher": Network(2)})
     student, teacher = pair.values()
-    check_pair(student, teacher, images[:8])
+    print(check_pair(student, teacher, images[:8]))
     if "RANK" in os.environ:
         mesh = dist.init_device_mesh("cpu", (world,))  # on GPUs "cuda", and all tensors on the device of LOCAL_RANK
         for network in pair.values():

@@ -63,10 +63,10 @@ train = DataLoader(TensorDataset(images[:1400], targets[:1400]), batch_size=50, 
 test = DataLoader(TensorDataset(images[1400:], targets[1400:]), batch_size=397)
 
 student, teacher, adapter = network(8), network(24), Adapter(16, 48)
-check_pair(student, teacher, images[:8], adapter)
+print(check_pair(student, teacher, images[:8], adapter))
 module = MutualADM(student, teacher, ADMLoss(0.2, 0.6, adapter))
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-trainer = lightning.Trainer(max_epochs=8, accelerator="cpu", devices=1, **quiet)
+trainer = lightning.Trainer(max_epochs=5, accelerator="cpu", devices=1, **quiet)
 trainer.fit(module, train)
 (right,) = trainer.test(module, test, verbose=False)
 print(f"accuracy: student {right['student']:.3f} teacher {right['teacher']:.3f}")

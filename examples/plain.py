@@ -47,7 +47,7 @@ loader = DataLoader(TensorDataset(images[:1400], targets[:1400]), batch_size=50,
 # Your own networks: with `forward_features` and `forward_head`, or made so by `as_network`, `Split.at` or `Split`.
 student, teacher = Network(options.width), Network(24)
 adapter = Adapter(2 * options.width, 48)  # the channels of their last maps; nothing to train where they are equal
-check_pair(student, teacher, images[:8], adapter)
+print(check_pair(student, teacher, images[:8], adapter))
 adm = ADMLoss(options.alpha, options.beta, adapter, control=options.control)
 parameters = [*student.parameters(), *teacher.parameters(), *adm.parameters()]
 optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)

@@ -48,10 +48,10 @@ images_test, targets_test = scenes(images[1400:], classes[1400:], 200)
 
 student, teacher, adapter = Network(8), Network(24), Adapter(16, 48)
 criterion = nn.CrossEntropyLoss(ignore_index=IGNORE)  # the same one for every term
-check_pair(student, teacher, images_train[:8], adapter)
+print(check_pair(student, teacher, images_train[:8], adapter))
 adm = ADMLoss(0.2, 0.6, adapter, criterion=criterion)
 optimizer = torch.optim.Adam([*student.parameters(), *teacher.parameters(), *adm.parameters()], lr=5e-3)
-for epoch in range(1, 9):
+for epoch in range(1, 6):
     sums: dict[str, Tensor] = {}
     for i in torch.randperm(640).split(32):
         x, y = images_train[i], targets_train[i]

@@ -66,7 +66,7 @@ targets = torch.tensor(load_digits().target)  # of images [N, 1, 32, 32]
 settings = {"num_classes": 10, "in_chans": 1, "output_stride": 8}
 student, teacher = (timm.create_model(f"test_{name}", **settings) for name in ("efficientnet", "resnet"))
 adapter = Adapter(student.num_features, teacher.num_features)
-check_pair(student, teacher, images[:8], adapter)
+print(check_pair(student, teacher, images[:8], adapter))
 task = ADMTask(student, teacher, ADMLoss(0.2, 0.6, adapter, criterion=nn.CrossEntropyLoss(label_smoothing=0.1)))
 optimizer = create_optimizer_v2(task.get_trainable_module(), opt="adamw", lr=3e-3, weight_decay=0.05)
 for epoch in range(1, 3):

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from runs import ROOT
+from runs import ROOT, adm_on_path
 
 USE = """
 import sys
@@ -60,9 +60,7 @@ def use(folder: Path, packages: Path) -> list[str]:
 
 
 def test_the_folder_works_under_another_name_with_torch_alone(tmp_path: Path) -> None:
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    (packages / "adm").symlink_to(ROOT / "core")
+    packages = adm_on_path(tmp_path)
     assert use(project(tmp_path / "project"), packages)[1].startswith(str(packages))
 
 
