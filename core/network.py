@@ -52,16 +52,13 @@ def preserved(network: nn.Module, images: Tensor) -> Iterator[Callable[[], None]
 
 @contextmanager
 def kept_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Puts back what modules keep beside parameters, buffers and children (LeViT keeps its biases as it last used them)."""
+    """Puts back what modules keep beside parameters, buffers and children (LeViT: the biases that it used last)."""
     plain = (dict, list, set)
     torchs_own = vars(nn.Module()).keys()
-    before = [
-        (
-            vars(m),
-            {name: (v, v.copy() if type(v) in plain else v) for name, v in vars(m).items() if name not in torchs_own},
-        )
-        for m in modules
-    ]
+    before = []
+    for module in modules:
+        own = {name: value for name, value in vars(module).items() if name not in torchs_own}
+        before.append((vars(module), {name: (v, v.copy() if type(v) in plain else v) for name, v in own.items()}))
     try:
         yield
     finally:

@@ -130,7 +130,8 @@ class _Search:
 
     def _is_map(self, node: fx.Node) -> bool:
         value = self.values.get(node)
-        made = node in self.dependent and node.op != "placeholder"
+        called = self._called(node).lower().replace("_", "")
+        made = node in self.dependent and node.op != "placeholder" and "avgpool" not in called and called != "mean"
         return made and isinstance(value, Tensor) and any(self._layouts(value))
 
     def _layouts(self, value: Tensor) -> Iterator[tuple[str, int]]:
@@ -166,8 +167,6 @@ class _Search:
     def cut(self) -> Cut:
         """Raises: InputError with the reason why there is none."""
         for node in reversed(self.cuts):
-            if "avgpool" in (called := self._called(node).lower().replace("_", "")) or called == "mean":
-                continue
             head = self._head(node)
             found = self._read(node, head)
             if found is None:
