@@ -125,7 +125,7 @@ def label_loss(logits: Tensor, target: Any, criterion: Criterion = F.cross_entro
         return criterion(logits, target)
     if criterion.weight is not None and criterion.label_smoothing == 0:  # a class of weight 0 is an ignored one
         weights, _ = _weights(criterion, target, torch.float32)
-        target = target.masked_fill(weights == 0, criterion.ignore_index)  # type: ignore[operator]
+        target = target.masked_fill(weights == 0, criterion.ignore_index)
     return torch.where((target != criterion.ignore_index).any(), criterion(logits, target), 0.0)
 
 

@@ -57,6 +57,7 @@ COMPARABLE: list[tuple[str, Shape, Shape]] = [
     ("audio: mel bands and frames", (8, 2048, 2, 31), (8, 512, 4, 62)),
     ("audio: long", (2, 64, 8, 1024), (2, 128, 8, 1024)),
     ("audio: 8 channels, 8 bands, 100 frames", (2, 8, 8, 100), (2, 8, 8, 100)),
+    ("audio: 8 channels, 8 bands, 250 frames", (2, 8, 8, 250), (2, 8, 8, 250)),
     ("lidar of 64 beams", (2, 64, 64, 2048), (2, 32, 64, 2048)),
     ("lidar of 16 beams", (2, 16, 16, 1024), (2, 32, 16, 1024)),
     ("segmentation of wide images", (2, 19, 16, 512), (2, 19, 16, 512)),
