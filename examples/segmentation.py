@@ -50,8 +50,8 @@ student, teacher, adapter = Network(8), Network(24), Adapter(16, 48)
 criterion = nn.CrossEntropyLoss(ignore_index=IGNORE)  # the same one for every term
 print(check_pair(student, teacher, images_train[:8], adapter))
 adm = ADMLoss(0.2, 0.6, adapter, criterion=criterion)
-optimizer = torch.optim.Adam([*student.parameters(), *teacher.parameters(), *adm.parameters()], lr=5e-3)
-for epoch in range(1, 6):
+optimizer = torch.optim.Adam([*student.parameters(), *teacher.parameters(), *adm.parameters()], lr=1e-2)
+for epoch in range(1, 8):
     sums: dict[str, Tensor] = {}
     for i in torch.randperm(640).split(32):
         x, y = images_train[i], targets_train[i]

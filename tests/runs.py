@@ -170,7 +170,7 @@ def assert_same_runs(a: Path, b: Path) -> None:
 
 
 def adm_on_path(folder: Path) -> Path:
-    """A folder for PYTHONPATH in which ``core`` goes by its installed name, ``adm``, and nothing of the checkout does."""
+    """A folder for PYTHONPATH in which ``core`` goes by its installed name, ``adm``; no other package is in it."""
     packages = folder / "packages"
     packages.mkdir(exist_ok=True)
     (packages / "adm").symlink_to(ROOT / "core")
