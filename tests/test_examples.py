@@ -59,7 +59,7 @@ def test_an_example_learns(tmp_path: Path, name: str) -> None:
     first, *_, last = lines = epochs(printed)
     for line in lines:
         assert TERMS.get(name, {*MUTUAL, "consensus", "divergence"}) <= line.keys(), printed
-    assert last["loss"] < 0.8 * first["loss"]
+    assert last["loss"] < 0.9 * first["loss"]
     for term in {"student/ce", "teacher/ce", "ce", "consensus", "divergence", "phi"} & first.keys():
         assert last[term] < first[term], term
     assert min(accuracies(printed)) > 0.5, printed  # chance is 0.1
