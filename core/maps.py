@@ -91,7 +91,7 @@ def check_maps(map_student: Any, map_teacher: Any, student: str = "student", tea
 
 def one_ratio(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether one of two sizes (H, W) is the other's, divided by one number r >= 1 and rounded up or down."""
-    (h, large_h), (w, large_w) = sorted((a[0], b[0])), sorted((a[1], b[1]))
+    h, w, large_h, large_w = min(a[0], b[0]), min(a[1], b[1]), max(a[0], b[0]), max(a[1], b[1])
     # h is large_h / r rounded, so that large_h / (h + 1) < r < large_h / (h - 1), and w alike: is there such an r?
     one_ratio = large_h * (w - 1) < large_w * (h + 1) and large_w * (h - 1) < large_h * (w + 1)
     return one_ratio and (a[0] - b[0]) * (a[1] - b[1]) >= 0

@@ -781,6 +781,23 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
 
 
+def test_compiles_once_for_maps_of_several_sizes() -> None:
+    """The look at the maps' shapes is no obstacle, and maps that it refuses are refused there too."""
+    step = Step()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, size in ((4, 8), (6, 8), (7, 10)):
+        s, t, y = (
+            torch.randn(batch, C, size, size),
+            torch.randn(batch, 6, size // 2, size // 2),
+            torch.randint(K, (batch,)),
+        )
+        torch.testing.assert_close(compiled(s, t, y), step(s, t, y))
+    with pytest.raises(ValueError, match="single place"):
+        torch.compile(step, backend="aot_eager")(
+            torch.randn(3, C, 1, 1), torch.randn(3, 6, 1, 1), torch.zeros(3).long()
+        )
+
+
 def test_exports() -> None:
     step, (s, t, y) = Step(), step_inputs()
     program = torch.export.export(step, (s.detach(), t.detach(), y))
