@@ -67,7 +67,7 @@ def kept_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
                 del attributes[name]
             for name, (value, copied) in kept.items():
                 attributes[name] = value
-                if type(value) in plain and value != copied:
+                if type(value) in plain:
                     value.clear()
                     value.extend(copied) if isinstance(value, list) else value.update(copied)
 
@@ -80,9 +80,10 @@ def without_zeros(network: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         for p in zeros:
             p.copy_(torch.randn(p.shape, generator=generator))
-        try:
-            yield
-        finally:
+    try:
+        yield
+    finally:
+        with torch.no_grad():
             for p in zeros:
                 p.zero_()
 

@@ -176,7 +176,7 @@ class _Search:
             layout, prefix = found
             self._check_tokens(head, self.values[node], layout, prefix)
             while (before := self.unchanged.get(node)) in self.cuts:
-                node = before  # type: ignore[assignment]
+                node = before
             alike = [n for n in self.nodes if (n.op, target_name(n)) == (node.op, target_name(node))]
             return Cut((node.op, target_name(node), alike.index(node)), self.opened, layout, prefix)
         raise InputError(self._why_not())

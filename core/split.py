@@ -194,7 +194,7 @@ class Cut:
             node = user
         skips = [user for user in used_behind(graph, node) if user is not node]
         if skips:
-            said = "the images" if skips[0].op == "placeholder" else f"{skips[0].name}, which comes before it"
+            said = "the images" if skips[0].op == "placeholder" else f"{target_name(skips[0])}, which comes before it"
             raise InputError(f"{name}: behind {target} it needs more than that map, namely {said}: {CALLABLES}")
         return halves(graph, node, model)
 
@@ -254,7 +254,8 @@ class _Images(fx.Proxy):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next((p.dtype for p in self.tracer.root.parameters() if p.is_floating_point()), torch.float32)
+        root: Any = self.tracer.root  # type: ignore[attr-defined]
+        return next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
 
 
 class _Tracer(fx.Tracer):
@@ -328,7 +329,8 @@ def halves(graph: fx.Graph, node: fx.Node, model: nn.Module) -> tuple[Half, Half
     """Two functions: (model, images) -> the node's value; (model, that value) -> the graph's output."""
     nodes, dependent = list(graph.nodes), of_images(graph)
     position = nodes.index(node)
-    first, copies = fx.Graph(), {}
+    copies: dict[fx.Node, fx.Node] = {}
+    first = fx.Graph()
     for one in nodes[: position + 1]:
         copies[one] = first.node_copy(one, copies.__getitem__)
     first.output(copies[node])

@@ -90,7 +90,7 @@ def view(kind: type[Kind], model: nn.Module) -> Kind:
 
 
 def _empty(kind: type[Kind], own: type[nn.Module]) -> Kind:
-    made = _class(kind, own)
+    made: Any = _class(kind, own)  # type: ignore[arg-type]
     return made.__new__(made)
 
 

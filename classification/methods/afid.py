@@ -169,7 +169,7 @@ def split_at_stem(network: nn.Module) -> tuple[Stem, Stages]:
         ends = [info["stage"] for info in model.feature_info if info["reduction"] > 2]
         stem = partial(_through, [model.conv_stem, model.bn1])
         return stem, partial(_maps, model.blocks, ends, [model.conv_head, model.bn2])
-    name = type(getattr(network, "model", None) or network).__name__
+    name = type(network).__name__
     raise InputError(
         f"AFID does not know where the stem of {name} ends: it knows the CIFAR networks, and timm's ResNet and "
         "EfficientNet classes (resnet*, mobilenetv1_*, mobilenetv2_*, ...)"

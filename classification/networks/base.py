@@ -231,7 +231,6 @@ def classifier_of(network: nn.Module) -> nn.Linear:
 
     Raises: InputError where it does not, or where they are no linear layer.
     """
-    network = getattr(network, "model", network)  # the timm model inside a layout adapter
     get_classifier: Any = getattr(network, "get_classifier", lambda: None)
     classifier = get_classifier()
     if not isinstance(classifier, nn.Linear):

@@ -215,7 +215,7 @@ class NORM(KD):
 @torch.no_grad()
 def _check_head(network: nn.Module, classifier: nn.Linear, feature_map: Tensor) -> None:
     """Raises: InputError where a head is more than ``classifier`` of the pooled map: folding could not be exact."""
-    name = type(getattr(network, "model", network)).__name__
+    name = type(network).__name__
     if classifier.out_features < 3:
         raise InputError("norm needs 3 classes: standardised logits of two say nothing but which is the larger")
     if classifier.bias is None:

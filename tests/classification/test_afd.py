@@ -25,7 +25,7 @@ from classification.methods.afd import AFD, AFDOptions, discriminator, discrimin
 from classification.methods.dml import DML
 from core.adm import ADMConfig
 from core.errors import InputError
-from core.network import as_network
+from core.parts import as_network
 from core.training.checkpoint import save_checkpoint
 from core.training.distiller import Losses, Progress
 from core.training.fit import FitConfig

@@ -27,7 +27,7 @@ from classification.tools import evaluate as evaluate_tool
 from core.adm import ADMConfig
 from core.distillation import standardise
 from core.errors import InputError
-from core.network import as_network
+from core.parts import as_network
 from core.training.checkpoint import find_checkpoint, read_checkpoint
 from core.training.distiller import Progress
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core import Split, as_network, check_network
+from core.network import without_zeros
 from core.split import logits_of
 
 K = 5
@@ -34,7 +35,8 @@ def ask(model: nn.Module, x: Tensor, **given: Any) -> nn.Module:
         assert torch.allclose(logits_of(network(x)), whole, rtol=1e-4, atol=limit), "forward is not the model's"
     assert feature_map.dim() == 4
     network.eval()
-    network.forward_head(network.forward_features(x)).logsumexp(1).sum().backward()
+    with without_zeros(network):
+        network.forward_head(network.forward_features(x)).logsumexp(1).sum().backward()
     first = next(p for p in network.parameters() if p.requires_grad and p.dim() > 1)
     assert first.grad is not None and first.grad.abs().max() > 0, "no gradient reaches the backbone"
     network.zero_grad()

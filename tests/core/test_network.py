@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core import Adapter, ADMLoss, InputError, Network, Split, as_network, check_network, stage_maps
-from core.network import ChannelsLastFeatures, TokenFeatures, check_pair
+from core import Adapter, ADMLoss, InputError, Network, Split, as_network, check_network, check_pair, stage_maps
+from core.views import ChannelsLastFeatures, TokenFeatures
 
 K = 5
 
@@ -38,8 +38,7 @@ def images(height: int, width: int | None = None, batch: int = 3) -> Tensor:
 def torchvision_resnet18() -> nn.Module:
     from torchvision.models import resnet18
 
-    children = list(resnet18(num_classes=K).children())
-    return Split(nn.Sequential(*children[:-2]), nn.Sequential(children[-2], nn.Flatten(), children[-1]))
+    return Split.at(resnet18(num_classes=K), "layer4")
 
 
 def torchvision_mobilenet_v2() -> nn.Module:
@@ -59,8 +58,11 @@ def transformers_resnet() -> nn.Module:
         "depths": [1, 1, 1, 1],
         "layer_type": "basic",
     }
-    m = ResNetForImageClassification(ResNetConfig(**sizes))
-    return Split(lambda x: m.resnet(x).last_hidden_state, lambda f: m.classifier(m.resnet.pooler(f)), m)
+    return Split(
+        features=lambda m, x: m.resnet(x).last_hidden_state,
+        head=lambda m, f: m.classifier(m.resnet.pooler(f)),
+        model=ResNetForImageClassification(ResNetConfig(**sizes)),
+    )
 
 
 class OwnModel(nn.Module):
@@ -78,7 +80,7 @@ class OwnModel(nn.Module):
         return self.classifier(self.drop(f.mean(dim=(2, 3))))
 
     def split(self) -> Split:
-        return Split(lambda x: self.body(x), lambda f: self.classify(f), model=self)
+        return Split(lambda m, x: m.body(x), lambda m, f: m.classify(f), model=self)
 
 
 AS_THEY_ARE: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
@@ -149,8 +151,9 @@ def test_timm_networks_of_other_layouts(name: str) -> None:
         options = {**options, "img_size": size}
     model, x = timm_model(timm_name, **options), images(*size)
     network = as_network(model)  # no images needed
-    assert type(network) is adapter and isinstance(network, Network)
-    assert type(as_network(model, x)) is adapter and as_network(network) is network
+    assert isinstance(network, adapter) and isinstance(network, Network) and isinstance(network, type(model))
+    assert type(as_network(model, x)) is type(network) and as_network(network) is network
+    assert not isinstance(model, adapter)
     assert check_network(network, x).shape == (len(x), *shape)
     assert sum(1 for _ in network.parameters()) == sum(1 for _ in model.parameters())
 
@@ -213,11 +216,13 @@ def test_token_layouts_nobody_listed_are_seen_on_images() -> None:
     model.own.body[1].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     network = as_network(model, x)
-    assert type(network) is TokenFeatures
+    assert isinstance(network, TokenFeatures)
     assert model.training and not model.own.body[1].training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert check_network(network, x).shape == (3, 8, 8, 8)
-    with pytest.raises(InputError, match=r"teacher: its features are \(3, 64, 8\)"):
+    with pytest.raises(
+        InputError, match=r"teacher: its features are \(3, 64, 8\), not a map .*; see as_network, Split"
+    ):
         check_network(as_network(model), x, "teacher")
 
 
@@ -237,7 +242,7 @@ def test_class_tokens_and_attention_pooling_are_refused(name: str, options: dict
 
 def test_two_predictions_are_refused() -> None:
     model = timm_model("efficientformer_l1", embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 2))
-    assert type(as_network(model)) is TokenFeatures
+    assert isinstance(as_network(model), TokenFeatures)
     model.set_distilled_training(True)  # type: ignore[operator]
     with pytest.raises(InputError, match="two predictions"):
         as_network(model)
@@ -247,12 +252,7 @@ def test_levit_comes_in_both_layouts() -> None:
     options = {"embed_dim": (16, 24, 32), "depth": (1, 1, 1), "num_heads": (1, 1, 1), "key_dim": 8}
     model = timm_model("levit_conv_128s", **options)
     assert as_network(model) is model
-    assert type(as_network(timm_model("levit_128s", **options))) is TokenFeatures
-
-
-def test_other_models_are_told_of_split() -> None:
-    with pytest.raises(InputError, match=r"OwnModel has no forward_features.*core\.Split\(features, head\)"):
-        as_network(OwnModel())
+    assert isinstance(as_network(timm_model("levit_128s", **options)), TokenFeatures)
 
 
 def test_a_single_location_is_refused() -> None:
@@ -262,16 +262,18 @@ def test_a_single_location_is_refused() -> None:
 
 def test_wrong_splits_are_refused() -> None:
     m, x = OwnModel(), images(32)
-    pooled = Split(lambda x: m.body(x).mean(dim=(2, 3)), m.classifier, m)
+    pooled = Split(lambda m, x: m.body(x).mean(dim=(2, 3)), lambda m, f: m.classifier(f), m)
     with pytest.raises(InputError, match=r"features are \(3, 8\), not a map"):
         check_network(pooled, x)
-    pooled = Split(lambda x: m.body(x).mean(dim=(2, 3), keepdim=True), m.classify, m)
+    pooled = Split(lambda m, x: m.body(x).mean(dim=(2, 3), keepdim=True), lambda m, f: m.classify(f), m)
     with pytest.raises(InputError, match="before its pooling"):
         check_network(pooled, x)
     with pytest.raises(InputError, match=r"has no parameters: .*Split\(features, head, model\)"):
-        check_network(Split(lambda x: m.body(x), m.classify), x)
+        check_network(Split(nn.Identity(), nn.Identity()), x)
     with pytest.raises(InputError, match="features are tuple, not a map"):
-        check_network(Split(lambda x: (m.body(x),), m.classify, m), x)  # type: ignore[arg-type,return-value]
+        check_network(Split(lambda m, x: (m.body(x),), lambda m, f: m.classify(f), m), x)  # type: ignore[arg-type,return-value]
+    with pytest.raises(InputError, match=r"it returns tuple and not logits"):
+        check_network(Split(lambda m, x: m.body(x), lambda m, f: (m.classify(f),), m), x)  # type: ignore[arg-type,return-value]
 
 
 def test_two_halves_that_are_not_the_whole_are_refused() -> None:
@@ -281,14 +283,14 @@ def test_two_halves_that_are_not_the_whole_are_refused() -> None:
 
     m = OwnModel()
     with pytest.raises(InputError, match=r"forward_head\(forward_features\(x\)\) is not forward\(x\)"):
-        check_network(Scaled(m.body, m.classify, m), images(32))
+        check_network(Scaled(lambda m, x: m.body(x), lambda m, f: m.classify(f), m), images(32))
 
 
 @pytest.mark.parametrize("zero_classifier", [False, True])
 def test_heads_that_ignore_the_attention_are_refused(zero_classifier: bool) -> None:
     """Here each location is normalised before the pooling, so that its weight does not count."""
     m = OwnModel(zero_classifier)
-    network = Split(m.body, lambda f: m.classify(F.normalize(f, dim=1)), m)
+    network = Split(lambda m, x: m.body(x), lambda m, f: m.classify(F.normalize(f, dim=1)), m)
     with pytest.raises(InputError, match="teacher: its logits do not change"):
         check_network(network, images(32), "teacher")
 
@@ -320,7 +322,7 @@ def test_the_check_leaves_everything_as_it_was(refused: bool) -> None:
             return self.classify(F.normalize(f, dim=1) if refused else f)
 
     m = Noisy()
-    network = Split(m.features, m.head, m)
+    network = Split(lambda m, x: m.features(x), lambda m, f: m.head(f), m)
     m.train()
     m.body[1].eval()
     state = {name: value.clone() for name, value in network.state_dict().items()}
@@ -396,32 +398,52 @@ def test_stage_maps_of_a_split_are_its_last_map() -> None:
 # Pairs.
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher"),
-    [
-        ((7, 7), (7, 7)),
-        ((4, 4), (7, 7)),
-        ((8, 8), (2, 2)),
-        ((4, 6), (8, 12)),
-        ((7, 8), (7, 7)),
-        ((3, 5), (5, 9)),
-        ((2, 3), (4, 5)),
-    ],
-)
-def test_maps_that_can_be_compared(student: tuple[int, int], teacher: tuple[int, int]) -> None:
-    check_pair(torch.zeros(1, 3, *student), torch.zeros(1, 5, *teacher))
-    check_pair(torch.zeros(1, 3, *teacher), torch.zeros(1, 5, *student))
+def test_a_pair_is_described() -> None:
+    student, teacher, x = OwnModel().split(), timm_model("resnet18"), images(64)
+    pair = check_pair(student, teacher, x)
+    assert (pair.student, pair.teacher, pair.needs_adapter) == ((8, 16, 16), (512, 2, 2), True)
+    said = str(pair).splitlines()
+    assert said[0] == "student's map: 8 channels, 16 x 16 places" and "Adapter(8, 512) is needed" in said[2]
+    assert not check_pair(student, student, x).needs_adapter
+    check_pair(student, teacher, x, Adapter(8, 512))
+    with pytest.raises(InputError, match=r"adapter is 512 -> 8, the maps have 8 and 512 channels: Adapter\(8, 512\)"):
+        check_pair(student, teacher, x, Adapter(512, 8))
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher"),
-    [((7, 7), (4, 8)), ((7, 7), (7, 4)), ((8, 8), (8, 4)), ((16, 16), (8, 16)), ((14, 14), (7, 10)), ((8, 4), (4, 8))],
-)
-def test_maps_that_cannot_be_compared(student: tuple[int, int], teacher: tuple[int, int]) -> None:
-    for s, t in ((student, teacher), (teacher, student)):
-        text = rf"of pupil \({s[0]} x {s[1]}\) and master \({t[0]} x {t[1]}\) cannot be compared"
-        with pytest.raises(InputError, match=text):
-            check_pair(torch.zeros(1, 3, *s), torch.zeros(1, 3, *t), "pupil", "master")
+def test_pairs_that_cannot_work_are_refused() -> None:
+    x = images(64)
+    with pytest.raises(InputError, match="teacher: its last map is 1 x 1"):
+        check_pair(timm_model("resnet18"), Split.at(timm_model("resnet18"), "global_pool.pool"), x)
+    wide = Split(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d((4, 9))), OwnModel().split().model)  # type: ignore[arg-type]
+    wide.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, K))
+    with pytest.raises(InputError, match=r"no even reductions of one image \(16 x 16 against 4 x 9\)"):
+        check_pair(OwnModel().split(), wide, x)
+
+
+def test_channels_last_is_refused() -> None:
+    options = ADAPTED["swin"][1]
+    raw, x = timm_model("swin_tiny_patch4_window7_224", **options, img_size=(64, 64)), images(64)
+    with pytest.raises(InputError, match=r"student: its features \(3, 4, 4, 48\) are NHWC.*as_network\(model\)"):
+        check_network(raw, x, "student")
+    assert check_network(as_network(raw), x).shape == (3, 48, 4, 4)
+    m = OwnModel()
+    own = Split(lambda m, x: m.body(x).permute(0, 2, 3, 1), lambda m, f: m.classifier(f.mean(dim=(1, 2))), m)
+    with pytest.raises(InputError, match=r"averages over dimensions 1 to 2 of its features \(3, 16, 16, 8\)"):
+        check_network(own, x)
+
+
+def test_a_head_that_writes_into_the_map_is_refused() -> None:
+    m = OwnModel()
+    network = Split(lambda m, x: m.body(x), lambda m, f: m.classify(f.mul_(2)), m)
+    with pytest.raises(InputError, match="changes the map in place"):
+        check_network(network, images(32))
+
+
+def test_a_network_wrapped_by_itself_is_warned_about() -> None:
+    network = OwnModel().split()
+    with pytest.warns(UserWarning, match="student is wrapped by itself") as caught:
+        check_network(nn.DataParallel(network), images(32), "student")
+    assert caught[0].filename == __file__
 
 
 # In anybody's loop.

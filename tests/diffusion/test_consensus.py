@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from core.adm import consensus_attention, control
 from core.errors import InputError
-from core.network import Split
+from core.split import Split
 from diffusion.consensus import (
     ConsensusConfig,
     classifier_loss,
@@ -179,7 +179,7 @@ def test_half_precision_maps_are_compared_in_float32() -> None:
 
 def test_classifier_form_is_eq_11_and_trains_what_made_the_image() -> None:
     conv, linear = nn.Conv2d(1, 6, 3, padding=1).double(), nn.Linear(6, 5).double()
-    network = Split(conv, lambda m: linear(m.mean((2, 3))), nn.ModuleList([conv, linear])).requires_grad_(False)
+    network = Split(conv, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)).requires_grad_(False)
     o, y, g = random(3, 1, 4, 4).requires_grad_(), random(3, 1, 4, 4, seed=1), torch.tensor([1.0, 0.0, 1.0])
     loss, s = classifier_loss(o, y, network, g)
     a = torch.tensor(loop_attention(conv(o).detach(), conv(y)), dtype=torch.float64)

@@ -249,10 +249,10 @@ def test_shuffled_control_keeps_the_weights_and_moves_them() -> None:
 
 
 def test_classifier_form() -> None:
-    from core.network import Split
+    from core.split import Split
 
     conv, linear = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
-    classifier = Split(conv, lambda m: linear(m.mean((2, 3))), nn.ModuleList([conv, linear, nn.Dropout(0.5)]))
+    classifier = Split(conv, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear, nn.Dropout(0.5)))
     adm = ADMConfig(form="classifier", classifier="resnet56:given")
     round_ = ProgressiveDistiller(unet(), unet(seed=1), CosineSchedule(), 1, adm, classifier, **OPTIONS).double()
     losses, observed = round_(a_batch(1, [1, 1]), START)

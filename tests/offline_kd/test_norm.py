@@ -26,7 +26,8 @@ from classification.networks.pretrained import load_weights
 from core.adm import ADMConfig
 from core.distillation import feature_loss, standardise
 from core.errors import InputError
-from core.network import Split, as_network
+from core.parts import as_network
+from core.split import Split
 from core.training.checkpoint import read_checkpoint
 from core.training.distiller import Progress
 from core.training.fit import FitConfig, fit, make_accelerator
@@ -581,7 +582,7 @@ def test_wrong_networks_are_refused() -> None:
     deep: Any = create_network("cifar_resnet8", CLASSES)
     deep.fc = nn.Sequential(nn.Linear(64, CLASSES))
     assert "one linear layer" in refusal(lambda: distiller_of(student=deep))
-    flat = Split(lambda x: x.mean((2, 3)), lambda x: x, nn.Linear(3, CLASSES))
+    flat = Split(lambda m, x: x.mean((2, 3)), lambda m, x: x, nn.Linear(3, CLASSES))
     assert "a map [B, C, H, W], and its is (2, 3)" in refusal(lambda: distiller_of(teacher=flat))
 
 
@@ -594,6 +595,7 @@ def test_a_student_whose_head_is_more_is_refused(name: str) -> None:
 
 def test_a_student_with_its_own_relu_in_the_head_is_refused() -> None:
     network: Any = create_network("cifar_resnet8", CLASSES)
-    split = Split(network.forward_features, network.forward_head, network)  # signed maps, and a ReLU behind them
+    # signed maps, and a ReLU behind them
+    split = Split(lambda m, x: m.forward_features(x), lambda m, f: m.forward_head(f), network)
     split.get_classifier = network.get_classifier
     assert "nothing before or between" in refusal(lambda: distiller_of(student=split))

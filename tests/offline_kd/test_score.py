@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from classification.data import DataConfig
 from classification.networks import create_network
-from core.network import Split
+from core.split import Split
 from offline_kd.methods.diswot import relation_loss
 from offline_kd.tools import score as tool
 from offline_kd.tools.score import draw_weights, gradient_distance, main, read_batch, score, traits
@@ -152,8 +152,7 @@ def test_a_network_that_overflows_is_refused(
         layers = [layer for _ in range(45) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())]
         network = Split(nn.Sequential(nn.Conv2d(in_chans, 16, 1), *layers), nn.Identity())
         network.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, classes))
-        network.model = nn.Module()
-        network.model.get_classifier = lambda: network.head[-1]  # type: ignore[assignment]
+        network.get_classifier = lambda: network.head[-1]  # type: ignore[assignment]
         return network
 
     monkeypatch.setattr(tool, "create_network", plain)
