@@ -255,8 +255,9 @@ class ADMLoss(nn.Module):
         train_adapter: phi by its own loss (default). False: by whatever feature loss you compute with it.
         criterion: what the targets are (module ``targets``): ``nn.CrossEntropyLoss(...)`` (the default without options)
             for class indices ``[B]`` or ``[B, H, W]`` and for probabilities ``[B, K]``, ``nn.BCEWithLogitsLoss(...)``
-            for several labels ``[B, K]`` in [0, 1]. What it ignores has no gradient in either form, and its weights
-            count in both. Or any ``criterion(head_output, target)``, for the "ce" forms alone.
+            for several labels ``[B, K]`` in [0, 1]. What it ignores has no gradient in either form (a batch of which it
+            ignores everything gives 0), and its weights count in both. Or any ``criterion(head_output, target)``, a
+            scalar, for the "ce" forms alone.
     Raises: InputError, a ValueError, as ``ADMConfig``, and for a criterion that a "kd" form cannot honour. At its first
         call, and where shapes change, as ``check_maps`` for maps that cannot be compared.
         Warns at the first call where beta > 0 and the student's map has a gradient but not the teacher's.
