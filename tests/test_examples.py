@@ -129,8 +129,14 @@ with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     check_pair(*wrapped, images)
     assert sum("wrapped by itself" in str(warning.message) for warning in said) == 2
-maps = s.forward_features(images), t.forward_features(images)
-ADMLoss(0.2, 0.6)(*maps, targets, s.forward_head, t.forward_head).backward()
+    maps = s.forward_features(images), t.forward_features(images)
+    ADMLoss(0.2, 0.6)(*maps, targets, s.forward_head, t.forward_head).backward()
+    (warning,) = said[2:]
+    assert "wrapped by itself" in str(warning.message) and warning.filename == __file__
+with warnings.catch_warnings():
+    warnings.simplefilter("error")  # of one module, or of networks that no wrapper holds, there is nothing to say
+    one = DistributedDataParallel(example["Pair"](example["Network"](1), example["Network"](2), ADMLoss(0.2, 0.6)))
+    one(images, targets)["loss"].backward()
 gradients = [torch.zeros_like(s.fc.weight) for _ in range(2)]
 dist.all_gather(gradients, s.fc.weight.grad)
 sharded = fully_shard(example["Network"](1), mesh=dist.init_device_mesh("cpu", (2,)))
