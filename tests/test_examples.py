@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from runs import ROOT, adm_on_path
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {"lightning_module": "lightning", "huggingface_trainer": "transformers", "timm_task": "timm.task"}
-SLOW = ("lightning_module", "huggingface_trainer", "timm_task", "segmentation", "ddp", "fsdp2")  # 10 s and more
+SLOW = ("huggingface_trainer", "timm_task", "ddp", "fsdp2")  # 10 s and more
 MUTUAL = {"student/ce", "student/kd", "teacher/ce", "teacher/kd"}
 TERMS = {"fixed_teacher": {"ce", "kd", "consensus", "phi"}}  # of the others: mutual learning's and both of ADM's
 BOTH = ("ddp", "fsdp2")
@@ -156,3 +157,26 @@ def test_wrapped_networks_apart_are_not_reduced_and_sharded_ones_fail(tmp_path: 
     (tmp_path / "apart.py").write_text(APART)
     printed = run(adm_on_path(tmp_path), tmp_path / "apart.py", ROOT / "examples/ddp.py", processes=2)
     assert printed.split() == ["other", "fails"]
+
+
+def test_timms_task_saves_and_resumes_both_networks() -> None:
+    pytest.importorskip("timm.task", reason="needs timm with timm.task")
+    import timm
+
+    source = (ROOT / "examples/timm_task.py").read_text().partition("torch.manual_seed")[0]
+    scope: dict[str, Any] = {}
+    exec(source.replace("from adm import", "from core import"), scope)
+
+    def task(seed: int) -> Any:
+        torch.manual_seed(seed)
+        networks = [timm.create_model("test_efficientnet", num_classes=3, output_stride=8) for _ in range(2)]
+        return scope["ADMTask"](*networks, scope["ADMLoss"](0.2, 0.6, scope["Adapter"](256, 256, always=True)))
+
+    ours, other = task(0), task(1)
+    ours.setup_ema()
+    state = ours.get_checkpoint_state()
+    assert state["state_dict"].keys() == ours.trainable_module.student.state_dict().keys()
+    assert ours.get_eval_model(ema=True) is not ours.get_eval_model()
+    other.load_checkpoint_state(state["state_dict"], state["task_state"])
+    for a, b in zip(ours.trainable_module.parameters(), other.trainable_module.parameters(), strict=True):
+        assert torch.equal(a, b)
