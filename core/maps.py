@@ -93,8 +93,8 @@ def one_ratio(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether one of two sizes (H, W) is the other's, divided by one number r >= 1 and rounded up or down."""
     h, w, large_h, large_w = min(a[0], b[0]), min(a[1], b[1]), max(a[0], b[0]), max(a[1], b[1])
     # h is large_h / r rounded, so that large_h / (h + 1) < r < large_h / (h - 1), and w alike: is there such an r?
-    one_ratio = large_h * (w - 1) < large_w * (h + 1) and large_w * (h - 1) < large_h * (w + 1)
-    return one_ratio and (a[0] - b[0]) * (a[1] - b[1]) >= 0
+    fits = large_h * (w - 1) < large_w * (h + 1) and large_w * (h - 1) < large_h * (w + 1)
+    return fits and (a[0] - b[0]) * (a[1] - b[1]) >= 0
 
 
 def _channels_last(shape: tuple[int, ...]) -> bool:

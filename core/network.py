@@ -41,7 +41,9 @@ def preserved(network: nn.Module, images: Tensor) -> Iterator[Callable[[], None]
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer.copy_(value)
 
-    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []), kept_attributes(network.modules()):
+    # What shards a module keeps its own account of it.
+    own = [module for module, _ in modes if not type(module).__module__.startswith("torch.distributed")]
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []), kept_attributes(own):
         try:
             yield reset
         finally:

@@ -8,7 +8,7 @@ timm.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class View(nn.Module):
         """Images -> the last map ``[B, C, h, w]``."""
         return self.forward_intermediates(x, indices=1)[0]
 
+    _made_of: ClassVar[tuple[Any, Any]]
+
     if TYPE_CHECKING:  # of the model's class, which comes behind this one
 
         def forward_intermediates(self, x: Tensor, **options: Any) -> Any: ...
@@ -36,7 +38,9 @@ class View(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time: a copy or an unpickled view makes it anew from its two parts.
-        kind, own = type(self).__bases__
+        kind, own = type(self)._made_of
+        if type(self) is not _class(kind, own):  # FSDP, parametrisations: a class on top of this one
+            return super().__reduce_ex__(protocol)  # type: ignore[return-value]
         return _empty, (kind, own), self.__dict__.copy()
 
 
@@ -96,7 +100,9 @@ def _empty(kind: type[Kind], own: type[nn.Module]) -> Kind:
 
 @cache
 def _class(kind: type[Kind], own: type[nn.Module]) -> type[Kind]:
-    return type(own.__name__, (kind, own), {"__module__": own.__module__, "__doc__": own.__doc__})
+    return type(
+        own.__name__, (kind, own), {"__module__": own.__module__, "__doc__": own.__doc__, "_made_of": (kind, own)}
+    )
 
 
 # timm models whose features are tokens [B, N, C] without any attribute that tells so.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from core import Split, as_network, check_network
 from core.network import without_zeros
@@ -34,10 +35,12 @@ def ask(model: nn.Module, x: Tensor, **given: Any) -> nn.Module:
         torch.manual_seed(3)
         assert torch.allclose(logits_of(network(x)), whole, rtol=1e-4, atol=limit), "forward is not the model's"
     assert feature_map.dim() == 4
-    network.eval()
+    for module in network.modules():  # as in the check: by batch statistics, and without dropout
+        module.training = isinstance(module, _BatchNorm)
+    dims = max(p.dim() for p in network.parameters())  # of the patches' or the first convolution
     with without_zeros(network):
         network.forward_head(network.forward_features(x)).logsumexp(1).sum().backward()
-    first = next(p for p in network.parameters() if p.requires_grad and p.dim() > 1)
+    first = next(p for p in network.parameters() if p.requires_grad and p.dim() == dims)
     assert first.grad is not None and first.grad.abs().max() > 0, "no gradient reaches the backbone"
     network.zero_grad()
     same_names(network, model, keys)
@@ -54,7 +57,7 @@ def same_names(network: nn.Module, model: nn.Module, keys: list[str]) -> None:
 
 
 def a_copy_has_its_own_weights(network: nn.Module, x: Tensor) -> None:
-    network.eval()
+    network.train().eval()  # drops what LeViT keeps for evaluation, and cannot copy
     twin: Any = copy.deepcopy(network)
     with torch.no_grad():
         before = network(x)

@@ -149,13 +149,10 @@ CONFIGURATIONS: list[tuple[str, dict[str, Any], int]] = [
             "vit_tiny_patch16_224",
             "deit_tiny_patch16_224",
             "deit3_small_patch16_224",
-            "beit_base_patch16_224",
             "eva02_tiny_patch14_224",
             "swin_tiny_patch4_window7_224",
             "swinv2_tiny_window8_256",
             "swinv2_cr_tiny_ns_224",
-            "samvit_base_patch16_224",
-            "naflexvit_base_patch16_gap",
         )
     ),
     *(
@@ -167,12 +164,16 @@ CONFIGURATIONS: list[tuple[str, dict[str, Any], int]] = [
             "deit3_small_patch16_224",
             "vit_small_patch14_dinov2",
             "vit_small_patch14_reg4_dinov2",
-            "eva02_tiny_patch16_clip_224",
             "vit_little_patch16_reg4_gap_256",
             "vit_wee_patch16_reg1_gap_256",
             "vit_medium_patch16_gap_240",
         )
     ),
+    *(
+        (name, {**_64, "embed_dim": 96, "depth": 2, "num_heads": 2}, 64)
+        for name in ("beit_base_patch16_224", "samvit_base_patch16_224")
+    ),
+    ("naflexvit_base_patch16_gap", {"embed_dim": 96, "depth": 2, "num_heads": 2}, 64),
     *((name, _AVG, 224) for name in ("xcit_nano_12_p16_224", "cait_xxs24_224", "convit_tiny", "tnt_s_patch16_224")),
 ]
 
