@@ -57,7 +57,7 @@ def as_network(model: nn.Module, images: Tensor | None = None) -> nn.Module:
 
 
 def some_images(model: nn.Module) -> Tensor:
-    """Two random images ``[2, C, H, W]`` of the size that the model's ``config`` names, as transformers' do, or of 224."""
+    """Two random images ``[2, C, H, W]`` of the size that the model's ``config`` names (transformers), or of 224."""
     config = getattr(model, "config", None)
     config = getattr(config, "vision_config", config)
     size: Any = getattr(config, "image_size", None) or 224

@@ -249,27 +249,30 @@ class _Root(nn.Module):
         return logits_of(self.model(x))
 
 
-class _Images(fx.Proxy):
-    """Images of the model's own precision: models ask for it before they convert them."""
+class _Typed(fx.Proxy):
+    """A value whose precision is known: models compare the images' with their weights' before they convert them."""
 
     @property
     def dtype(self) -> torch.dtype:
-        root: Any = self.tracer.root  # type: ignore[attr-defined]
-        return next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
+        types: dict[str, torch.dtype] = self.tracer.types  # type: ignore[attr-defined]
+        first = (kind for kind in types.values() if kind.is_floating_point)  # the images are of the model's precision
+        return types[self.node.target] if self.node.target in types else next(first, torch.float32)
 
 
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else their values would become constants
 
-    def __init__(self, opened: Collection[str]) -> None:
+    def __init__(self, root: nn.Module, opened: Collection[str]) -> None:
         super().__init__()
         self.opened = {f"model.{name}".rstrip(".") for name in opened}
+        self.types = {name: value.dtype for name, value in [*root.named_parameters(), *root.named_buffers()]}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.opened
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Images(node, self) if node.op == "placeholder" else super().proxy(node)
+        known = node.op == "placeholder" or node.target in self.types
+        return _Typed(node, self) if known else super().proxy(node)
 
 
 def trace(model: nn.Module, opened: Collection[str]) -> fx.Graph:
@@ -279,10 +282,10 @@ def trace(model: nn.Module, opened: Collection[str]) -> fx.Graph:
         where values are made there that would not move with the model.
     """
     name = type(model).__name__
-    before = _random_states()
+    before, root = _random_states(), _Root(model)
     try:
         with kept_attributes(map(model.get_submodule, opened)):  # nothing of the tracing stays behind
-            graph = _Tracer(opened).trace(_Root(model))
+            graph = _Tracer(root, opened).trace(root)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     except Exception as error:  # whatever a model does to a value that has no numbers
