@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import operator
 import random
@@ -93,12 +94,13 @@ def _check_half(name: str, half: Any, model: nn.Module | None) -> None:
     owner = getattr(half, "__self__", None)
     outside: list[object] = [half, owner, *(getattr(half, "__defaults__", None) or ())]
     if inspect.isfunction(half):
-        found = inspect.getclosurevars(half)
-        outside += [*found.nonlocals.values(), *found.globals.values()]
+        outside += inspect.getclosurevars(half).nonlocals.values()
+        loaded = (i.argval for i in dis.get_instructions(half) if i.opname == "LOAD_GLOBAL")
+        outside += [half.__globals__.get(name) for name in loaded]
     if any(isinstance(one, nn.Module) for one in outside):
         raise InputError(
             f"Split: {name} holds a module of its own, which a copy of the Split would go on using: take it from the "
-            f"first argument, as in {name}=lambda m, {name[0] if name == 'features' else 'f'}: ..., with model=m"
+            f"first argument, as in {name}=lambda m, {'x' if name == 'features' else 'f'}: ..., with model=m"
         )
     try:
         inspect.signature(half).bind(model, None)

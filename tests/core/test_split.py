@@ -150,6 +150,7 @@ def test_callables_that_hold_a_module_are_refused() -> None:
     with pytest.raises(InputError, match=r"head is called with two arguments, head\(model, x\)"):
         Split(features, lambda f: f, m)
     Split(lambda m, x: features(m, x), lambda m, f: head(m, f), m)
+    Split(lambda m, x: m.GLOBAL(x), head, m)  # an attribute of that name is no module from outside
 
 
 GLOBAL = nn.Conv2d(3, 8, 3)
