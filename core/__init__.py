@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what `__getattr__` finds, with its types
     from .adapter import *
     from .adm import *
+    from .analysis.attention import *
     from .checks import *
     from .distillation import *
     from .errors import *
@@ -17,10 +18,13 @@ if TYPE_CHECKING:  # what `__getattr__` finds, with its types
     from .parts import *
     from .split import *
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ADMConfig",
     "ADMLoss",
     "Adapter",
+    "AttentionStatistics",
     "InputError",
     "Network",
     "Split",
@@ -44,7 +48,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("errors", "adapter", "adm", "distillation", "network", "split", "parts", "checks")
+_MODULES = ("errors", "adapter", "adm", "distillation", "network", "split", "parts", "checks", "analysis.attention")
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ from .adapter import Adapter
 from .distillation import NoiseFilter
 from .errors import InputError, unknown
 from .maps import check_maps, full_precision, pool_to, smaller_size
+from .processes import warn_where_apart
 from .ranges import NonNegative, Positive, Unit, check_ranges
 from .targets import Criterion, blended_loss, check_imitation, imitation_loss, kd_loss, label_loss, read_criterion
 
@@ -255,11 +256,13 @@ class ADMLoss(nn.Module):
         train_adapter: phi by its own loss (default). False: by whatever feature loss you compute with it.
         criterion: what the targets are (module ``targets``): ``nn.CrossEntropyLoss(...)`` (the default without options)
             for class indices ``[B]`` or ``[B, H, W]`` and for probabilities ``[B, K]``, ``nn.BCEWithLogitsLoss(...)``
-            for several labels ``[B, K]`` in [0, 1]. What it ignores has no gradient in either form, and its weights
-            count in both. Or any ``criterion(head_output, target)``, for the "ce" forms alone.
+            for several labels ``[B, K]`` in [0, 1]. What it ignores has no gradient in either form (a batch of which it
+            ignores everything gives 0), and its weights count in both. Or any ``criterion(head_output, target)``, a
+            scalar, for the "ce" forms alone.
     Raises: InputError, a ValueError, as ``ADMConfig``, and for a criterion that a "kd" form cannot honour. At its first
         call, and where shapes change, as ``check_maps`` for maps that cannot be compared.
-        Warns at the first call where beta > 0 and the student's map has a gradient but not the teacher's.
+        Warns at the first call where beta > 0 and the student's map has a gradient but not the teacher's, and where
+        a DistributedDataParallel holds one of two networks that train without the other.
     """
 
     def __init__(
@@ -335,6 +338,8 @@ class ADMLoss(nn.Module):
         Returns: scalars to be added; a name is left out where its weight is 0, "phi" where phi has no parameters.
         Raises: InputError, a ValueError, for maps that cannot be compared or targets that do not fit the heads' logits.
         """
+        if self._shapes is None and not torch.compiler.is_compiling():
+            warn_where_apart(student_head, teacher_head)
         self._check(map_student, map_teacher)
         config, terms = self.config, {}
         projected = self.project(map_student, map_teacher)

@@ -15,6 +15,7 @@ from .adapter import Adapter
 from .errors import InputError
 from .maps import check_maps
 from .network import preserved, without_zeros
+from .processes import APART
 from .split import CALLABLES, Split, logits_of
 from .views import View
 
@@ -90,11 +91,7 @@ def _unwrapped(network: nn.Module, role: str) -> nn.Module:
     kinds = {base.__name__ for module in network.modules() for base in type(module).__mro__}
     sharded = "FSDPModule" in kinds and not {"forward_features", "forward_head"} <= vars(network).keys()
     if sharded or not kinds.isdisjoint(WRAPPERS):
-        text = (
-            f"{role} is wrapped by itself for several processes: parts that are called past the wrapper get other "
-            "gradients on each. Wrap one module that holds both networks and computes the loss in its forward"
-        )
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(f"{role} {APART}", stacklevel=4)
     return network.module if type(network).__name__ in WRAPPERS else network  # type: ignore[return-value]
 
 

@@ -103,6 +103,8 @@ def _channels_last(shape: tuple[int, ...]) -> bool:
     Images and volumes: the "channels" are one more side of a small image (all at most ``LARGEST_SIDE``, and the longest
     at most twice the shortest), and the last dimension is at least 20 times as long and a multiple of 32, as widths of
     networks are. Sequences: tokens with a class token, k^2 + 1 of them (k >= 7), again before a multiple of 32.
+    What it cannot tell: larger images (Swin at 512 pixels makes [B, 16, 16, 1024], as a lidar does), narrow networks,
+    and tokens without a class token, [B, 196, 768].
     """
     *sides, last = shape[1:]
     if last % 32 or last == 0:

@@ -176,10 +176,11 @@ class Cut:
         # What a traced forward does may depend on the training flag of the module that it belongs to.
         modes = tuple(model.get_submodule(name).training for name in self.opened)
         if modes not in self._halves:
-            self._halves[modes] = self._cut(model)
+            # Not as a decorator, which would load torch's compiler with this module.
+            cut = torch.compiler.disable(self._cut) if torch.compiler.is_compiling() else self._cut
+            self._halves[modes] = cut(model)
         return self._halves[modes]
 
-    @torch.compiler.disable
     def _cut(self, model: nn.Module) -> tuple[Half, Half]:
         graph = trace(model, self.opened)
         name = type(model).__name__

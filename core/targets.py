@@ -115,12 +115,15 @@ def label_loss(logits: Tensor, target: Any, criterion: Criterion = F.cross_entro
     """``criterion(logits, target)``, a scalar, but 0 without a gradient where cross-entropy has nothing to count.
 
     PyTorch's own is NaN where all targets are ignored (or of classes that weigh 0), and one such batch would end a run.
+    ``F.cross_entropy`` itself, the default, where nobody asked to ignore anything, is left as it is, at no cost.
     Raises: InputError where a known criterion's targets do not fit the logits.
     """
     criterion = read_criterion(criterion)
     if not _is_known(criterion):
         return criterion(logits, target)
     check_target(criterion, logits, target)
+    if criterion is _CROSS_ENTROPY:
+        return F.cross_entropy(logits, target)
     if not isinstance(criterion, nn.CrossEntropyLoss) or target.is_floating_point():
         return criterion(logits, target)
     if criterion.weight is not None and criterion.label_smoothing == 0:  # a class of weight 0 is an ignored one
@@ -215,11 +218,15 @@ def _weights(criterion: Any, target: Tensor, dtype: torch.dtype) -> tuple[Tensor
     if target.is_floating_point():
         return None if weight is None else torch.einsum("bk...,k->b...", target.to(dtype), weight), 1.0
     valid = target != criterion.ignore_index
-    weights = valid.to(dtype)
-    if weight is not None:
-        weights = weights * weight[target.masked_fill(~valid, 0)]
-    total = weights.sum()
-    return weights, torch.where(total > 0, target.numel() / total, 0.0)
+    if weight is None:
+        weights, total = valid, valid.sum().to(dtype)
+    else:
+        weights = weight[target.masked_fill(~valid, 0)] * valid
+        total = weights.sum()
+    every = torch.full_like(
+        total, target.numel()
+    )  # a tensor: `number / tensor` is a product with 1 / tensor, not exact
+    return weights, torch.where(total > 0, every / total, 0.0)
 
 
 def _bernoulli_weights(criterion: nn.BCEWithLogitsLoss, target: Tensor | None) -> Tensor | None:

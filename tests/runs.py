@@ -170,6 +170,17 @@ def assert_same_runs(a: Path, b: Path) -> None:
     assert links[0] == links[1] and links[0]
 
 
+# --- core as others see it --------------------------------------------------------------------------------------------
+
+
+def adm_on_path(folder: Path) -> Path:
+    """A folder for PYTHONPATH in which ``core`` goes by its installed name, ``adm``; no other package is in it."""
+    packages = folder / "packages"
+    packages.mkdir(exist_ok=True)
+    (packages / "adm").symlink_to(ROOT / "core")
+    return packages
+
+
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 

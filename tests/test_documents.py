@@ -29,12 +29,15 @@ from documented import (
     text_of,
     without_repeats,
 )
+from runs import adm_on_path
 
 # What is not called, by its beginning, and why not. Anything else that a document says is run.
 NOT_RUN = {
     "pip install": "installs",
     "python -m pip install": "installs",
     "python -m pytest": "the tests themselves",
+    "python examples/": "tests/test_examples.py runs each",
+    "torchrun --nproc_per_node 2 examples/": "tests/test_examples.py runs each",
     "ruff": "`make test` and `make lint` are called as they are",
     "mypy": "`make lint` is called as it is",
     "python classification/tools/visualize.py runs/dml+adm --checkpoint all --boxes": "digits have no boxes; that of "
@@ -169,6 +172,7 @@ def test_a_document_can_be_followed(name: str, tmp_path: Path, monkeypatch: pyte
         (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / link).symlink_to(target)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(adm_on_path(tmp_path))
     scope: dict[str, Any] = {}
     for block in [Block("bash", BEFORE.get(name, "")), *documents()[name]]:
         if block.language == "bash":
@@ -184,29 +188,23 @@ def blocks(document: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), flags=re.M | re.S)
 
 
-def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import timm
+    import torchvision
     from safetensors.torch import save_file
 
     from classification.networks import create_network
 
-    three_lines, split, load = blocks("README.md")
+    loop, load = blocks("README.md")
+    monkeypatch.syspath_prepend(adm_on_path(tmp_path))
     x, target = torch.randn(2, 3, 64, 64), torch.tensor([1, 2])
-    student, teacher = (timm.create_model(name, num_classes=4) for name in ("resnet18", "resnet34"))
+    student, teacher = torchvision.models.resnet18(num_classes=4), timm.create_model("resnet34", num_classes=4)
     scope = {"student": student, "teacher": teacher, "x": x, "target": target, "loss": torch.zeros(())}
-    exec(three_lines, scope)
+    exec(loop, scope)
+    assert "no adapter needed" in capsys.readouterr().out
     scope["loss"].backward()
     for network in (student, teacher):
         assert network.conv1.weight.grad is not None and network.fc.weight.grad is not None
-
-    class Own(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.features, self.classifier = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 1000)
-
-    scope["my_model"] = Own()
-    exec(split, scope)
-    assert scope["student"](x).shape == scope["teacher"](x).shape == scope["own"](x).shape == (2, 1000)
 
     monkeypatch.chdir(tmp_path)
     file = Path(re.search(r'load_file\("(.*)"\)', load).group(1))

@@ -156,7 +156,7 @@ def test_imitation_averages_as_cross_entropy(dense: bool, weights: Tensor | None
 
 
 def test_imitation_where_nothing_is_ignored_is_the_plain_one_to_the_last_bit() -> None:
-    for size in ((7,), (5, 3), (11, 2, 3)):
+    for size in [(n,) for n in range(1, 70)] + [(5, 3), (11, 2, 3), (7, 7, 7)]:
         z, t = torch.randn(2, size[0], K, *size[1:])
         z.requires_grad_()
         y = torch.randint(K, (size[0], *size[1:]))
