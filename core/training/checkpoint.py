@@ -171,6 +171,8 @@ def latest_checkpoint(
         point(LAST, candidate)
         best = candidate.with_name(f"{BEST}{candidate.suffix}")
         if not goal(best).exists():
+            if os.path.lexists(best) and not damaged:  # else it is said already
+                log(f"{best} is damaged: it names {goal(best).name}, which is not there")
             remove(best)
         return checkpoint
     if candidates:

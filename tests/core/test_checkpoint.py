@@ -324,6 +324,10 @@ def test_a_link_to_itself_is_no_checkpoint_and_stops_nothing(tmp_path: Path) -> 
     assert find_checkpoint(tmp_path, "last").name == "step-00000003"
     prune(folder, 1)
     assert [path.name for path in numbered(folder)] == ["step-00000003"]
+    said: list[str] = []
+    assert latest_checkpoint(folder, said.append) is not None
+    assert len(said) == 1 and "best is damaged: it names best, which is not there" in said[0]
+    assert not os.path.lexists(folder / "best")
 
 
 def test_text_files_and_links_take_each_others_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
