@@ -268,7 +268,6 @@ def check_parts(cfg: Config, model: Any) -> None:
 
     Raises: InputError naming the section that cannot be built, or ``run.select`` where it is not evaluated.
     """
-
     wrapper = built("optim_wrapper", lambda: build_optim_wrapper(model, cfg.optim_wrapper))
     for number, scheduler in enumerate(cfg.param_scheduler):
         name = f"param_scheduler.{number}"
@@ -279,12 +278,25 @@ def check_parts(cfg: Config, model: Any) -> None:
         loader = built(name, partial(Runner.build_dataloader, cfg[name], seed=cfg.seed))
         data = loader.dataset
         built(name, partial(data.__getitem__, (0, 0) if isinstance(data, NumberedDataset) else 0))
-    evaluated = {m.prefix for m in built("val_evaluator", lambda: Evaluator(cfg.val_evaluator)).metrics}
+    names = cfg.get("activation_checkpointing") or ()
+    for name in [names] if isinstance(names, str) else names:
+        built("activation_checkpointing", partial(model.get_submodule, name))
+    if isinstance(how := cfg.get("compile"), Mapping):
+        built("compile", lambda: torch.compile(model.train_step, **how))
+    metrics = built("val_evaluator", lambda: Evaluator(cfg.val_evaluator)).metrics
+    if any(getattr(metric, "format_only", False) for metric in metrics):
+        raise InputError("val_evaluator: with format_only nothing is evaluated, leave it out")
+    evaluated = {metric.prefix for metric in metrics}
     role, _, value = cfg.run.select.partition("/")
     if role not in evaluated:
         raise InputError(f"run.select {cfg.run.select}: val_evaluator evaluates {', '.join(map(str, evaluated))} alone")
-    if value.startswith("IoU.") and (asked := value.removeprefix("IoU.")) not in loader.dataset.metainfo["classes"]:
-        raise unknown("class in run.select", asked, loader.dataset.metainfo["classes"])
+    if value.startswith("IoU."):
+        asked, classes = value.removeprefix("IoU."), loader.dataset.metainfo["classes"]
+        if asked not in classes:
+            raise unknown("class in run.select", asked, classes)
+        labels = (loader.dataset[i]["data_samples"].gt_sem_seg.data for i in range(len(loader.dataset)))
+        if not any((label == classes.index(asked)).any() for label in labels):
+            raise InputError(f"run.select {cfg.run.select}: no evaluated pixel is labelled {asked}")
 
 
 def check_pretrained(cfg: Config, networks: Mapping[str, Any]) -> None:

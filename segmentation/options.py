@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 from mmengine import registry
@@ -18,7 +18,7 @@ from mmseg.registry import DATASETS, MODELS
 
 from core.adm import ADMConfig
 from core.errors import InputError, notice, unknown
-from core.ranges import Count, Index, NonNegative, Pixels, Positive, Seed, Share, Size
+from core.ranges import Count, Index, NonNegative, Pixels, Positive, Range, Seed, Share, Size
 from core.training.run import flatten
 
 TRACKERS = ("tensorboard",)
@@ -32,7 +32,9 @@ NUMBERS = {
     r"model\.adm\.(alpha|beta|gamma|tau)": NonNegative,
     r"optim_wrapper\.clip_grad\.(max_norm|norm_type|clip_value)": Positive,
     r"optim_wrapper\.accumulative_counts|(train|val)_dataloader\.(batch_size|prefetch_factor)": Count,
-    r"model\.data_preprocessor\.std\.\d+": Positive,
+    r"model\.data_preprocessor\.mean\.\d+": Annotated[float, Range(0, 255)],
+    r"model\.data_preprocessor\.std\.\d+": Annotated[float, Range(0.01, 255)],
+    r".*pipeline\.\d+\.ratio_range\.\d+": Positive,
     r"model\..*\.loss_weight": NonNegative,
     r"model\..*\.dropout_ratio": Share,
     r"model\..*head\.(num_classes|channels|in_channels|num_convs)": Size,
@@ -45,10 +47,18 @@ SET_BY = {
     r"train_dataloader\.batch_size": "batch_size",
     r"train_dataloader\.dataset\.seed|randomness\.seed": "seed",
     r".+\.data_root": "data_root",
+    r"custom_imports(\..+)?": "the file of the config, which is read first",
     r"model\.data_preprocessor\.size|train_dataloader\..*pipeline\.\d+\.crop_size": "crop_size",
 }
 """Keys that a run sets itself, from our own."""
-READ_BY_RUNNER = ("model_wrapper_cfg", "find_unused_parameters", "sync_bn", "activation_checkpointing", "compile")
+READ_BY_RUNNER: dict[str, tuple[type, ...]] = {
+    "model_wrapper_cfg": (Mapping,),
+    "find_unused_parameters": (bool,),
+    "sync_bn": (str,),
+    "activation_checkpointing": (str, list, tuple),
+    "compile": (bool, Mapping),
+}
+"""Keys of which mmengine's runner knows alone, and what they may be."""
 SECTIONS: dict[str, tuple[str, ...]] = {
     "": ("custom_hooks", "randomness", *READ_BY_RUNNER),
     "run": (),
@@ -78,13 +88,18 @@ TYPED = (
     "custom_hooks",
     "visualizer",
     "model_wrapper_cfg",
+    "randomness",
 )
+SEVERAL = ("val_evaluator", "param_scheduler", "custom_hooks")
+"""Those of them that are lists."""
 CHOICES = {
     "train_cfg.type": ("IterBasedTrainLoop",),
     "val_cfg.type": ("ValLoop",),
     "default_scope": ("mmseg",),
     "log_level": ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG"),
     "sync_bn": ("torch", "mmcv"),
+    "model.teacher.backbone.style": ("pytorch", "caffe"),
+    "model.student.backbone.style": ("pytorch", "caffe"),
     "env_cfg.mp_cfg.mp_start_method": ("fork", "spawn", "forkserver"),
 }
 """What these keys may say, where they say anything."""
@@ -93,13 +108,16 @@ CHOICES = {
 def check_settings(cfg: Config) -> None:
     """Raises: InputError naming the first setting that no run could have."""
     check_numbers(cfg)
-    for name in TYPED:
-        check_types(cfg.get(name) or {}, f"{name}.")
+    check_sections(cfg)
     values = flatten(cfg.to_dict())
     for key, value in values.items():
         needed = key == "data_root"
         if re.fullmatch(FILES, key) and not (isinstance(value, str) or (value is None and not needed)):
             raise InputError(f"{key} is a {'folder' if needed else 'file'}, not {value!r}")
+        if re.fullmatch(r"optim_wrapper\.optimizer\.(?!type$).+", key) and isinstance(value, str):
+            raise InputError(f"{key} is a number or a switch, not {value!r}")
+        if key == "randomness.deterministic" and not isinstance(value, bool):
+            raise InputError(f"{key} is a switch, not {value!r}")
         if key.endswith("init_cfg") and not (value is None or isinstance(value, list)):
             raise InputError(f"{key} is a section with parts of its own, not {value!r}")
     for key, known in CHOICES.items():
@@ -115,6 +133,22 @@ def check_settings(cfg: Config) -> None:
             raise unknown("tracker", str(tracker), TRACKERS)
 
 
+def check_sections(cfg: Config) -> None:
+    """Raises: InputError naming the first section that is none, or a ``type`` in it that is unknown."""
+    for name in TYPED:
+        section = cfg.get(name) or {}
+        check_types(section, f"{name}.")
+        if isinstance(section, (list, tuple)) and name not in SEVERAL:
+            raise InputError(f"{name} is a section with parts of its own, not {section!r}")
+    for name, kinds in READ_BY_RUNNER.items():
+        if cfg.get(name) is not None and not isinstance(cfg[name], kinds):
+            raise InputError(f"{name} cannot be {cfg[name]!r}")
+    backends = (cfg.get("visualizer") or {}).get("vis_backends") or []
+    for part in backends if isinstance(backends, list) else [backends]:
+        if not isinstance(part, Mapping):
+            raise InputError(f"visualizer.vis_backends is a list of sections with a type each, not of {part!r}")
+
+
 def say_odd(cfg: Config) -> None:
     """Says in a line each what is legal and probably meant otherwise."""
     total = cfg.train_cfg.max_iters
@@ -128,6 +162,9 @@ def say_odd(cfg: Config) -> None:
     for key, value in values.items():
         if re.fullmatch(r"param_scheduler\.\d+\.begin", key) and value >= total:
             notice(f"note: {key} {value} lies behind the run's end, {total}")
+    for key, own in (("sampler", "NumberedSampler"), ("dataset", "NumberedDataset")):
+        if (kind := (cfg.train_dataloader.get(key) or {}).get("type")) != own:
+            notice(f"note: train_dataloader.{key} is {kind}, not {own}: an interrupted run does not resume exactly")
     rate = values["optim_wrapper.optimizer.lr"]
     if rate == 0:
         notice("note: optim_wrapper.optimizer.lr is 0: nothing is learnt")
@@ -164,6 +201,8 @@ def _by_key(value: Any) -> Any:
 
 def check_types(section: Any, key: str = "") -> None:
     """Raises: InputError for a ``type`` that no registry has, offering the nearest of its own."""
+    if not isinstance(section, (Mapping, list, tuple)):
+        raise InputError(f"{key.removesuffix('.')} is a section with parts of its own, not {section!r}")
     parts = section.items() if isinstance(section, Mapping) else enumerate(section)
     for name, part in parts:
         if name == "type" and isinstance(part, str) and _class_of(part) is None:
@@ -213,7 +252,8 @@ def _check_kind(key: str, value: Any, usual: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     many = several and (key.startswith("model.") or ".pipeline." in key)  # there one value may stand for several
     kinds: tuple[tuple[Any, bool, str], ...] = (
-        ((Mapping, list, tuple), several, "a section with parts of its own"),
+        (Mapping, isinstance(value, Mapping), "a section with parts of its own"),
+        ((list, tuple), several, "a section with parts of its own"),
         (bool, isinstance(value, bool) or value in (0, 1), "a number or a switch"),
         ((int, float), number or many, "a number or a switch"),
         (str, isinstance(value, str), "a text"),

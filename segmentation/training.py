@@ -46,6 +46,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 RESUMED = "resumed-run://"
 SMALL = 128  # pixels a side of the images that a dry run takes at the most
+TINY = 64  # of those that every run tries its networks with: for it nobody should wait
 
 
 def train(
@@ -200,9 +201,9 @@ def describe(model: Any, wrapper: Any, ready: Config) -> Iterator[str]:
     yield gigabytes(memory(model, wrapper, ready))
 
 
-def blank(ready: Config, device: Any) -> tuple[torch.Tensor, list[SegDataSample]]:
-    """Two small black images and their labels, to take through the networks."""
-    height, width = (min(side, SMALL) for side in ready.crop_size)
+def blank(ready: Config, device: Any, most: int = SMALL) -> tuple[torch.Tensor, list[SegDataSample]]:
+    """Two small black images, at ``most`` so many pixels a side, and their labels, to take through the networks."""
+    height, width = (min(side, most) for side in ready.crop_size)
     channels = 6 if ready.model.data_preprocessor.type == "ViewsDataPreProcessor" else 3
     labels = PixelData(data=torch.zeros(1, height, width, dtype=torch.long, device=device))
     return torch.zeros(2, channels, height, width, device=device), [SegDataSample(gt_sem_seg=labels)] * 2
@@ -216,7 +217,7 @@ def check_forward(model: Any, ready: Config) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            images, samples = blank(ready, next(model.parameters()).device)
+            images, samples = blank(ready, next(model.parameters()).device, TINY)
             model.loss(images, samples)
             model.predict(images)
     except Exception as error:  # what a head that does not fit its backbone raises

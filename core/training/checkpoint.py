@@ -10,6 +10,7 @@ Segmentation's are mmengine's files: ``checkpoints/iter_123.pth``, with the link
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,7 +57,7 @@ def point(name: str, target: Path) -> None:
 def goal(path: Path) -> Path:
     """The checkpoint that ``last`` or ``best`` names, be it by a link or by a text file; any other path is itself."""
     name = path.read_text(errors="replace").strip() if path.is_file() and path.stat().st_size < 64 else ""
-    return (path.with_name(name) if _NAME.fullmatch(name) else path).resolve()
+    return Path(os.path.realpath(path.with_name(name) if _NAME.fullmatch(name) else path))  # a link to itself is itself
 
 
 def name_and_prune(target: Path, *, best: bool, keep: int) -> None:
@@ -170,6 +171,8 @@ def latest_checkpoint(
         point(LAST, candidate)
         best = candidate.with_name(f"{BEST}{candidate.suffix}")
         if not goal(best).exists():
+            if os.path.lexists(best) and not damaged:  # else it is said already
+                log(f"{best} is damaged: it names {goal(best).name}, which is not there")
             remove(best)
         return checkpoint
     if candidates:

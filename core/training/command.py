@@ -61,6 +61,14 @@ class LineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse; an empty value, as of a shell's variable that is not set, is no way to leave an option out."""
+        found = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.option_strings and getattr(found[0], action.dest, None) == "":
+                self.error(f"{action.option_strings[0]} is empty: give a value, or leave it out")
+        return found
+
 
 def missing_extra(error: ImportError, extra: str) -> InputError:
     """What to say where a package of one of our extras is not installed."""

@@ -203,15 +203,26 @@ def _is_whole(line: bytes) -> bool:
 def read_metrics(file: Path, summary: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """All lines of a ``metrics.jsonl``, none where there is no file; one that is not whole is left out, which is said.
 
-    ``summary``: of the finished run; where it knows the file as another, that is said too.
+    ``summary``: of the run; where it knows the file, or its beginning if the run goes on, as another, that is said too.
     """
     content, summary = file.read_bytes() if file.exists() else b"", summary or {}
     lines, known = content.splitlines(keepends=True), summary.get("metrics", {}).get("sha256")
-    if known and summary.get("status") == "finished" and known != hashlib.sha256(content).hexdigest():
-        notice(f"{file} is damaged: it is not what it was at the end of the run, and neither may be what is read of it")
+    finished = summary.get("status") == "finished"
+    if known and known not in (_digests(lines)[-1:] if finished else _digests(lines)):
+        notice(f"{file} is damaged: it is not what it was when the run ended, and neither may be what is read of it")
     elif bad := [number for number, line in enumerate(lines, start=1) if not _is_whole(line)]:
         notice(f"{file}, line {bad[0]}, is damaged and left out")
     return [json.loads(line) for line in lines if _is_whole(line)]
+
+
+def _digests(lines: Sequence[bytes]) -> list[str]:
+    """Of no line, of the first, of the first two, ..."""
+    running = hashlib.sha256()
+    digests = [running.hexdigest()]
+    for line in lines:
+        running.update(line)
+        digests.append(running.hexdigest())
+    return digests
 
 
 def signed(text: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from core.errors import InputError
 from core.training.command import LineParser, add_dry_run, dry_run_wanted, run_command
 
 
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     changes: dict[str, Any] = parse_options(options.cfg_options)
     for key, value in (("model.method", options.method), ("seed", options.seed), ("data_root", options.data_root)):
-        if value is not None:
-            changes[key] = value
+        if value is not None and changes.setdefault(key, value) != value:
+            raise InputError(f"{key} is given twice, as {changes[key]!r} and as {value!r}: leave one")
     return train(options.config, changes, amp=options.amp, out=options.out, launcher=options.launcher, dry=dry)
 
 

@@ -313,6 +313,23 @@ def test_where_there_are_no_links_text_files_say_last_and_best(tmp_path: Path) -
         find_checkpoint(tmp_path, "best")
 
 
+def test_a_link_to_itself_is_no_checkpoint_and_stops_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        save_checkpoint(folder, step, network(float(step)), {})
+    (folder / "best").unlink(missing_ok=True)
+    (folder / "best").symlink_to("best")
+    with pytest.raises(InputError, match="has no checkpoint 'best': it has last"):
+        find_checkpoint(tmp_path, "best")
+    assert find_checkpoint(tmp_path, "last").name == "step-00000003"
+    prune(folder, 1)
+    assert [path.name for path in numbered(folder)] == ["step-00000003"]
+    said: list[str] = []
+    assert latest_checkpoint(folder, said.append) is not None
+    assert len(said) == 1 and "best is damaged: it names best, which is not there" in said[0]
+    assert not os.path.lexists(folder / "best")
+
+
 def test_text_files_and_links_take_each_others_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path, 1, network(1), {})
     with monkeypatch.context() as patch:

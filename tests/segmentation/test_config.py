@@ -249,6 +249,11 @@ val_cfg.type=Foo default_hooks.checkpoint.type=Foo visualizer.type=Foo model_wra
 model.data_preprocessor.std=[nan,1,1] model.data_preprocessor.std=[0,1,1] model.teacher_weights=5
 model.student.backbone.init_cfg=5 model.student.backbone.strides=(0,0,0,0) model.student.decode_head.dilations=[0]
 model.student.decode_head.loss_decode.class_weight=nowhere.json val_dataloader.batch_size=0
+optim_wrapper.optimizer.foreach=abc model.student.backbone.style=foo model.data_preprocessor.std=[1e-30,1,1]
+model.data_preprocessor.mean=[1e30,0,0] custom_hooks=5 randomness=5 randomness=[1] visualizer.vis_backends=[5]
+model=[1] train_cfg=[1] run=[1] optim_wrapper=[1] train_dataloader=[1] model.student=[1] model.adm=[1] env_cfg=[1]
+compile=abc model_wrapper_cfg=5 activation_checkpointing=5 find_unused_parameters=abc sync_bn=5
+randomness.deterministic=abc custom_imports.imports=[nosuch]
 """
 
 
@@ -265,7 +270,8 @@ def test_a_wrong_option_is_refused_in_one_line_that_names_it(option: str) -> Non
 # What mmengine would build only when the run has begun.
 UNBUILDABLE = """
 optim_wrapper.optimizer.type=Adam optim_wrapper.optimizer.type=LBFGS optim_wrapper.constructor=Foo
-optim_wrapper.clip_grad=5 val_evaluator.0.role=foo run.select=student/IoU.nosuch train_dataloader.prefetch_factor=2
+optim_wrapper.clip_grad=5 val_evaluator.0.role=foo run.select=student/IoU.nosuch run.select=student/IoU.bicycle
+train_dataloader.prefetch_factor=2 val_evaluator.0.format_only=True activation_checkpointing=nosuch compile.nosuch=1
 train_dataloader.timeout=-1 val_evaluator=[] custom_hooks=[5]
 model.student.decode_head.in_channels=7 model.student.decode_head.in_index=9
 model.student.test_cfg.mode=foo train_dataloader.dataset.dataset.pipeline=[]
@@ -287,6 +293,17 @@ def test_what_cannot_be_built_is_refused_before_the_run_begins(option: str, stre
 def test_options_of_adm_without_adm_are_refused() -> None:
     with pytest.raises(InputError, match=r"model\.adm\.alpha does nothing without ADM: give the method dml\+adm"):
         load_config(DEEPLAB, {"model.adm.alpha": 0.5, "model.method": "dml"})
+
+
+def test_a_sampler_that_loses_exact_resuming_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.errors._notices", [])
+    for value in ("sampler=None", "sampler.type=InfiniteSampler"):
+        say_odd(load_config(DEEPLAB, parse_options([f"train_dataloader.{value}"])))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all("NumberedSampler" in line and "resume" in line for line in lines), lines
 
 
 def test_what_is_legal_and_probably_meant_otherwise_is_said(

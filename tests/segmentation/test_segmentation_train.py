@@ -258,6 +258,28 @@ def test_wrong_input_ends_in_one_line_and_leaves_no_folder(
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", ""], "--out is empty: give a value, or leave it out"),
+        (["--data-root", ""], "--data-root is empty"),
+        (["--seed", "1", "--cfg-options", "seed=2"], "seed is given twice, as 2 and as 1: leave one"),
+        (["--out", "x" * 300], "name too long"),
+        (["--launcher", "foo"], "invalid choice: 'foo'"),
+        (["--launcher", "slurm"], "--launcher slurm did not start this process"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_line(
+    street: Path, tmp_path: Path, train: Train, words: list[str], message: str
+) -> None:
+    code, said, log = train([*arguments(street, tmp_path / "run"), *words])
+    assert (code, said) == (2, "")
+    (line,) = [line for line in log.splitlines() if line]
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("damage", "message"),
     [
         ("images", "no image *_leftImg8bit.png in "),
