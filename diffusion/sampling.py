@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, TrainingError
-from diffusion.files import read_about, reading
+from diffusion.files import check_layers, read_about, reading
 from diffusion.schedule import CosineSchedule, Prediction
 
 LastStep = Literal["noisy", "clean"]
@@ -199,5 +199,6 @@ def read_unet(folder: str | Path, name: str, **options: Any) -> Any:
     """diffusers' ``UNet2DModel`` of a folder. Raises: InputError where there is none, calling it ``name``."""
     from diffusers import UNet2DModel
 
+    check_layers(Path(folder))
     with reading(f"cannot read the network of {name}"):
         return UNet2DModel.from_pretrained(folder, **options)
