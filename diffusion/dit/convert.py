@@ -149,6 +149,7 @@ def load_dit_pipeline(folder: str | Path, vae: Any = None) -> Any:
     if vae is None and not pixels:
         raise InputError(f"{folder} samples latents: name the VAE that decodes them, a folder or a hub name")
     check_layers(folder / "transformer")
+    read_json(folder / "scheduler/scheduler_config.json")  # raises: diffusers would look for what is wrong on its hub
     with reading(f"cannot open a DiTPipeline of {folder}"):
         network = DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer", norm_eps=1e-6)
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
