@@ -63,7 +63,7 @@ def load_dit(path: str | Path) -> DiT:
     said, state = read_metadata(path), read_state_dict(path)
     # A published file does not say whether it has a null label: 10, 100 or 1000 rows are classes, and nothing else.
     table = state.get("y_embedder.embedding_table.weight", torch.empty(0))
-    without = said.get("kind") != "dit" and len(table) in (10, 100, 1000)
+    without = said.get("kind") != "dit" and table.shape[:1] in ((10,), (100,), (1000,))
     if without:
         state["y_embedder.embedding_table.weight"] = torch.cat([table, torch.zeros_like(table[:1])])
     model = _build(str(path), state, None if "heads" not in said else int(said["heads"]))
@@ -196,7 +196,7 @@ def _build(name: str, state: dict[str, Tensor], heads: int | None = None) -> DiT
         input_size = patch * math.isqrt(state["pos_embed"].shape[1])
         classes = len(state["y_embedder.embedding_table.weight"]) - 1
         depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise InputError(f"{name} holds no DiT: {first_line(error)} is missing or of another shape") from error
     published = {width: heads for width, _, heads in SIZES.values()}
     if heads is None and width not in published:

@@ -857,6 +857,14 @@ def test_metrics_are_full_precision_json_and_a_cut_last_line_is_left_out(tmp_pat
     assert [m["step"] for m in read_metrics(run.metrics_file)] == [1] and run.metrics_size() == size
 
 
+def test_json_that_is_nested_without_end_is_damaged(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("[" * 100_000 + "\n" + '{"step": 1}\n')
+    assert read_metrics(file) == [{"step": 1}]
+    with pytest.raises(InputError, match="is damaged"):
+        read_json(file)
+
+
 def test_environment_names_every_start(tmp_path: Path) -> None:
     run = opened(tmp_path / "run", {})
     run.write_environment("cpu")

@@ -361,6 +361,7 @@ def without(key: str) -> dict[str, Tensor]:
     [
         (lambda: {"fc.weight": torch.zeros(3, 3)}, "holds no DiT: 'x_embedder.proj.weight' is missing"),
         (lambda: {**published_state(), "x_embedder.proj.weight": torch.zeros(3)}, "holds no DiT"),
+        (lambda: {**published_state(), "y_embedder.embedding_table.weight": torch.tensor(1.0)}, "holds no DiT"),
         (lambda: without("blocks.0.attn.qkv.bias"), "does not fit a DiT: .*blocks.0.attn.qkv.bias"),
         (lambda: {**published_state(), "more": torch.zeros(1)}, 'does not fit a DiT: .*"more"'),
         (

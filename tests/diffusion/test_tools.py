@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,15 @@ def test_wrong_input_is_one_line(run: Path, tmp_path: Path, shell: Shell, argume
     cpu = ["--device", "cpu", "--cache", str(tmp_path)]
     code, _, err = shell(evaluate.main, [*given, *cpu])
     assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("wrong", [{"timesteps": None}, {"timesteps": 10**9}, {"steps": 0}, {"steps": "x"}])
+def test_a_network_of_impossible_times_is_refused(run: Path, tmp_path: Path, shell: Shell, wrong: Any) -> None:
+    said = {"prediction": "x", "schedule": "cosine", "timesteps": 1024, "steps": 1}
+    shutil.copytree(run / "round-0001/student", tmp_path / "student")
+    (tmp_path / "student/adm.json").write_text(json.dumps({**said, **wrong}))
+    code, _, err = shell(sample.main, [str(tmp_path / "student"), "--rows", "1", "--device", "cpu"])
+    assert code == 2 and "which cannot be" in err and err.count("\n") == 1, err
 
 
 def test_pictures_of_samples(run: Path, tmp_path: Path, shell: Shell) -> None:
