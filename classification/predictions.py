@@ -86,7 +86,7 @@ class PredictionStore:
         mend = f"bring back {self.header.parent} as the run left it, or start anew with another --out"
         try:
             found = dict(json.loads(self.header.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"no predictions of the epoch before can be read from {self.header}: {mend}") from error
         for key, value in self._identity().items():
             if found.get(key) != value:

@@ -15,6 +15,8 @@ from core.training import run
 from core.training.command import missing_extra
 
 ABOUT = "adm.json"
+LAYERS = 1024
+"""At most: diffusers would build millions of them for hours."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -38,12 +40,22 @@ def read_about(folder: Path) -> dict[str, Any]:
     return said
 
 
+def check_layers(folder: Path) -> None:
+    """Raises: InputError where the ``config.json`` of a diffusers network is damaged, or says layers without end."""
+    said = read_json(folder / "config.json")
+    for key in ("num_layers", "layers_per_block"):
+        if isinstance(value := said.get(key), (int, float)) and not 1 <= value <= LAYERS:
+            raise InputError(f"{folder}/config.json says {key} {value}: a network has 1 to {LAYERS} layers")
+
+
 @contextmanager
 def reading(what: str) -> Iterator[None]:
     """Says in a line what diffusers finds wrong with a folder. Raises: InputError, beginning with ``what``."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # values of a wrong kind in a folder's JSON can raise anything
         raise InputError(f"{what}: {first_line(error)}") from error
 
 

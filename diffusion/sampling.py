@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, TrainingError
-from diffusion.files import read_about, reading
-from diffusion.schedule import CosineSchedule, Prediction
+from diffusion.files import check_layers, read_about, reading
+from diffusion.schedule import TIMESTEPS, CosineSchedule, Prediction
 
 LastStep = Literal["noisy", "clean"]
 """noisy: the last step lands on index 0, whose noise is 0.8 grey levels (CFD). clean: it returns x (Salimans & Ho)."""
@@ -191,6 +191,8 @@ def load_student(folder: str | Path, device: torch.device | str = "cpu") -> Stud
         ) from error
     if schedule != "cosine" or prediction not in ("x", "v"):
         raise InputError(f"{folder}: prediction {prediction!r} on a {schedule!r} schedule; known are x and v on cosine")
+    if not (isinstance(timesteps, int) and isinstance(steps, int) and 0 < steps <= timesteps <= TIMESTEPS):
+        raise InputError(f"{folder}/adm.json says {timesteps} timesteps and {steps} steps, which cannot be")
     model = read_unet(folder, str(folder)).to(device).eval().requires_grad_(False)
     return Student(folder, model, CosineSchedule(timesteps).to(device), prediction, steps)
 
@@ -199,5 +201,6 @@ def read_unet(folder: str | Path, name: str, **options: Any) -> Any:
     """diffusers' ``UNet2DModel`` of a folder. Raises: InputError where there is none, calling it ``name``."""
     from diffusers import UNet2DModel
 
+    check_layers(Path(folder))
     with reading(f"cannot read the network of {name}"):
-        return UNet2DModel.from_pretrained(folder, **options)
+        return UNet2DModel.from_pretrained(folder, **options).to("cpu")  # raises where weights are missing

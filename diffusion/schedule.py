@@ -16,6 +16,8 @@ from core.distillation import full_precision
 
 Prediction = Literal["x", "v"]
 Weighting = Literal["snr_trunc", "snr_plus_1", "none"]
+TIMESTEPS = 65536
+"""The most that a schedule has here."""
 
 
 def cosine_betas(timesteps: int = 1024) -> Tensor:

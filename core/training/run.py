@@ -196,7 +196,7 @@ def _append(file: Path, line: str) -> None:
 def _is_whole(line: bytes) -> bool:
     try:
         return line.endswith(b"\n") and isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -290,7 +290,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """What a JSON file of a run says, signed or not. Raises: InputError where it is damaged."""
     try:
         values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({first_line(error)})") from error
     if not isinstance(values, dict):
         raise InputError(f"{file} is damaged (it holds a {type(values).__name__})")

@@ -21,7 +21,7 @@ from core.files import leftover
 from core.training.checkpoint import numbered
 from core.weights import read_metadata, read_state_dict, split_key
 from diffusion.dit.model import SIZES, DiT, DiTConfig, sincos_table
-from diffusion.files import ABOUT, read_about, read_json, reading, save_pipeline
+from diffusion.files import ABOUT, check_layers, read_about, read_json, reading, save_pipeline
 
 # ours -> diffusers'; several where ours is their concatenation
 LAYERS = {
@@ -63,7 +63,7 @@ def load_dit(path: str | Path) -> DiT:
     said, state = read_metadata(path), read_state_dict(path)
     # A published file does not say whether it has a null label: 10, 100 or 1000 rows are classes, and nothing else.
     table = state.get("y_embedder.embedding_table.weight", torch.empty(0))
-    without = said.get("kind") != "dit" and len(table) in (10, 100, 1000)
+    without = said.get("kind") != "dit" and table.shape[:1] in ((10,), (100,), (1000,))
     if without:
         state["y_embedder.embedding_table.weight"] = torch.cat([table, torch.zeros_like(table[:1])])
     model = _build(str(path), state, None if "heads" not in said else int(said["heads"]))
@@ -148,23 +148,27 @@ def load_dit_pipeline(folder: str | Path, vae: Any = None) -> Any:
         vae = folder / "vae"
     if vae is None and not pixels:
         raise InputError(f"{folder} samples latents: name the VAE that decodes them, a folder or a hub name")
+    check_layers(folder / "transformer")
+    read_json(folder / "scheduler/scheduler_config.json")  # raises: diffusers would look for what is wrong on its hub
     with reading(f"cannot open a DiTPipeline of {folder}"):
         network = DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer", norm_eps=1e-6)
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
         if isinstance(vae, str | Path):
             vae = AutoencoderKL.from_pretrained(vae)
-    said: Any = network.config
-    scale = about.get("latent_scale")
-    if not pixels and vae.config.latent_channels != said.in_channels:
-        theirs = vae.config.latent_channels
-        raise InputError(f"{folder} has {said.in_channels} channels, the VAE {theirs}: name its own VAE")
-    if scale is not None and not math.isclose(vae.config.scaling_factor, scale):
-        raise InputError(
-            f"{folder} was trained on latents times {scale}, the VAE's are times {vae.config.scaling_factor}: name the "
-            "VAE that encoded them"
-        )
-    if said.num_embeds_ada_norm > 1000:
-        raise InputError(f"{folder} has {said.num_embeds_ada_norm} classes; DiTPipeline takes 1000 for the null label")
+        said: Any = network.config
+        scale = about.get("latent_scale")
+        if not pixels and vae.config.latent_channels != said.in_channels:
+            theirs = vae.config.latent_channels
+            raise InputError(f"{folder} has {said.in_channels} channels, the VAE {theirs}: name its own VAE")
+        if scale is not None and not math.isclose(vae.config.scaling_factor, scale):
+            raise InputError(
+                f"{folder} was trained on latents times {scale}, the VAE's are times {vae.config.scaling_factor}: name "
+                "the VAE that encoded them"
+            )
+        if said.num_embeds_ada_norm > 1000:
+            raise InputError(
+                f"{folder} has {said.num_embeds_ada_norm} classes; DiTPipeline takes 1000 for the null label"
+            )
     for block in network.transformer_blocks:
         embedding: Any = block.norm1.emb
         embedding.time_proj.downscale_freq_shift = 0
@@ -192,7 +196,7 @@ def _build(name: str, state: dict[str, Tensor], heads: int | None = None) -> DiT
         input_size = patch * math.isqrt(state["pos_embed"].shape[1])
         classes = len(state["y_embedder.embedding_table.weight"]) - 1
         depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise InputError(f"{name} holds no DiT: {first_line(error)} is missing or of another shape") from error
     published = {width: heads for width, _, heads in SIZES.values()}
     if heads is None and width not in published:
@@ -228,20 +232,21 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], int]:
         raise InputError(
             f"{folder} holds a {kind} with {activation}, not a DiTTransformer2DModel with gelu-approximate"
         )
+    check_layers(folder)
     with reading(f"cannot read the network of {folder}"):
         network: Any = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
-    theirs = network.state_dict()
-    state = {}
-    for ours, names, joined in _names(len(network.transformer_blocks)):
-        first, *others = (theirs[name] for name in names)
-        if not joined and not all(torch.equal(first, other) for other in others):
-            name = names[0].partition(".emb.")[2]
-            raise InputError(
-                f"{folder}: each block has a {name} of its own (trained by diffusers); a DiT has one for all"
-            )
-        state[ours] = torch.cat([first, *others]) if joined else first
-    state["pos_embed"] = sincos_table(network.inner_dim, network.config.sample_size // network.config.patch_size)
-    return state, network.config.num_attention_heads
+        theirs = network.state_dict()
+        state = {}
+        for ours, names, joined in _names(len(network.transformer_blocks)):
+            first, *others = (theirs[name] for name in names)
+            if not joined and not all(torch.equal(first, other) for other in others):
+                name = names[0].partition(".emb.")[2]
+                raise InputError(
+                    f"{folder}: each block has a {name} of its own (trained by diffusers); a DiT has one for all"
+                )
+            state[ours] = torch.cat([first, *others]) if joined else first
+        state["pos_embed"] = sincos_table(network.inner_dim, network.config.sample_size // network.config.patch_size)
+        return state, network.config.num_attention_heads
 
 
 def _to_diffusers(model: DiT) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from core.training.fit import FitConfig
 from diffusion.data import DataConfig
 from diffusion.progressive.distiller import ADMConfig
 from diffusion.progressive.network import UNetConfig
-from diffusion.schedule import Prediction, Weighting
+from diffusion.schedule import TIMESTEPS, Prediction, Weighting
 from diffusion.training import TrainingConfig
 
 
@@ -100,7 +100,7 @@ class ProgressiveConfig(TrainingConfig):
     network: UNetConfig = field(default_factory=UNetConfig)
     predict: Prediction = "x"
     weight: Weighting = "snr_trunc"
-    timesteps: Annotated[int, Range(1, 65536)] = 1024
+    timesteps: Annotated[int, Range(1, TIMESTEPS)] = 1024
     chain: tuple[int, ...] = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
     teacher: str | None = None
     init: str | None = None

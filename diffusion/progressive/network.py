@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.errors import InputError
 from core.ranges import Count, Range, Share, Size, check_ranges
-from diffusion.files import read_json, save_pipeline
+from diffusion.files import read_json, reading, save_pipeline
 from diffusion.sampling import Student, load_student, read_unet
 from diffusion.schedule import CosineSchedule, Prediction, cosine_betas
 
@@ -103,11 +103,12 @@ def load_teacher(folder: Path) -> Student:
             f"--teacher {folder} says neither what it predicts nor on which schedule (no adm.json, no "
             "scheduler_config.json): a teacher predicts x or v on our cosine schedule; it may serve as --init"
         )
-    prediction, betas = said.get("prediction_type", "epsilon"), said.get("trained_betas")
-    name = f"{len(betas)} betas of its own" if betas else f"{said.get('beta_schedule', 'linear')!r}"
-    known = {theirs: ours for ours, theirs in DIFFUSERS_NAMES.items()}
-    timesteps = len(betas) - 1 if betas else 0
-    same = timesteps > 0 and torch.allclose(torch.tensor(betas, dtype=torch.float64), cosine_betas(timesteps))
+    with reading(f"--teacher {folder}: its scheduler_config.json is wrong"):
+        prediction, betas = str(said.get("prediction_type", "epsilon")), said.get("trained_betas")
+        name = f"{len(betas)} betas of its own" if betas else f"{said.get('beta_schedule', 'linear')!r}"
+        known = {theirs: ours for ours, theirs in DIFFUSERS_NAMES.items()}
+        timesteps = len(betas) - 1 if betas else 0
+        same = timesteps > 0 and torch.allclose(torch.tensor(betas, dtype=torch.float64), cosine_betas(timesteps))
     if prediction not in known or not same:
         raise InputError(
             f"--teacher {folder} predicts {prediction!r} on the schedule {name} of {said.get('num_train_timesteps')} "

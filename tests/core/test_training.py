@@ -857,6 +857,14 @@ def test_metrics_are_full_precision_json_and_a_cut_last_line_is_left_out(tmp_pat
     assert [m["step"] for m in read_metrics(run.metrics_file)] == [1] and run.metrics_size() == size
 
 
+def test_json_that_is_nested_without_end_is_damaged(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("[" * 100_000 + "\n" + '{"step": 1}\n')
+    assert read_metrics(file) == [{"step": 1}]
+    with pytest.raises(InputError, match="is damaged"):
+        read_json(file)
+
+
 def test_environment_names_every_start(tmp_path: Path) -> None:
     run = opened(tmp_path / "run", {})
     run.write_environment("cpu")
@@ -907,12 +915,18 @@ def test_stop_outside_the_main_thread_does_nothing() -> None:
     assert seen == [False]
 
 
+FULL = "error: the memory is full: give a smaller batch or network, or fewer images at once"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
         (InputError("no such thing"), 2, "error: no such thing"),
         (TrainingError("it broke"), 1, "error: it broke"),
         (OSError(28, "No space left on device", "a.txt"), 1, "error: cannot write a.txt: No space left on device"),
+        (MemoryError(), 1, FULL),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, FULL),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes"), 1, FULL),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -926,6 +940,8 @@ def test_exit_codes(error: BaseException, code: int, line: str, capsys: pytest.C
 
 
 def test_a_programming_error_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        run_command(lambda: int((torch.zeros(2) + torch.zeros(3)).sum()))
     with pytest.raises(FileNotFoundError):
         run_command(lambda: int(open("/nonexistent").read()))  # noqa: SIM115
     with pytest.raises(SystemExit) as end:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,11 @@ pytest.importorskip("diffusers")
 
 from small_unet import diffusers_folder, unet
 
-from core.errors import InputError
+from core.errors import InputError, notices
 from core.training.checkpoint import read_checkpoint
 from diffusion.progressive.config import ProgressiveConfig, check_chain
 from diffusion.progressive.distiller import ADMConfig, BaseDistiller, ProgressiveDistiller
-from diffusion.progressive.network import save_student
+from diffusion.progressive.network import build_unet, save_student
 from diffusion.tools.train import main
 from diffusion.training import parse_config
 
@@ -202,6 +203,35 @@ def test_wrong_input_is_refused_in_one_line(tmp_path: Path, command: Command, mo
     code, _, error = command(arguments(tmp_path / "run", *more))
     assert code == 2 and error.count("\n") == 1 and said in error, error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["null", "3"])
+def test_a_group_of_options_that_is_none_is_refused(tmp_path: Path, command: Command, value: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"base: {value}\n")
+    code, _, error = command(arguments(tmp_path / "run", "--config", str(tmp_path / "config.yaml")))
+    assert code == 2 and error.count("\n") == 1 and "base" in error, error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_memory_cannot_hold_is_refused(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = parse_config(ProgressiveConfig, arguments(tmp_path / "run")[1:])[0]
+    size = 4 * sum(p.nbytes for p in build_unet(options.network, 1, 8).parameters())  # as Adam trains it
+    for total, said in ((size - 1, "to train a U-Net of this size needs"), (size, "--batch_size 16 (less with")):
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=total))  # noqa: B023
+        code, _, error = command(arguments(tmp_path / "run"))
+        assert code == 2 and error.count("\n") == 1 and said in error, error
+        assert not (tmp_path / "run").exists()
+
+
+def test_lengths_that_were_probably_meant_otherwise_are_noted(tmp_path: Path) -> None:
+    more = ["--base.warmup", "5", "--adm.adm_rounds", "[2,64]"]
+    parse_config(ProgressiveConfig, arguments(tmp_path, *more)[1:])
+    assert notices() == [
+        "base.warmup 5 is as long as base.steps: the rate never gets there",
+        "adm.adm_rounds: the chain has no student of [64] steps",
+    ]
 
 
 def test_teachers_that_do_not_fit_are_refused(whole: Path, tmp_path: Path, command: Command) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -360,6 +361,7 @@ def without(key: str) -> dict[str, Tensor]:
     [
         (lambda: {"fc.weight": torch.zeros(3, 3)}, "holds no DiT: 'x_embedder.proj.weight' is missing"),
         (lambda: {**published_state(), "x_embedder.proj.weight": torch.zeros(3)}, "holds no DiT"),
+        (lambda: {**published_state(), "y_embedder.embedding_table.weight": torch.tensor(1.0)}, "holds no DiT"),
         (lambda: without("blocks.0.attn.qkv.bias"), "does not fit a DiT: .*blocks.0.attn.qkv.bias"),
         (lambda: {**published_state(), "more": torch.zeros(1)}, 'does not fit a DiT: .*"more"'),
         (
@@ -391,6 +393,31 @@ def test_a_folder_that_is_no_dit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
     with pytest.raises(InputError, match="cannot read the network"):
         load_dit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("num_layers", 10**9, "num_layers 1000000000: a network has 1 to 1024 layers"),
+        ("num_layers", 0, "num_layers 0: a network has"),
+        ("num_layers", "x", "cannot"),
+        ("num_attention_heads", None, "cannot"),
+        ("num_embeds_ada_norm", {}, "cannot"),
+        ("sample_size", [1], "cannot"),
+        ("patch_size", 0, "cannot"),
+    ],
+)
+def test_a_folder_whose_config_says_what_cannot_be_is_refused(
+    tmp_path: Path, key: str, value: object, said: str
+) -> None:
+    save_dit(tmp_path / "run", dit())
+    (tmp_path / "run/adm.json").write_text("{}")  # as another's trainer leaves it, without digests
+    config = tmp_path / "run/transformer/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
+    for load in (load_dit, partial(load_dit_pipeline, vae="/absent")):
+        with pytest.raises(InputError, match=said) as error:
+            load(tmp_path / "run")
+        assert "\n" not in str(error.value)
 
 
 def test_what_trainers_leave_is_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

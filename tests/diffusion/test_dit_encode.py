@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -225,6 +226,8 @@ def test_two_processes_write_what_one_does(images: Path, vae: Path, whole: Path,
         (["--vae", "IMAGES"], "neither config.json nor vae/config.json is there"),
         (["--image_size", "15"], "--image_size 15 is no multiple of 2"),
         (["--batch_size", "0"], 'batch_size": Not of type PositiveInt: 0'),
+        (["--image_size", "100000"], 'image_size": Not of type ImageSize: 100000'),
+        (["--workers", "1000000"], 'workers": Not of type Threads: 1000000'),
         (["--scale", "0"], "--scale must be positive"),
         (["--scle", "1"], "did you mean scale"),
     ],
@@ -244,6 +247,21 @@ def test_another_vae_scale_or_size_is_one_line(
     code, _, err = shell(encode_latents.main, command(images, vae, whole, *given))
     assert code == 2 and said in err and err.count("\n") == 1, err
     assert content(whole) == before
+
+
+def test_what_the_memory_cannot_hold_is_refused(
+    images: Path, vae: Path, tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = 4 * 2 * 2 * SIZE**2 * 8  # two images and their mirror images after the VAE's first convolution
+    many = ["--shard_size", "1000000000"]
+    for total, more, said in (
+        (first - 1, [], f"--batch_size 2 of --image_size {SIZE} needs"),
+        (first, many, "--shard_size 1000000000 needs"),
+    ):
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=total))  # noqa: B023
+        code, _, err = shell(encode_latents.main, command(images, vae, tmp_path / "out", *more))
+        assert code == 2 and said in err and err.count("\n") == 1, err
+        assert not (tmp_path / "out").exists()
 
 
 def test_wrong_images_and_folders_are_one_line(

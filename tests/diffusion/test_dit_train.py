@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ from core.training.distiller import Progress
 from diffusion.dit.config import DiTTrainingConfig
 from diffusion.dit.convert import load_dit, save_dit
 from diffusion.dit.distiller import DiTDistiller
-from diffusion.dit.model import DiTConfig
+from diffusion.dit.model import DiT, DiTConfig
 from diffusion.tools.train import main
 from diffusion.training import parse_config
 
@@ -268,6 +269,7 @@ def test_teachers_that_do_not_fit(
         ("vanilla", ["--fit.accumulate", "32"], "cannot be cut into 32 parts"),
         ("vanilla", ["--data.classes", "7"], "7"),
         ("vanilla", ["--student.widht", "8"], "did you mean student.width?"),
+        ("vanilla", ["--student.depth", "16384"], "depth must be in [1, 1024]: 16384"),
         ("mes", [], "mes"),
     ],
 )
@@ -277,6 +279,17 @@ def test_wrong_input_is_refused_in_one_line(
     code, _, error = command(arguments(tmp_path / "run", *more, method=method))
     assert code == 2 and error.count("\n") == 1 and said in error, error
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_memory_cannot_hold_is_refused(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 4 * sum(p.nbytes for p in DiT(DiTConfig(None, 16, 2, 2, 2), 1, 8, 10).parameters())  # as Adam trains it
+    for total, said in ((size - 1, "to train a DiT of this size needs"), (size, "--batch_size 16 (less with")):
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=total))  # noqa: B023
+        code, _, error = command(arguments(tmp_path / "run", method="vanilla"))
+        assert code == 2 and error.count("\n") == 1 and said in error, error
+        assert not (tmp_path / "run").exists()
 
 
 def test_without_label_dropout_no_null_label_is_learned(teacher: Path, tmp_path: Path, command: Command) -> None:

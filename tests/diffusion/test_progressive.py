@@ -410,13 +410,22 @@ def test_a_noise_predicting_folder_is_a_start_but_no_teacher(tmp_path: Path) -> 
         load_teacher(diffusers_folder(tmp_path / "eps", trained_betas=betas, num_train_timesteps=1025))
     with pytest.raises(InputError, match="'sample' on the schedule 'squaredcos_cap_v2'"):
         load_teacher(diffusers_folder(tmp_path / "other", prediction_type="sample", beta_schedule="squaredcos_cap_v2"))
+    for wrong in (3, "x", ["x"], [[]], {"a": 1}):
+        (folder / "scheduler_config.json").write_text(json.dumps({"trained_betas": wrong}))
+        with pytest.raises(InputError, match=r"scheduler_config\.json is wrong|betas of its own"):
+            load_teacher(folder)
     for name, said in (("nowhere", "no config.json"), ("bare", "neither what it predicts")):
         if name == "bare":
             unet().save_pretrained(tmp_path / name)
         with pytest.raises(InputError, match=said):
             load_teacher(tmp_path / name)
-    with pytest.raises(InputError, match="cannot read the network of --init"):
-        base_distiller(ProgressiveConfig(network=SMALL, init=str(tmp_path / "nowhere")), images)
+    config = folder / "config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "num_class_embeds": 3})
+    )  # weights that are not there
+    for name in ("nowhere", folder.name):
+        with pytest.raises(InputError, match="cannot read the network of --init"):
+            base_distiller(ProgressiveConfig(network=SMALL, init=str(tmp_path / name)), images)
 
 
 def test_init_starts_the_base_network_and_its_dropout_is_ours(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,9 @@ def test_few_samples_warn_with_numbers(run: Path, tmp_path: Path, shell: Shell) 
         (["RUN", "--smples", "5"], "did you mean samples"),
         (["RUN", "--features", "digit"], "unknown features 'digit'"),
         (["RUN", "--inception", "/absent.pth"], "no Inception weights /absent.pth: get weights-inception-2015-12-05"),
+        (["RUN", "--features", "digits", "--inception", "x"], "--inception counts only with --features inception"),
+        (["RUN", *SMALL, "--out", "RUN"], "is a folder: name the JSON file in it"),
+        (["RUN", *SMALL, "--out", "RUN/config.yaml/x.json"], "config.yaml (--out): File exists"),
         (["RUN", "--features", "digits", "--samples", "5"], "5 images cannot be cut into the 10 splits"),
         (["RUN", "--features", "digits", "--sampling_steps", "3", "--samples", "20"], "3 sampling steps do not divide"),
         (["RUN", "--features", "digits", "--real", "/absent"], "no folder of images /absent"),
@@ -108,10 +112,19 @@ def test_few_samples_warn_with_numbers(run: Path, tmp_path: Path, shell: Shell) 
     ],
 )
 def test_wrong_input_is_one_line(run: Path, tmp_path: Path, shell: Shell, arguments: list[str], message: str) -> None:
-    given = [str(run) if a == "RUN" else a for a in arguments]
+    given = [a.replace("RUN", str(run)) for a in arguments]
     cpu = ["--device", "cpu", "--cache", str(tmp_path)]
     code, _, err = shell(evaluate.main, [*given, *cpu])
     assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("wrong", [{"timesteps": None}, {"timesteps": 10**9}, {"steps": 0}, {"steps": "x"}])
+def test_a_network_of_impossible_times_is_refused(run: Path, tmp_path: Path, shell: Shell, wrong: Any) -> None:
+    said = {"prediction": "x", "schedule": "cosine", "timesteps": 1024, "steps": 1}
+    shutil.copytree(run / "round-0001/student", tmp_path / "student")
+    (tmp_path / "student/adm.json").write_text(json.dumps({**said, **wrong}))
+    code, _, err = shell(sample.main, [str(tmp_path / "student"), "--rows", "1", "--device", "cpu"])
+    assert code == 2 and "which cannot be" in err and err.count("\n") == 1, err
 
 
 def test_pictures_of_samples(run: Path, tmp_path: Path, shell: Shell) -> None:
@@ -177,6 +190,7 @@ def test_wrong_input_of_visualize_is_one_line(run: Path, tmp_path: Path, shell: 
     for arguments, message in (
         ([], "give one of a run folder"),
         (["--student", str(run)], "--student needs --teacher"),
+        ([str(run), "--times", "1000000"], 'times": Not of type UpTo100: 1000000'),
         ([str(run), "--times", "0"], 'times": Not of type UpTo100: 0'),
         ([str(run), "--teacher", "/absent"], "/absent holds no network"),
         ([str(run), "--data.limit", "0"], "limit must be at least 1"),
