@@ -63,11 +63,12 @@ def test_networks_and_adm_by_hand() -> None:
     [
         (ADMConfig(beta=0.0, gamma=0.0), head(4).macs, head(4).others + SOFTMAX + WEIGHTS),
         (ADMConfig(alpha=0.0, gamma=0.0), head(4).macs, head(4).others + SOFTMAX + WEIGHTS),
-        # kd: both heads under consensus; each z / tau; p_t, log p_t - log p_s, their product; sum, mean, tau^2
+        # kd: both heads under consensus; each z / tau; p_t, log p_t - log p_s, their product; sum, mean, tau^2;
+        # which targets count: their number, its share of the batch, and that as a factor of each distribution
         (
             ADMConfig(beta=0.0, gamma=0.0, consensus="kd"),
             2 * head(4).macs,
-            2 * (head(4).others + CLASSES + SOFTMAX) + 3 * CLASSES + CLASSES + 1 + 1 + WEIGHTS,
+            2 * (head(4).others + CLASSES + SOFTMAX) + 3 * CLASSES + CLASSES + 1 + 1 + 4 + WEIGHTS,
         ),
         # three pairs of maps weighed 1/8, 1/4, 1/2, their sum, gamma
         (ADMConfig(alpha=0.0, beta=0.0), 0, feature(4, maps=3) + 3 + 2 + 1),
@@ -121,6 +122,7 @@ def test_no_arithmetic_of_adm_goes_uncounted(consensus: Any, noise_filter: Any, 
         aten._to_copy,
     }  # fmt: skip
     picks = {aten.topk, aten.nll_loss_forward}  # comparisons, and one value of each row
+    picks |= {aten.ne, aten.gt, aten.where, aten.full_like, aten.scalar_tensor}  # which targets count
     distiller = distiller_of(Vanilla(), ADMConfig(consensus=consensus, feature_filter=noise_filter), channels=channels)
     assert distiller.adm is not None
     batch = batch_of()

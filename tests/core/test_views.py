@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,7 +136,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_ddp_and_distributed_checkpoints(name: str, tmp_path: Path) -> None:
+def test_ddp_and_distributed_checkpoints(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
@@ -147,7 +146,7 @@ def test_ddp_and_distributed_checkpoints(name: str, tmp_path: Path) -> None:
     assert all(p.grad is not None for p in network.parameters())
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     state = {"model": get_model_state_dict(network), "optimizer": optimizer.state_dict()}
-    os.environ.setdefault("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # which a checkpoint of several processes asks for
     checkpoint.save(state, checkpoint_id=tmp_path / "saved")
     other = as_network(model_of(name))
     changed(other)
