@@ -27,7 +27,7 @@ def create(
             return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, **options)
         from timm.optim import create_optimizer_v2, list_optimizers
 
-        known = [other for other in list_optimizers() if other != SECOND_ORDER]
+        known = [str(other) for other in list_optimizers() if other != SECOND_ORDER]
         if name == SECOND_ORDER:
             raise InputError(f"optimizer.name {name} needs second derivatives, which are not computed: choose adamw")
         if name not in known:
@@ -80,7 +80,7 @@ def network_groups(
     """
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-    exempt = getattr(network, "no_weight_decay", set)() if filter_bias_and_bn else set()
+    exempt: Any = getattr(network, "no_weight_decay", set)() if filter_bias_and_bn else set()
     rule: dict[str, Any] = {"weight_decay_exclude_1d": filter_bias_and_bn, "no_weight_decay_list": exempt}
     if layer_decay is None:
         groups = param_groups_weight_decay(network, weight_decay, **rule)

@@ -61,7 +61,7 @@ class OptimizerConfig:
         name: sgd, or timm's name of another one (adamw, lamb, lion, ...).
         lr: learning rate.
         learning_rates: other rates by network name, wildcards allowed, as {cifar_mobilenetv2*: 0.01}.
-        momentum: momentum, of an optimiser that has one.
+        momentum: of an optimiser that has one, its momentum.
         weight_decay: weight decay of all parameters.
         nesterov: Nesterov's momentum, of sgd.
         filter_bias_and_bn: no weight decay of the networks' biases and norms, and of what timm's networks name
