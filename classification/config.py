@@ -22,6 +22,13 @@ from core.weights import weights_hash
 MAY_CHANGE = ("data.root", "data.download", "data.workers", "fit.device", "fit.keep", "fit.trackers", "progress_bar")
 
 
+# Options that a run's ``config.yaml`` leaves out where they say nothing: runs from before they existed stay the same.
+UNSAID: Mapping[str, Mapping[str, Any]] = {
+    "optimizer": {"name": "sgd", "filter_bias_and_bn": False, "layer_decay": None, "options": {}},
+    "schedule": {"warmup_steps": 0, "warmup_from": 0.0},
+}
+
+
 @dataclass(frozen=True)
 class Task:
     """What tells one task of image classification from another; data, networks, loop and tools are the same.
@@ -79,6 +86,14 @@ class Command:
         if not self.config.data.noise:  # likewise
             for key in ("noise", "noise_exclude_true", "noise_seed"):
                 del values["data"][key]
+        for section, silent in UNSAID.items():
+            for key in [key for key, value in silent.items() if values[section][key] == value]:
+                del values[section][key]
+        for network in values["networks"].values():
+            if network["backbone_lr_factor"] is None:
+                del network["backbone_lr_factor"]
+        if not self.config.label_smoothing:
+            del values["label_smoothing"]
         if own := asdict(self.options):
             values[name] = own
         return values
@@ -151,6 +166,17 @@ def _check_pairs(config: TrainConfig, with_adm: bool) -> None:
         wrong = role != kind and (before not in config.networks or number.startswith("0"))
         if wrong and kind in ("teacher", "student"):  # of another kind whoever builds it says so
             raise InputError(f"networks.{role}: a {kind}'s roles are {kind}, {kind}_2, {kind}_3, ..., without a gap")
+        network = config.networks[role]
+        if network.backbone_lr_factor is not None and not (network.weights or network.pretrained):
+            raise InputError(
+                f"networks.{role}.backbone_lr_factor is of what starts from weights, and {role} starts at random: "
+                f"give --networks.{role}.weights or --networks.{role}.pretrained true, or leave it out"
+            )
+    if with_adm and config.label_smoothing and config.adm.alpha and config.adm.consensus == "kd":
+        raise InputError(
+            "adm.consensus kd imitates the teacher and has no label that label_smoothing could smooth: choose "
+            "--adm.consensus ce, or leave label_smoothing out"
+        )
     if with_adm and not (config.adm.alpha or config.adm.beta or config.adm.gamma):
         name = config.method.partition("+")[0]
         raise InputError(f"adm.alpha, adm.beta and adm.gamma are all 0: give one of them, or --method {name}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from classification.methods import ADM, Method, Outputs
 from classification.networks import create_network
 from classification.networks.pretrained import check_weights, load_weights
+from classification.optimizer import network_groups
 from classification.options import NetworkConfig, OptimizerConfig
 from classification.predictions import PreviousPredictions
 from core.adm import ADMConfig
@@ -69,7 +70,9 @@ class ClassificationDistiller(Distiller):
         if adm is not None:
             for role, network in self.networks.items():
                 check_network(network, normalised[role], role)
-            self.adm = ADM(adm, self.outputs(sample), self.pairs)
+            self.adm = ADM(adm, self.outputs(sample), self.pairs, method.criterion)
+        if any(self._in_parts(role) for role in self.networks):
+            self.parameter_groups()  # refuses what it must before anything is written
         self.held_out: Iterable[Batch] | None = None
         self._keeps_logits = type(method).after_step is not Method.after_step or self.previous is not None
         self._logits: list[dict[str, Tensor]] = []  # of the parts of this step (of its last phase)
@@ -174,15 +177,31 @@ class ClassificationDistiller(Distiller):
         adapters = self.adm.adapters_of(role) if self.adm is not None else []
         return [p for p in self.networks[role].parameters() if p.requires_grad] + adapters
 
+    def _in_parts(self, role: str) -> bool:
+        """Whether a network has parts of different rate or weight decay."""
+        optimizer = self.optimizer
+        return (
+            optimizer.filter_bias_and_bn
+            or optimizer.layer_decay is not None
+            or self.configs[role].backbone_lr_factor is not None
+        )
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = []
-        for role in self.networks:
+        usual: dict[str, Any] = {}  # rate and weight decay of the network before
+        for role, network in self.networks.items():
             if parameters := self.parameters_of(role):
-                rate = self.optimizer.rate(self.configs[role])
-                groups.append({"params": parameters, "lr": rate, "weight_decay": self.optimizer.weight_decay})
-        for group in self.method.parameter_groups():
-            groups.append({"lr": groups[-1]["lr"], "weight_decay": self.optimizer.weight_decay, **group})
-        return groups
+                usual = {"lr": self.optimizer.rate(self.configs[role]), "weight_decay": self.optimizer.weight_decay}
+                if not self._in_parts(role):
+                    groups.append({"params": parameters, **usual})
+                    continue
+                groups += network_groups(
+                    network, f"networks.{role}", **usual, backbone_lr_factor=self.configs[role].backbone_lr_factor,
+                    filter_bias_and_bn=self.optimizer.filter_bias_and_bn, layer_decay=self.optimizer.layer_decay,
+                )  # fmt: skip
+                if adapters := self.adm.adapters_of(role) if self.adm is not None else []:
+                    groups.append({"params": adapters, **usual})
+        return groups + [{**usual, **group} for group in self.method.parameter_groups()]
 
     def export(self, role: str) -> nn.Module:
         return self.method.export(role, self.networks[role])

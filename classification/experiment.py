@@ -100,6 +100,7 @@ def build(command: Command, roles: Sequence[str] | None = None, *, check: bool =
     networks = {role: c for role, c in config.networks.items() if roles is None or role in roles}
     name, with_adm = command.method
     method = command.task.methods[name](command.options, with_adm=with_adm)
+    method.smooth_labels(config.label_smoothing)
     classes = datasets.num_classes
     pretrained = [r for r, c in networks.items() if c.weights or (c.pretrained and timm_keeps_head(c.name, classes))]
     if check:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from classification.data import DataConfig
+from classification.optimizer import create, moments, on_a_matrix
 from core.adm import ADMConfig
 from core.errors import InputError
-from core.ranges import Count, NonNegative, Positive, Seed, Share, check_ranges
+from core.ranges import Count, Factor, NonNegative, Positive, Seed, Share, check_ranges
 from core.training.fit import FitConfig
 from core.training.schedule import ScheduleConfig
 
@@ -29,6 +30,7 @@ class NetworkConfig:
             folder.
         pretrained: timm's own pre-trained weights.
         lr: this network's learning rate; the recipe's unless given.
+        backbone_lr_factor: of that rate for all but the classifier, of a network that starts from weights.
         mean: per channel, of images in [0, 1], subtracted before this network; unless given, what the weights were
             trained with where their file (or timm) says so, else the data set's.
         std: per channel, divided by.
@@ -40,6 +42,7 @@ class NetworkConfig:
     weights: str | None = None
     pretrained: bool = False
     lr: NonNegative | None = None
+    backbone_lr_factor: Positive | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[Positive, ...] | None = None
     sha256: str | None = None
@@ -52,26 +55,44 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD over all networks, a parameter group for each.
+    """One optimiser over all networks, a parameter group or more for each.
 
     Args:
+        name: sgd, or timm's name of another one (adamw, lamb, lion, ...).
         lr: learning rate.
         learning_rates: other rates by network name, wildcards allowed, as {cifar_mobilenetv2*: 0.01}.
-        momentum: momentum.
+        momentum: of an optimiser that has one, its momentum.
         weight_decay: weight decay of all parameters.
-        nesterov: Nesterov's momentum.
+        nesterov: Nesterov's momentum, of sgd.
+        filter_bias_and_bn: no weight decay of the networks' biases and norms, and of what timm's networks name
+            themselves (no_weight_decay).
+        layer_decay: factor on the rate from each layer of a network to the one before it, by timm's grouping.
+        options: further keywords of the optimiser, as {betas: [0.9, 0.98], eps: 1.0e-6}.
     """
 
+    name: str = "sgd"
     lr: NonNegative = 0.1
     learning_rates: Mapping[str, NonNegative] = field(default_factory=dict)
     momentum: Share = 0.9
     weight_decay: NonNegative = 5e-4
     nesterov: bool = False
+    filter_bias_and_bn: bool = False
+    layer_decay: Factor | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_ranges("optimizer.", self)
         if self.nesterov and not self.momentum:
             raise InputError("optimizer.nesterov needs optimizer.momentum above 0")
+        if self.nesterov and self.name != "sgd":
+            raise InputError(f"optimizer.nesterov is sgd's: leave it out with optimizer.name {self.name}")
+        if self.name != "sgd" or self.options:
+            on_a_matrix(**self._settings())
+
+    @property
+    def moments(self) -> int:
+        """Values that the optimiser keeps for each weight."""
+        return moments(**self._settings())
 
     def rate(self, network: NetworkConfig) -> float:
         """The base learning rate of a network: its own, else the first pattern that fits, else ``lr``."""
@@ -82,7 +103,10 @@ class OptimizerConfig:
 
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimiser of ``parameter_groups()``."""
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+        return create(groups=groups, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("name", "lr", "momentum", "nesterov", "options")}
 
 
 @dataclass(frozen=True)
@@ -95,9 +119,10 @@ class TrainConfig:
             roles are teacher, teacher_2, ..., student, student_2, ...
         method: one of the methods listed below by its label, alone or with +adm (dml, dml+adm).
         adm: ADM's weights and forms; they count only with +adm.
-        optimizer: SGD over all networks.
+        optimizer: which one, its rates and weight decay.
         schedule: how the learning rate falls.
         fit: duration, precision, logging.
+        label_smoothing: share of each label that is spread over all classes, in cross-entropy against labels.
         batch_size: images per optimiser step, over all processes and accumulated parts together.
         seed: of the networks' starts, the order of the data and the augmentation.
         channels_last: memory layout that suits tensor cores.
@@ -112,6 +137,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     fit: FitConfig = field(default_factory=FitConfig)
+    label_smoothing: Share = 0.0
     batch_size: Count = 128
     seed: Seed = 0
     channels_last: bool = False

@@ -57,7 +57,7 @@ def train(command: Command) -> int:
         return result
 
     epochs = durations(config.fit, len(loader))[0] / len(loader)
-    schedule = make_schedule(config.schedule, epochs)
+    schedule = config.schedule.in_epochs(len(loader))
     fixed = [role for role in distiller.networks if role not in distiller.trained()]
     known: dict[str, Any] = {}  # what the fixed networks score: they are not evaluated again
     if fixed:
@@ -67,7 +67,7 @@ def train(command: Command) -> int:
         run.open()
         for line in remarks(experiment, fixed, start):
             run.log(line)
-    lines = config.schedule.remarks(epochs)
+    lines = schedule.remarks(epochs)
     if config.batch_size > (images := len(experiment.datasets.train)):
         lines.append(
             f"note: batch_size {config.batch_size} is more than the {images} training images: one batch an epoch"
@@ -85,7 +85,7 @@ def train(command: Command) -> int:
         distiller,
         loader,
         optimizer=config.optimizer.make,
-        schedule=schedule,
+        schedule=make_schedule(schedule, epochs),
         config=config.fit,
         run=run,
         accelerator=accelerator,
@@ -206,4 +206,4 @@ def describe(experiment: Experiment, accelerator: Any) -> Iterator[str]:
         yield f"noisy labels: {len(experiment.noise.index):,} drawn anew, {changed:,} of them are wrong"
     part = config.batch_size // accelerator.num_processes // config.fit.accumulate
     with accelerator.autocast():
-        yield gigabytes(memory_estimate(distiller, small, part, moments=1 if config.optimizer.momentum else 0))
+        yield gigabytes(memory_estimate(distiller, small, part, moments=config.optimizer.moments))

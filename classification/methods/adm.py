@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.methods.base import Outputs
@@ -13,6 +14,7 @@ from core.adm import ADMConfig, ADMLoss, spatial_similarity
 from core.distillation import feature_loss
 from core.errors import InputError
 from core.maps import check_maps
+from core.targets import Criterion
 from core.training.distiller import Batch, Losses, Progress
 
 
@@ -20,11 +22,17 @@ class ADM(nn.Module):
     """ADM between every student and every teacher: a network's loss is the mean over its pairs.
 
     Args: the config; the outputs of one small batch, from which channels and sizes are read; the (student, teacher)
-        pairs to compare.
+        pairs to compare; what compares logits with labels.
     Raises: InputError without a teacher and a student, or where their maps cannot be compared.
     """
 
-    def __init__(self, config: ADMConfig, outputs: Outputs, pairs: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        config: ADMConfig,
+        outputs: Outputs,
+        pairs: Sequence[tuple[str, str]],
+        criterion: Criterion = F.cross_entropy,
+    ) -> None:
         super().__init__()
         self.config = config
         self.pairs = list(pairs)
@@ -48,6 +56,7 @@ class ADM(nn.Module):
                 divergence=config.divergence,
                 tau=config.tau,
                 train_adapter=config.phi_loss == "own",
+                criterion=criterion,
                 control=config.control,
             )
             if config.gamma > 0:

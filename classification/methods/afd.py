@@ -139,7 +139,7 @@ class AFD(Method):
     def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
         options: AFDOptions = self.options
         logits = {role: output.logits for role, output in outputs.items()}
-        losses = mutual_loss(logits, batch["target"], options.weight, options.tau)
+        losses = mutual_loss(logits, batch["target"], options.weight, options.tau, criterion=self.criterion)
         with torch.autocast(batch["target"].device.type, enabled=False):
             maps = {r: self.transfers[r](full_precision(o.maps[-1])) for r, o in outputs.items()}  # [B, C, H, W]
             roles = list(maps)

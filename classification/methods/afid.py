@@ -253,7 +253,7 @@ class AFID(Method):
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
         options: AFIDOptions = self.options
-        losses = {role: {"ce": F.cross_entropy(output.logits, batch["target"])} for role, output in outputs.items()}
+        losses = {role: {"ce": self.criterion(output.logits, batch["target"])} for role, output in outputs.items()}
         if options.weight:
             z_1, z_2 = (output.logits for role, output in outputs.items() if role != FUSION)
             weight = options.weight * ramp_weight(progress.epoch, options.ramp, z_1)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.options import TrainConfig
@@ -15,6 +17,7 @@ from core.distillation import standardise
 from core.errors import InputError
 from core.network import preserved, stage_maps
 from core.ranges import check_ranges
+from core.targets import Criterion
 from core.training.distiller import Batch, Losses, Progress, backward
 
 
@@ -104,6 +107,9 @@ class Method(nn.Module):
     separable: ClassVar[bool] = False
     """Whether ``forward`` also takes some of the networks alone, so that evaluation may leave out a fixed one."""
 
+    takes_smooth_labels: ClassVar[bool] = True
+    """Whether its losses against labels are ``criterion``'s alone, so that ``label_smoothing`` means one thing."""
+
     export_note: str = ""
     """Where a network alone is not what was trained: what its weight files, and tools that load it alone, say."""
 
@@ -115,6 +121,21 @@ class Method(nn.Module):
         super().__init__()
         self.options: Any = options if options is not None else self.Options()
         self.with_adm = with_adm
+        self.criterion: Criterion = F.cross_entropy
+        """What compares logits ``[B, K]`` with class indices ``[B]``."""
+
+    def smooth_labels(self, share: float) -> None:
+        """Lets ``criterion`` spread that share of each label over all classes; 0 leaves everything as it is.
+
+        Raises: InputError where the method cannot.
+        """
+        if not share:
+            return
+        if not self.takes_smooth_labels:
+            raise InputError(
+                f"{type(self).__name__} goes by the label itself, which label_smoothing would blur: leave that out"
+            )
+        self.criterion = partial(F.cross_entropy, label_smoothing=share)
 
     def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
         """Refuses what it cannot train, before any network is built, by an InputError.

@@ -49,4 +49,4 @@ class DML(Method):
         options: DMLOptions = self.options
         weights = {role: options.weights.get(role, options.weight) for role in outputs}
         logits = {role: output.logits for role, output in outputs.items()}
-        return mutual_loss(logits, batch["target"], weights, options.tau, options.peers)
+        return mutual_loss(logits, batch["target"], weights, options.tau, options.peers, self.criterion)

@@ -101,6 +101,7 @@ class KDCL(Method):
     """
 
     Options = KDCLOptions
+    takes_smooth_labels = False
     min_networks = 2
 
     weights: Tensor

@@ -138,13 +138,13 @@ class SHAKE(Method):
         target, tau = batch["target"], self.options.tau
         z_t, z_h, z_s = (outputs[role].logits for role in ("teacher", "shadow", "student"))
         losses = {
-            "student": {"ce": F.cross_entropy(z_s, target), "kd": kd_loss(z_s, z_h, tau)},
+            "student": {"ce": self.criterion(z_s, target), "kd": kd_loss(z_s, z_h, tau)},
             "shadow": {
-                "ce": F.cross_entropy(z_h, target),
+                "ce": self.criterion(z_h, target),
                 "kd": kd_loss(z_h, z_s, tau),
                 "mse": F.mse_loss(z_h, z_t.detach()),
             },
         }
         if self.options.online_teacher:
-            losses["teacher"] = {"ce": F.cross_entropy(z_t, target)}
+            losses["teacher"] = {"ce": self.criterion(z_t, target)}
         return losses

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-
 from classification.methods.base import Method, Outputs
 from core.training.distiller import Batch, Losses, Progress
 
@@ -12,4 +10,4 @@ class Vanilla(Method):
     """No network learns from another."""
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
-        return {role: {"ce": F.cross_entropy(output.logits, batch["target"])} for role, output in outputs.items()}
+        return {role: {"ce": self.criterion(output.logits, batch["target"])} for role, output in outputs.items()}

@@ -126,6 +126,11 @@ class CifarNetwork(nn.Module):
         """The linear layer of the head (``nn.Identity`` when there are no classes)."""
         return self.fc
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters belong to which layer, for timm's ``layer_decay``: blocks, or whole stages (``coarse``)."""
+        stages = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(stages, None), (r"^neck", (99999,))]}
+
     def reset_classifier(self, num_classes: int) -> None:
         """Replaces the linear layer by a newly initialised one; 0 removes it."""
         like = next(self.stem.parameters())

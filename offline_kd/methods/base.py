@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.methods.base import Method, Output, Outputs
@@ -54,7 +53,7 @@ class OfflineMethod(Method):
     def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
         """The student's cross-entropy times the option ``ce``, and the method's own terms."""
         student, teacher, target = outputs["student"], outputs["teacher"], batch["target"]
-        ce = self.options.ce * F.cross_entropy(student.logits, target)
+        ce = self.options.ce * self.criterion(student.logits, target)
         return {"student": {"ce": ce, **self.terms(student, teacher, target, progress)}}
 
     def terms(self, student: Output, teacher: Output, target: Tensor, progress: Progress) -> dict[str, Tensor]:

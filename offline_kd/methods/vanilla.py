@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.methods.base import Outputs
@@ -24,4 +23,4 @@ class Vanilla(OfflineMethod):
         return super().forward(networks, views, learning)
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Progress) -> Losses:
-        return {"student": {"ce": F.cross_entropy(outputs["student"].logits, batch["target"])}}
+        return {"student": {"ce": self.criterion(outputs["student"].logits, batch["target"])}}

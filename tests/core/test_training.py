@@ -462,6 +462,11 @@ def test_cosine_ends_at_zero_and_constant_stays() -> None:
     constant = make_schedule(ScheduleConfig("constant", warmup=2), 10)
     assert [constant(e) for e in (0, 1, 2, 10)] == [0, 0.5, 1, 1]
     # 391 steps an epoch: step / 391 * ... must not round below a milestone.
+    in_steps = ScheduleConfig("constant", warmup_steps=7, warmup_from=0.3)
+    with pytest.raises(ValueError, match="in_epochs"):
+        make_schedule(in_steps, 10)
+    rising = make_schedule(in_steps.in_epochs(3), 10)
+    assert [rising(step / 3) for step in range(9)] == pytest.approx([0.3 + 0.1 * step for step in range(7)] + [1.0] * 2)
     steps = make_schedule(ScheduleConfig("multistep", milestones=(140,), factor=0.1), 300)
     assert steps((140 * 391 - 1) / 391) == 1.0 and steps(140 * 391 / 391) == pytest.approx(0.1)
 

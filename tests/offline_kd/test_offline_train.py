@@ -477,3 +477,36 @@ def test_a_published_teacher_on_cifar10_jpeg(tmp_path: Path, command: Command, s
     assert summary["teacher"]["top1"] > 70  # 83.20 on all 10,000
     losses = [line["student/kd"] for line in lines(tmp_path / "run", "train")]
     assert len(losses) == 6 and sum(losses[4:]) < sum(losses[:2])
+
+
+# --- optimiser, warm-up, clipping, smoothed labels --------------------------------------------------------------------
+
+
+def test_resumed_with_layer_decay_warm_up_clipping_and_smoothed_labels_equals_uninterrupted(
+    tmp_path: Path, teacher: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--optimizer.name", "adamw", "--optimizer.lr", "0.01", "--optimizer.filter_bias_and_bn", "true"]
+    more += ["--optimizer.layer_decay", "0.7", "--schedule.warmup_steps", "3", "--fit.clip", "0.5"]
+    more += ["--label_smoothing", "0.1"]
+    assert command(arguments(tmp_path / "whole", teacher, *more))[0] == 0
+    argv = arguments(tmp_path / "cut", teacher, *more)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert command(argv)[0] == 130
+    assert command(argv)[0] == 0
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_smoothed_labels_reach_the_cross_entropy_and_dkd_refuses_them(tmp_path: Path, teacher: Path) -> None:
+    smooth = ["--label_smoothing", "0.3"]
+    for method in ("kd", "norm", "diswot", "vanilla"):
+        experiment = experiment_of(tmp_path, teacher, *smooth, method=method)
+        distiller, batch = experiment.distiller.train(), batch_of(experiment)
+        with torch.no_grad():
+            outputs = distiller.method(distiller.networks, distiller.views(batch["image"]))
+            ce = distiller.method.losses(outputs, batch, START)["student"]["ce"]
+        log_p = outputs["student"].logits.double().log_softmax(dim=1)
+        plain = -log_p.gather(1, batch["target"][:, None]).mean()
+        wanted = getattr(distiller.method.options, "ce", 1.0) * (0.7 * plain - 0.3 * log_p.mean())
+        assert float(ce) == pytest.approx(float(wanted), rel=1e-5), method
+    assert "DKD goes by the label itself" in refusal(*arguments(tmp_path / "run", teacher, *smooth, method="dkd"))
