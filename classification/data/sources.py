@@ -202,6 +202,8 @@ def list_images(place: Path) -> dict[str, File]:
 
     Raises: InputError where there is no image, or what cannot be read.
     """
+    if not place.exists():
+        raise InputError(f"there is no {place}: give a folder of images, a .tar of one, or one image")
     if place.is_dir():
         files: dict[str, File] = {name: (os.path.join(place, name), 0, None) for name in image_files(place)}
     elif is_image_name(place.name):
