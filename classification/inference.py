@@ -11,8 +11,9 @@ import torch
 
 from classification.config import ONLINE, Command, Task
 from classification.data import DataConfig, DataSets, Streamed, StreamLoader, load_datasets
-from classification.data.datasets import evaluation_transform, nameless_datasets, worth_workers
+from classification.data.datasets import worth_workers
 from classification.data.sources import Images
+from classification.data.unseen import evaluation_transform, nameless_datasets
 from classification.experiment import EVALUATION_BATCH, Experiment, build, command_of, restore
 from classification.methods import Method
 from core.errors import InputError, notice, unknown

@@ -157,19 +157,6 @@ def load_datasets(config: DataConfig, first: int | None = None) -> DataSets:
     return DataSets(training, validation, take(test, chosen[2]), len(names), names, mean, std, size)
 
 
-def nameless_datasets(config: DataConfig, num_classes: int) -> DataSets:
-    """Stands for a data set that is not there, for networks that only predict: classes are numbers, images black.
-
-    Raises: InputError where the size of its images is not known.
-    """
-    size = config.image_size or OWN_SIZE.get(config.name)
-    if size is None:
-        raise InputError("how large the network wants its images is not known: give --data.image_size")
-    black = Arrays(torch.zeros(2, 3, size, size, dtype=torch.uint8), *torch.zeros(2, 2, dtype=torch.int64))
-    names = tuple(map(str, range(num_classes)))
-    return DataSets(black, None, black, num_classes, names, *statistics_of(config.name), size)
-
-
 def statistics_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of a data set's pixels in [0, 1]; ImageNet's where its own are not known."""
     return STATISTICS.get(name.rsplit("/", 1)[-1].lower(), IMAGENET_STATISTICS)
@@ -180,27 +167,6 @@ def augmentation_of(config: DataConfig, size: int) -> Augmentation:
     small = config.in_memory or config.name in IN_MEMORY_NAMES or size <= SMALL
     usual: Augmentation = "crop_flip" if small else "random_resized_crop"
     return config.augmentation or ("crop" if config.name == "digits" else usual)
-
-
-def evaluation_transform(config: DataConfig, size: int) -> Callable[[Any], Tensor]:
-    """What evaluation does to an RGB image that does not belong to the data set: to uint8 [3, size, size].
-
-    It is what it does to the data set's own: those of CIFAR and digits are resized as tensors, files as PIL images.
-    """
-    if config.name in IN_MEMORY_NAMES:
-        return _Stretched(size)
-    return transforms(augmentation_of(config, size), size, config.padding)[1]
-
-
-class _Stretched:
-    """A class, so that it can be handed to worker processes."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.to_size = size, to_size(size)
-
-    def __call__(self, image: Image) -> Tensor:
-        square = image if image.width == image.height else self.to_size(image)
-        return resize(_pixels(square)[None], self.size)[0]
 
 
 def _check(config: DataConfig) -> None:
@@ -334,17 +300,17 @@ class _Sized:
         return self.to_size(image)
 
 
-def _pixels(image: Image) -> Tensor:
+def pixels(image: Image) -> Tensor:
     """RGB -> uint8 [3, H, W] by way of bytes: a fraction of torchvision's time, which counts for small images."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return raw.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
 def _decode_all(source: _Sized, indices: Tensor, size: int, workers: int) -> Arrays:
     """Decodes the images at `indices` once."""
     from tqdm import tqdm
 
-    split = Streamed(source, source.targets[indices], indices, _pixels, _pixels)
+    split = Streamed(source, source.targets[indices], indices, pixels, pixels)
     images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8)
     workers = worth_workers(len(indices), workers)
     with tqdm(total=len(indices), desc="decoding", unit="image", disable=None, leave=False) as bar:
