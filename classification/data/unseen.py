@@ -1,4 +1,4 @@
-"""For images that belong to no data set: what evaluation does to them, and a stand-in for a data set that is not there."""
+"""For images of no data set: what evaluation does to them, and a stand-in for a data set that is not there."""
 
 from __future__ import annotations
 
