@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,18 @@ class Experiment:
         return files
 
 
-def build(command: Command, roles: Sequence[str] | None = None, *, check: bool = True) -> Experiment:
+def build(
+    command: Command, roles: Sequence[str] | None = None, *, check: bool = True, datasets: DataSets | None = None
+) -> Experiment:
     """Loads the data and builds the networks, all or only ``roles``. Raises: InputError for what cannot be.
 
+    ``datasets``: instead of loading them.
     ``check``: whether they are to be trained: ask the method too if it can, and refuse weights that are not finite.
     """
     config, data = command.config, command.config.data
-    datasets, noise = load_datasets(data), None
+    noise = None
+    if datasets is None:
+        datasets = load_datasets(data)
     if data.noise:
         seed = config.seed if data.noise_seed is None else data.noise_seed
         targets = datasets.train.targets
@@ -123,6 +128,12 @@ def build(command: Command, roles: Sequence[str] | None = None, *, check: bool =
         channels_last=config.channels_last,
     )
     return Experiment(command, datasets, distiller, noise, pretrained, said)
+
+
+def main_role(roles: Iterable[str]) -> str:
+    """The role that a tool means unless told: the first student, else the first."""
+    roles = list(roles)
+    return next((role for role in roles if role.startswith("student")), roles[0])
 
 
 def images_at(split: Split, positions: Sequence[int] | int) -> Tensor:
@@ -170,9 +181,10 @@ def command_of(run: Path, task: Task = ONLINE) -> Command:
         raise InputError(f"{file} is not of a {task.name} run: {error}") from error
 
 
-def restore(command: Command, checkpoint: Path) -> Experiment:
+def restore(command: Command, checkpoint: Path, datasets: DataSets | None = None) -> Experiment:
     """The experiment of a run as it stood at a checkpoint: networks (each normalising as then), adapters, buffers.
 
+    ``datasets``: instead of loading them.
     Raises: InputError where a file is missing, cut off, or of another architecture or number of classes.
     """
     networks = dict(command.config.networks)
@@ -181,7 +193,8 @@ def restore(command: Command, checkpoint: Path) -> Experiment:
             said = read_metadata(file)
             mean, std = said.get("mean", config.mean), said.get("std", config.std)
             networks[role] = replace(config, weights=None, pretrained=False, mean=mean, std=std, sha256=None)
-    experiment = build(replace(command, config=replace(command.config, networks=networks)), check=False)
+    command = replace(command, config=replace(command.config, networks=networks))
+    experiment = build(command, check=False, datasets=datasets)
     load_checkpoint(experiment.distiller, checkpoint)
     return experiment
 

@@ -14,7 +14,12 @@ SUBCOMMANDS = {
     "diffusion/tools/train.py": ("progressive", "dit"),
     "tools/reproduce.py": ("list", "show", "run", "status", "keep", "report"),
 }
-WITHOUT_TORCH = ("tools/reproduce.py", "tools/compare.py")
+WITHOUT_TORCH = (
+    "tools/reproduce.py",
+    "tools/compare.py",
+    "classification/tools/predict.py",
+    "offline_kd/tools/predict.py",
+)
 COMMANDS = [
     [str(script), *more] for script in entry_points() for more in ([], *([s] for s in SUBCOMMANDS.get(str(script), ())))
 ]

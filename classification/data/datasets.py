@@ -107,9 +107,10 @@ class DataSets:
     image_size: int
 
 
-def load_datasets(config: DataConfig) -> DataSets:
+def load_datasets(config: DataConfig, first: int | None = None) -> DataSets:
     """Reads the data set: whole into memory, or only its list of files.
 
+    ``first``: only so many images of each split, where its names, size and kind are wanted and not the images.
     Raises: InputError for an unknown name, missing or broken files, an impossible subset, image size or augmentation.
     """
     _check(config)
@@ -126,8 +127,7 @@ def load_datasets(config: DataConfig) -> DataSets:
     if in_memory is None:
         fits = size <= SMALL and sum(map(len, chosen)) * 3 * size**2 <= MEMORY_BUDGET
         in_memory = isinstance(train, Arrays) or (fits and config.augmentation != "random_resized_crop")
-    usual: Augmentation = "crop_flip" if in_memory or size <= SMALL else "random_resized_crop"
-    augmentation = config.augmentation or ("crop" if config.name == "digits" else usual)
+    augmentation = augmentation_of(config, size)
     if in_memory and augmentation == "random_resized_crop":
         raise InputError(
             "augmentation random_resized_crop needs images that are not held in memory: set data.in_memory to false "
@@ -135,6 +135,7 @@ def load_datasets(config: DataConfig) -> DataSets:
         )
 
     def take(stored: Any, indices: Tensor) -> Split:
+        indices = indices[:first]
         targets = stored.targets[indices]
         if isinstance(stored, Arrays):
             return Arrays(resize(stored.images[indices], size), targets, stored.indices[indices])
@@ -152,8 +153,20 @@ def load_datasets(config: DataConfig) -> DataSets:
         notice(f"note: {config.name} has one class here: there is nothing to tell apart")
     if config.padding >= size and augmentation in ("crop", "crop_flip"):
         notice(f"note: data.padding {config.padding} at {size} pixels: crops can be black all over")
-    mean, std = STATISTICS.get(config.name.rsplit("/", 1)[-1].lower(), IMAGENET_STATISTICS)
+    mean, std = statistics_of(config.name)
     return DataSets(training, validation, take(test, chosen[2]), len(names), names, mean, std, size)
+
+
+def statistics_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of a data set's pixels in [0, 1]; ImageNet's where its own are not known."""
+    return STATISTICS.get(name.rsplit("/", 1)[-1].lower(), IMAGENET_STATISTICS)
+
+
+def augmentation_of(config: DataConfig, size: int) -> Augmentation:
+    """The augmentation at an image size: the one asked for, else the usual one."""
+    small = config.in_memory or config.name in IN_MEMORY_NAMES or size <= SMALL
+    usual: Augmentation = "crop_flip" if small else "random_resized_crop"
+    return config.augmentation or ("crop" if config.name == "digits" else usual)
 
 
 def _check(config: DataConfig) -> None:
@@ -287,25 +300,30 @@ class _Sized:
         return self.to_size(image)
 
 
-def _pixels(image: Image) -> Tensor:
+def pixels(image: Image) -> Tensor:
     """RGB -> uint8 [3, H, W] by way of bytes: a fraction of torchvision's time, which counts for small images."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return raw.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
 def _decode_all(source: _Sized, indices: Tensor, size: int, workers: int) -> Arrays:
     """Decodes the images at `indices` once."""
     from tqdm import tqdm
 
-    split = Streamed(source, source.targets[indices], indices, _pixels, _pixels)
+    split = Streamed(source, source.targets[indices], indices, pixels, pixels)
     images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8)
-    workers = min(workers, os.cpu_count() or 1) if len(indices) > WORTH_WORKERS else 0
+    workers = worth_workers(len(indices), workers)
     with tqdm(total=len(indices), desc="decoding", unit="image", disable=None, leave=False) as bar:
         loader = StreamLoader(split, CHUNK, train=False, workers=workers)
         for rows, batch in zip(images.split(CHUNK), loader, strict=True):
             rows.copy_(batch["image"])
             bar.update(len(rows))
     return Arrays(images, split.targets, indices)
+
+
+def worth_workers(images: int, workers: int) -> int:
+    """How many processes to decode so many images by, once: at most ``workers``, and 0 where starting them costs."""
+    return min(workers, os.cpu_count() or 1) if images > WORTH_WORKERS else 0
 
 
 def to_size(size: int) -> Callable[[Any], Any]:

@@ -186,8 +186,14 @@ class StreamLoader(EpochLoader):
     which get their states back afterwards: neither the number of workers nor a resume changes an image. The position
     counts batches handed out, not prefetched ones. The workers live as long as the loader.
 
-    Raises: InputError while iterating, for a broken image (names the file).
+    Args: those of ``EpochLoader``; ``skipped``, for evaluation: broken images are left out of the batches, and what
+        is wrong with each is appended here.
+    Raises: InputError while iterating, for a broken image (names the file) unless they are skipped.
     """
+
+    def __init__(self, *arguments: Any, skipped: list[InputError] | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.skipped = skipped
 
     def _read(self, split: Streamed, workers: int) -> None:
         self.plan = _Plan()
@@ -206,9 +212,13 @@ class StreamLoader(EpochLoader):
         order, _ = self._order(epoch)
         steps = range(start, len(self))
         self.plan.batches = ([(epoch, index) for index in self._share(order, step).tolist()] for step in steps)
-        for step, batch in enumerate(self.loader, start):
-            if isinstance(batch, InputError):
-                raise batch
+        for step, (batch, broken) in enumerate(self.loader, start):
+            if broken and self.skipped is None:
+                raise broken[0]
+            if self.skipped is not None:
+                self.skipped += broken
+            if not batch:
+                continue
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
             yield {**batch, "weight": self._weight(step, len(batch["index"]))}
 
@@ -244,12 +254,15 @@ class _Samples(torch.utils.data.Dataset):
         return augmented[0] if self.views == 1 else torch.stack(augmented), int(data.targets[index]), index
 
 
-def _collate(samples: list[tuple[Tensor, int, int] | InputError]) -> dict[str, Tensor] | InputError:
-    for sample in samples:
-        if isinstance(sample, InputError):
-            return sample
-    images, targets, indices = zip(*samples, strict=True)
-    return {"image": torch.stack(images), "target": torch.tensor(targets), "index": torch.tensor(indices)}
+def _collate(samples: list[tuple[Tensor, int, int] | InputError]) -> tuple[dict[str, Tensor], list[InputError]]:
+    """The batch of the whole images (empty where there is none), and what is wrong with the others."""
+    whole = [sample for sample in samples if not isinstance(sample, InputError)]
+    broken = [sample for sample in samples if isinstance(sample, InputError)]
+    if not whole:
+        return {}, broken
+    images, targets, indices = zip(*whole, strict=True)
+    batch = {"image": torch.stack(images), "target": torch.tensor(targets), "index": torch.tensor(indices)}
+    return batch, broken
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, notice
-from core.images import EXTENSIONS, broken_image, check_file, class_folders, is_image_name, open_image
+from core.images import EXTENSIONS, broken_image, check_file, class_folders, image_files, is_image_name, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -112,6 +112,21 @@ class FileSource:
         return path if size is None else f"{path} (image at byte {offset})"
 
 
+class Images(FileSource):
+    """Images without classes.
+
+    Args: the files by name, as ``list_images`` finds them.
+    """
+
+    def __init__(self, files: dict[str, File]) -> None:
+        super().__init__({"": list(files.values())}, ("",))
+        self.names = list(files)
+
+    def describe(self, position: int) -> str:
+        path, _, size = self.files[position]
+        return path if size is None else os.path.join(path, self.names[position])
+
+
 class TimmSource:
     """A torchvision set, or one that timm reads from Hugging Face, behind the same members.
 
@@ -182,8 +197,37 @@ def list_classes(split: Path) -> dict[str, list[File]]:
     return files
 
 
+def list_images(place: Path) -> dict[str, File]:
+    """All images of a folder and below it, or of an uncompressed tar, by their path in it and sorted; or of one file.
+
+    Raises: InputError where there is no image, or what cannot be read.
+    """
+    if not place.exists():
+        raise InputError(f"there is no {place}: give a folder of images, a .tar of one, or one image")
+    if place.is_dir():
+        files: dict[str, File] = {name: (os.path.join(place, name), 0, None) for name in image_files(place)}
+    elif is_image_name(place.name):
+        check_file(place)
+        files = {place.name: (str(place), 0, None)}
+    else:
+        members = sorted(_tar_images(place), key=lambda m: m.name)
+        files = {m.name.removeprefix("./"): (str(place), m.offset_data, m.size) for m in members}
+    if not files:
+        raise InputError(f"no image in {place}: expected files that end in {', '.join(EXTENSIONS)}")
+    return files
+
+
 def _list_tar(split: Path) -> dict[str, list[File]]:
     """The class is the folder directly above the image; images of one class keep the order of their names."""
+    files: dict[str, list[File]] = {}
+    for member in sorted(_tar_images(split), key=lambda m: (PurePosixPath(m.name).parent.name, m.name)):
+        name = PurePosixPath(member.name).parent.name
+        files.setdefault(name, []).append((str(split), member.offset_data, member.size))
+    return files
+
+
+def _tar_images(split: Path) -> list[tarfile.TarInfo]:
+    """Where the images are in a tar, in its order."""
     check_file(split)
     try:
         with tarfile.open(split, "r:") as tar:
@@ -193,11 +237,7 @@ def _list_tar(split: Path) -> dict[str, list[File]]:
     members = [m for m in images if not any(part.startswith(".") for part in PurePosixPath(m.name).parts)]
     if hidden := len(images) - len(members):
         notice(f"{split}: {hidden} hidden image(s), whose names or folders begin with a dot, are left out")
-    files: dict[str, list[File]] = {}
-    for member in sorted(members, key=lambda m: (PurePosixPath(m.name).parent.name, m.name)):
-        name = PurePosixPath(member.name).parent.name
-        files.setdefault(name, []).append((str(split), member.offset_data, member.size))
-    return files
+    return members
 
 
 def sources(name: str, root: str, download: bool = False) -> tuple[Source, Source]:

@@ -22,7 +22,7 @@ from classification.config import ONLINE, Command, Task, TrainConfig
 from classification.data import DataConfig
 from classification.distiller import NetworkConfig
 from classification.evaluation import evaluate
-from classification.experiment import Experiment, build, command_of, images_at, restore
+from classification.experiment import Experiment, build, command_of, images_at, main_role, restore
 from classification.methods.base import MethodOptions
 from classification.networks.pretrained import timm_normalisation
 from core.analysis.attention import KEYS
@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
         save_signed_json(report, Path(out))
         print(f"written to {out}")
     if options.export is not None:
-        roles = list(experiment.distiller.normalisation)
-        role = options.export_role or next((r for r in roles if r.startswith("student")), roles[0])
+        role = options.export_role or main_role(experiment.distiller.normalisation)
         export_onnx(experiment, role, options.split, Path(options.export_file or (run or Path()) / f"{role}.onnx"))
     return DONE
 

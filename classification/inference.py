@@ -1,0 +1,103 @@
+"""What a trained network says about images that belong to no data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from classification.config import ONLINE, Command, Task
+from classification.data import DataConfig, DataSets, Streamed, StreamLoader, load_datasets
+from classification.data.datasets import worth_workers
+from classification.data.sources import Images
+from classification.data.unseen import evaluation_transform, nameless_datasets
+from classification.experiment import EVALUATION_BATCH, Experiment, build, command_of, restore
+from classification.methods import Method
+from core.errors import InputError, notice, unknown
+from core.training.checkpoint import find_checkpoint
+from core.weights import read_metadata
+
+MOST = 5
+"""Classes that are told of an image."""
+
+
+class Prediction(NamedTuple):
+    """Of one image, the most probable ``classes`` and their ``probabilities``, falling."""
+
+    file: str
+    classes: list[str]
+    probabilities: list[float]
+
+
+def open_run(run: Path, checkpoint: str, data: Mapping[str, Any], task: Task = ONLINE) -> Experiment:
+    """The networks of a run at a checkpoint, with as little of its data set as they need.
+
+    ``data``: fields of ``DataConfig`` that have changed since.
+    Raises: InputError for what cannot be opened, and where the image size stays unknown.
+    """
+    command, folder = command_of(run, task), find_checkpoint(run, checkpoint)
+    config = replace(command.config.data, noise=0.0, **data)
+    command = replace(command, config=replace(command.config, data=config))
+    said: Mapping[str, Any] = next((read_metadata(file) for file in sorted(folder.glob("*.safetensors"))), {})
+    return restore(command, folder, _datasets(config, said))
+
+
+def open_weights(command: Command, file: str, named: bool) -> Experiment:
+    """The network of one weight file. ``named``: whether the command's data set is its own, or was not given.
+
+    Raises: InputError for what cannot be opened, and where the class count or the image size stays unknown.
+    """
+    said, config = read_metadata(file), command.config.data
+    if named:
+        return build(command, check=False, datasets=_datasets(config, said))
+    if "num_classes" not in said:
+        raise InputError(f"{file} does not say how many classes it has: give --data.name (and --data.root)")
+    return build(command, check=False, datasets=nameless_datasets(config, int(said["num_classes"])))
+
+
+def _datasets(config: DataConfig, said: Mapping[str, Any]) -> DataSets:
+    """A few images of the data set and its class names; numbers where it is missing.
+
+    ``said``: by a weight file, which may know how many classes there are.
+    """
+    try:
+        return load_datasets(config, first=2)
+    except InputError as error:
+        if "num_classes" not in said:
+            raise
+        try:
+            found = nameless_datasets(config, int(said["num_classes"]))
+        except InputError as unsized:
+            raise InputError(f"{error}; or else: {unsized}") from error
+        notice(f"{error}; without it, classes have numbers and no names")
+        return found
+
+
+def predict(
+    experiment: Experiment, role: str, images: Images, device: str, skipped: list[InputError]
+) -> Iterator[Prediction]:
+    """A prediction of each image, as evaluation of the same networks prepares and sees it (float32, batches of 256).
+
+    What is wrong with broken images goes to ``skipped``. Raises: InputError for an unknown role.
+    """
+    distiller, datasets = experiment.distiller.to(device), experiment.datasets
+    if role not in distiller.output_roles:
+        raise unknown("role", role, distiller.output_roles)
+    config = experiment.command.config.data
+    transform = evaluation_transform(config, datasets.image_size)
+    split = Streamed(images, images.targets, torch.arange(len(images.files)), transform, transform)
+    workers = worth_workers(len(split), config.workers)
+    loader = StreamLoader(split, EVALUATION_BATCH, train=False, workers=workers, device=device, skipped=skipped)
+    method = distiller.method
+    alone = role in distiller.networks and (method.separable or type(method).forward is Method.forward)
+    without = [other for other in distiller.networks if other != role] if alone else []
+    for batch in loader:
+        logits = distiller.outputs(batch["image"], without)[role].logits.float()
+        best = logits.topk(min(MOST, logits.shape[1]), dim=1).indices
+        probabilities = logits.softmax(dim=1).gather(1, best)
+        for row in zip(batch["index"].tolist(), best.tolist(), probabilities.tolist(), strict=True):
+            index, classes, values = row
+            yield Prediction(images.names[index], [datasets.class_names[c] for c in classes], values)
