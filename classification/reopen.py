@@ -1,13 +1,11 @@
 """Exported files opened as whoever gets them opens them: by timm, onnxruntime and torch, without our networks.
 
-    python -m classification.reopen FOLDER INPUTS.npz LOGITS.npz
-
-INPUTS.npz has an array of images float32 ``[N, C, H, W]`` for each format; LOGITS.npz gets its logits ``[N, K]``.
+``classification/export.py`` starts it as a process of its own, with the folder and two ``.npz`` files: the one has an
+array of images float32 ``[N, C, H, W]`` for each format, the other gets its logits ``[N, K]``.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,14 +49,10 @@ def _of_torch(model: Any) -> Classifier:
 OPENERS: dict[str, Callable[[Path], Classifier]] = {"timm": open_timm, "onnx": open_onnx, "torch": open_torch}
 
 
-def main(folder: str, inputs: str, outputs: str) -> None:
+def answer(folder: str, inputs: str, outputs: str) -> None:
     """Asks each format for one image alone and for the others together, so that both sizes of a batch are tried."""
     logits = {}
     for name, images in np.load(inputs).items():
         classify = OPENERS[name](Path(folder))
         logits[name] = np.concatenate([classify(part) for part in (images[:1], images[1:]) if len(part)])
     np.savez(outputs, **logits)  # type: ignore[arg-type]
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
