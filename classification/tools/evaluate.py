@@ -3,37 +3,35 @@
     python classification/tools/evaluate.py runs/dml+adm --checkpoint best
     python classification/tools/evaluate.py --weights resnet20.pth --network cifar_resnet20 --data.name cifar10
 
-`--export onnx` writes a network with its normalisation inside. In: `image`, float [batch, 3, H, W], RGB in [0, 1], at
-the evaluated size. Out: `logits`, [batch, classes]. Any batch size.
+`--export FOLDER --format timm,onnx,torch` writes a network as others open it, with a model card: timm's config.json and
+model.safetensors, model.onnx, model.pt2. The latter two take `pixel_values`, float [batch, 3, H, W], normalised, at the
+evaluated size, any number of them; by `--with-preprocessing` it is `image`, RGB in [0, 1]. Out: `logits`, [batch, K].
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-
+from classification.card import model_card
 from classification.config import ONLINE, Command, Task, TrainConfig
 from classification.data import DataConfig
 from classification.distiller import NetworkConfig
 from classification.evaluation import evaluate
-from classification.experiment import Experiment, build, command_of, images_at, main_role, restore
+from classification.experiment import Experiment, build, command_of, restore
+from classification.export import FORMATS, Export, check, parse_formats, write
 from classification.methods.base import MethodOptions
 from classification.networks.pretrained import timm_normalisation
 from core.analysis.attention import KEYS
-from core.errors import InputError, TrainingError, unknown
-from core.files import write_atomically
+from core.errors import InputError
 from core.training.checkpoint import find_checkpoint
 from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
 from core.training.run import environment, save_signed_json
 from core.weights import read_metadata
-
-ONNX_TOLERANCE = 1e-4  # of the largest logit
 
 
 def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
@@ -41,14 +39,19 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
     options = parse_options(argv)
     run = Path(options.run) if options.run is not None else None
     source: dict[str, Any]
+    trained_by: Command | None = None
     if run is not None:
-        command, folder = command_of(run, task), find_checkpoint(run, options.checkpoint)
-        options = parse_options(argv, command.config.data)
-        experiment = restore(replace(command, config=replace(command.config, data=options.data)), folder)
+        trained_by, folder = command_of(run, task), find_checkpoint(run, options.checkpoint)
+        options = parse_options(argv, trained_by.config.data)
+        command = replace(trained_by, config=replace(trained_by.config, data=options.data))
+        experiment = restore(command, folder)
         source = {"run": str(run), "checkpoint": folder.name}
     else:
         experiment = build(weights_command(options), check=False)
         source = {"weights": options.weights or f"timm's {options.network}"}
+    export = export_of(options, list(experiment.distiller.normalisation))
+    if export is not None:
+        check(export, experiment)
     device = device_of(options)
     experiment.distiller.to(device)
     report = evaluate_split(experiment, options.split, source, device)
@@ -57,10 +60,20 @@ def main(argv: Sequence[str] | None = None, task: Task = ONLINE) -> int:
     if out is not None:
         save_signed_json(report, Path(out))
         print(f"written to {out}")
-    if options.export is not None:
-        role = options.export_role or main_role(experiment.distiller.normalisation)
-        export_onnx(experiment, role, options.split, Path(options.export_file or (run or Path()) / f"{role}.onnx"))
+    if export is not None:
+        card = model_card(export, experiment, report, run, trained_by)
+        for format, difference in write(export, experiment, options.split, card).items():
+            print(f"{format}: {FORMATS[format]}, reopened: logits differ by {difference:.1g} of the largest")
+        print(f"{export.role} exported to {export.folder}; fill in the licence in its README.md")
     return DONE
+
+
+def export_of(options: Any, roles: Sequence[str]) -> Export | None:
+    """What the command line asks for, of the student unless a role is named; None where nothing is exported."""
+    if options.export is None:
+        return None
+    role = options.export_role or next((r for r in roles if r.startswith("student")), roles[0])
+    return Export(Path(options.export).resolve(), parse_formats(options.format), role, options.with_preprocessing)
 
 
 def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) -> Any:
@@ -83,10 +96,16 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     add("--split", type=Literal["test", "validation"], default="test", help="which images")
     add_device(parser)
     add("--out", type=str, default=None, help="JSON file; for a run evaluation-<checkpoint>-<split>.json in its folder")
-    add("--export", type=Literal["onnx"], default=None, help="write a network, its normalisation inside")
+    add(
+        "--export", type=str, default=None, help="write a network, with a model card, to this new folder (see --format)"
+    )
+    add("--format", type=str, default=None, help="of the export: some of timm,onnx,torch, as timm,onnx")
     add("--export_role", type=str, default=None, help="which network; the student unless given")
-    add("--export_file", type=str, default=None, help="<role>.onnx in the run folder unless given")
+    about = "ONNX and .pt2 normalise by themselves: they take RGB in [0, 1]"
+    add("--with-preprocessing", "--with_preprocessing", dest="with_preprocessing", action="store_true", help=about)
     add("--data", type=DataConfig, default=data or DataConfig())
+    if any(word.partition("=")[0] == "--export_file" for word in (sys.argv[1:] if argv is None else argv)):
+        raise InputError("--export_file is no more: --export FOLDER --format onnx writes FOLDER/model.onnx")
     options = parse(parser, argv)
     if sum((options.run is not None, options.weights is not None, options.pretrained)) != 1:
         raise InputError("give one of a run folder, --weights FILE, and --network NAME --pretrained true")
@@ -94,8 +113,14 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
         raise InputError("--network, --mean and --std belong to --weights: a run's networks are known")
     if options.run is None and options.checkpoint != "last":
         raise InputError("--checkpoint belongs to a run folder: --weights names a file")
-    if options.export is None and (options.export_role, options.export_file) != (None, None):
-        raise InputError("--export_role and --export_file count only with --export onnx")
+    if options.export is None and (options.export_role or options.format or options.with_preprocessing):
+        raise InputError("--format, --export_role and --with-preprocessing count only with --export FOLDER")
+    if options.export is not None:
+        if not options.format:
+            folder = "FOLDER" if options.export in FORMATS else options.export  # as --export onnx once was
+            kinds = options.export if options.export in FORMATS else ",".join(FORMATS)
+            raise InputError(f"--export names a folder, --format what goes there: --export {folder} --format {kinds}")
+        parse_formats(options.format)
     return options
 
 
@@ -154,66 +179,6 @@ def table(report: dict[str, Any]) -> str:
         lines += align([heads, ["consensus", *numbers[:3]], ["divergence", *numbers[3:6]]])
         lines.append(f"mean similarity S: {numbers[6]}")
     return "\n".join(lines)
-
-
-class Normalised(nn.Module):
-    """Images in [0, 1] ``[B, C, H, W]`` -> the logits ``[B, K]`` of a network that expects them normalised."""
-
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.network = network
-        self.mean, self.std = (nn.Buffer(torch.tensor(values).view(-1, 1, 1)) for values in (mean, std))
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.network((image - self.mean) / self.std)
-
-
-def export_onnx(experiment: Experiment, role: str, split: str, file: Path) -> None:
-    """Writes ``role``'s network to ``file`` if onnxruntime then says the same as torch about images of the split.
-
-    Raises: InputError for an unknown role, another suffix or a missing package; TrainingError where the logits differ
-        by more than ``ONNX_TOLERANCE`` of the largest one (no file is written then).
-    """
-    distiller = experiment.distiller.eval()
-    if role not in distiller.normalisation:
-        raise unknown("role", role, distiller.normalisation)
-    if file.suffix != ".onnx":
-        raise InputError(f"--export_file {file}: its name must end in .onnx")
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"--export onnx needs {error.name}: pip install 'adm-distillation[export]'") from error
-    model = Normalised(distiller.export(role), *distiller.normalisation[role]).cpu().eval()
-    images = images_at(experiment.split(split), 7).float() / 255.0
-    with torch.no_grad():
-        expected = model(images)
-    scale = expected.abs().max().item()
-    difference = float("nan")
-
-    def write(temporary: Path) -> None:
-        nonlocal difference
-        torch.onnx.export(
-            model,
-            (images[:2],),
-            temporary,
-            input_names=["image"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
-        logits = torch.from_numpy(session.run(["logits"], {"image": images.numpy()})[0])
-        difference = (logits - expected).abs().max().item()
-        if not difference <= ONNX_TOLERANCE * scale:
-            raise TrainingError(f"onnxruntime's logits differ from torch's by {difference:.2g} at up to {scale:.3g}")
-
-    write_atomically(file, write)
-    print(f"{role} written to {file}: image [batch, {', '.join(map(str, images.shape[1:]))}] in [0, 1] -> logits")
-    print(f"onnxruntime against torch on {len(images)} images: logits differ by {difference:.1g} at up to {scale:.3g}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python offline_kd/tools/evaluate.py runs/kd+adm --checkpoint best
 
-Options and ONNX export as in `classification/tools/evaluate.py`.
+Options and export as in `classification/tools/evaluate.py`.
 """
 
 from __future__ import annotations

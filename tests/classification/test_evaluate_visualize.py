@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,54 +138,6 @@ def test_timm_weights_bring_their_normalisation() -> None:
     assert evaluate.timm_normalisation("cifar_resnet8") == {}
 
 
-@pytest.fixture(scope="session")
-def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student as ONNX."""
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    folder = tmp_path_factory.mktemp("onnx")
-    arguments = ["--out", str(folder / "x.json"), "--export", "onnx", "--export_file", str(folder / "student.onnx")]
-    assert evaluate.main([str(run), *arguments]) == 0
-    return folder / "student.onnx"
-
-
-def test_onnx_says_what_torch_says(run: Path, exported: Path) -> None:
-    import onnxruntime
-
-    experiment = restore(command_of(run), find_checkpoint(run, "last"))
-    images = images_of(experiment)[:50]
-    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
-    for batch in (images, images[:1]):
-        (logits,) = session.run(None, {"image": (batch.float() / 255).numpy()})
-        expected = experiment.distiller.outputs(batch)["student"].logits
-        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
-    assert sorted(file.name for file in exported.parent.iterdir()) == [
-        "student.onnx",
-        "x.json",
-    ]  # one file holds it all
-
-
-def test_onnx_without_its_packages_names_the_extra(
-    run: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    code, _, err = command(evaluate.main, run, "--out", tmp_path / "x.json", "--export", "onnx")
-    assert code == 2 and "[export]" in err and err.count("\n") == 1
-
-
-def test_onnx_that_says_something_else_is_not_kept(
-    run: Path, exported: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def export_another(model: Any, images: Any, file: Path, **options: Any) -> None:
-        shutil.copy(exported, file)
-
-    monkeypatch.setattr(torch.onnx, "export", export_another)
-    arguments = ["--export", "onnx", "--export_role", "teacher", "--export_file", tmp_path / "teacher.onnx"]
-    code, _, err = command(evaluate.main, run, "--out", tmp_path / "x.json", *arguments)
-    assert code == 1 and "differ from torch's" in err and err.count("\n") == 1
-    assert not list(tmp_path.glob("*onnx*"))
-
-
 def test_wrong_evaluations_end_in_one_line(run: Path, plain: Path, tmp_path: Path, command: Any) -> None:
     teacher = run / "checkpoints/last/teacher.safetensors"
     cut = tmp_path / "cut.safetensors"
@@ -209,8 +160,6 @@ def test_wrong_evaluations_end_in_one_line(run: Path, plain: Path, tmp_path: Pat
         (["--weights", tmp_path / "bare.pth", *digits], "--network"),
         (["--weights", teacher, "--network", "cifar_resnet8", *digits], "another architecture"),
         (["--weights", teacher, *digits, "--data.classes", 3], "4 classes, but the network has 3"),
-        ([run, "--out", tmp_path / "x.json", "--export", "onnx", "--export_role", "techer"], "did you mean 'teacher'"),
-        ([run, "--out", tmp_path / "x.json", "--export", "onnx", "--export_file", "x.pt"], "end in .onnx"),
     ):
         code, _, err = command(evaluate.main, *argv)
         assert code == 2 and words in err and err.count("\n") == 1, (argv, code, err)

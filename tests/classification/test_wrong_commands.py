@@ -85,7 +85,7 @@ def test_what_stands_where_a_file_should_go_is_kept(run: Path, tmp_path: Path, s
 def test_a_checkpoint_is_one_of_the_run_and_flags_without_use_are_refused(run: Path, shell: Any) -> None:
     for name in ("../../other/checkpoints/last", "/etc", ".", "", "step-1"):
         refused(shell(evaluate.main, [str(run), "--checkpoint", name]), f"has no checkpoint {name!r}")
-    refused(shell(evaluate.main, [str(run), "--export_role", "student"]), "only with --export onnx")
+    refused(shell(evaluate.main, [str(run), "--export_role", "student"]), "only with --export FOLDER")
     refused(shell(evaluate.main, ["--weights", "a.pth", "--checkpoint", "best"]), "belongs to a run folder")
     refused(shell(evaluate.main, ["--weights", "nosuch.pth"]), "no weight file nosuch.pth")
     refused(shell(visualize.main, [str(run), "--images", "100000"]), "50 rows at most")
