@@ -235,8 +235,10 @@ def build_networks(
         try:
             classes = _start(network, role, config, num_classes, (files or {}).get(role), training, role in learning)
         except OtherClasses as error:
-            mend = ", and a fixed network cannot learn a new head: train it on these classes first" if training else ""
-            raise InputError(f"{error}{mend}") from error
+            if not training:
+                raise
+            mend = f"{role} is fixed and cannot learn a new head: train it on these classes first"
+            raise InputError(f"{error}; {mend}") from error
         if classes is not None:
             lead = "warning: " if role.startswith("teacher") else "note: "
             random = ", and it knows nothing of these classes until it is trained" if role.startswith("teacher") else ""

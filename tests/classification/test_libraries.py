@@ -20,7 +20,7 @@ from classification.networks import create_network
 from classification.networks.libraries import said_of
 from classification.networks.pretrained import load_weights
 from classification.networks.state import load_state
-from classification.tools import evaluate, train, visualize
+from classification.tools import evaluate, visualize
 from core.errors import InputError
 from core.weights import read_metadata
 from offline_kd.tools.train import main as train_offline
@@ -31,7 +31,6 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 Command = Callable[[list[str]], tuple[int, str, str]]
 TINY = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-BLOCKS = {"block_args": None, "layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16), "stem_width": 8}
 
 
 def small(out: Path, *more: str, method: str = "dml+adm", size: int = 16) -> list[str]:
@@ -58,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
         made[f"timm {classes}"] = folder = tmp_path_factory.mktemp("models") / "timm"
-        timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=classes), folder)
+        timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=classes), folder, safe_serialization=True)
     return made
 
 
@@ -109,7 +108,7 @@ def test_networks_of_two_libraries_train_resume_and_are_read_again(
 
     later = [*named("teacher", "torchvision/squeezenet1_1", weights=whole), *named("student", "cifar_resnet8")]
     code, _, error = command(small(tmp_path / "later", *later, size=32, method="dml"))
-    assert code == 2 and "squeezenet1_1" in error  # the run's own teacher is another network
+    assert code == 2 and "another architecture" in error  # the run's own teacher is another network
     later[3] = str(student)
     assert command(small(tmp_path / "later", *later, size=32, method="dml"))[0] == 0
 
@@ -123,12 +122,11 @@ def test_a_fixed_teacher_from_a_folder_is_scored_first_and_its_weights_are_on_re
     name = f"{'transformers/' if library == 'transformers' else 'local-dir:'}{folder}"
     run = tmp_path / "run"
     data = ["--data.name", "digits", "--data.classes", "3", "--data.per_class", "10", "--data.image_size", "32"]
-    argv = [*data, "--batch_size", "15", "--fit.epochs", "2", *CPU, "--method", "kd+adm", "--out", str(run)]
+    argv = [*data, "--batch_size", "15", "--fit.epochs", "2", *CPU, "--method", "kd", "--out", str(run)]
     argv += [*named("teacher", name, pretrained=True), *named("student", "cifar_resnet8")]
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         assert shell(train_offline, argv)[0] == 130
-    top1 = read(run / "summary.json").get("teacher", {}).get("top1")
     said = (run / "log.txt").read_text()
     assert f"teacher ({name}, fixed): top-1" in said
     assert yaml.safe_load((run / "config.yaml").read_text())["networks"]["teacher"]["sha256"]
@@ -161,18 +159,14 @@ def test_a_head_is_made_anew_for_other_classes_and_only_where_it_can_learn(
         networks = [*named("teacher", name, **place), *named("student", name, **place)]
         run = tmp_path / next(iter(place))
         rate = ["--optimizer.lr", "0", "--optimizer.weight_decay", "0"]
-        assert command(small(run, *networks, *rate, size=32))[0] == 0
+        assert command(small(run, *networks, *rate, method="dml", size=32))[0] == 0
         said = (run / "log.txt").read_text()
         assert f"warning: teacher ({name}): its head is made anew for 3 classes, since its weights are for 7" in said
         assert f"note: student ({name}): its head is made anew for 3 classes, since its weights are for 7" in said
         assert "before training" not in said  # there is nothing to score yet
         trained, began = load_file(run / "checkpoints/last/student.safetensors"), load_file(file)
         other = [key for key in began if "running" not in key and "num_batches" not in key]
-        differ = (
-            {key for key in other if not torch.equal(trained[key], began[key].view_as(trained[key]))}
-            if False
-            else {k for k in other if trained[k].shape != began[k].shape or not torch.equal(trained[k], began[k])}
-        )
+        differ = {k for k in other if trained[k].shape != began[k].shape or not torch.equal(trained[k], began[k])}
         heads = {"transformers": {"classifier.1.weight", "classifier.1.bias"}, "timm": {"fc.weight", "fc.bias"}}
         assert differ == heads[library]
         data = ["--data.name", "digits", "--data.classes", "3", "--data.image_size", "32", *CPU]
@@ -206,15 +200,16 @@ def test_a_checkpoint_of_timms_trainer_starts_a_network(command: Command, tmp_pa
         *named("teacher", "test_resnet", weights=file),
         *named("student", "test_resnet", weights=f"{file}#state_dict"),
     ]
-    assert command(small(run, *networks, "--optimizer.lr", "0", "--optimizer.weight_decay", "0", size=32))[0] == 0
+    assert (
+        command(small(run, *networks, "--optimizer.lr", "0", "--optimizer.weight_decay", "0", method="dml", size=32))[0]
+        == 0
+    )
     said = (run / "log.txt").read_text()
     assert "state_dict_ema was taken" in said and "teacher (test_resnet): its head is made anew" in said
     for role, source in (("teacher", ema.module), ("student", model)):
         trained = load_file(run / f"checkpoints/last/{role}.safetensors")
-        assert torch.equal(
-            trained["conv1.0.weight" if "conv1.0.weight" in trained else "conv1.weight"],
-            dict(source.named_parameters())["conv1.0.weight" if "conv1.0.weight" in trained else "conv1.weight"],
-        )
+        key, parameter = next(source.named_parameters())
+        assert torch.equal(trained[key], parameter)
 
 
 def test_more_than_another_head_is_refused_and_nothing_changes() -> None:
@@ -284,6 +279,3 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, folders: di
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match="needs the package transformers: pip install transformers"):
         create_network(f"transformers/{folders['transformers 3']}", 3)
-
-
-_ = train
