@@ -16,6 +16,7 @@ import yaml
 from runs import CPU, RECIPE, assert_same_runs, read, stop_at
 from safetensors.torch import load_file
 
+from classification.distiller import NetworkConfig, build_networks
 from classification.networks import create_network
 from classification.networks.libraries import said_of
 from classification.networks.pretrained import load_weights
@@ -224,7 +225,9 @@ def test_more_than_another_head_is_refused_and_nothing_changes() -> None:
     assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
 
 
-def test_pretrained_torchvision_weights_keep_all_but_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_torchvision_weights_keep_all_but_the_head(
+    monkeypatch: pytest.MonkeyPatch, shell: Any, tmp_path: Path
+) -> None:
     import torchvision
 
     state = torchvision.models.squeezenet1_1().state_dict()
@@ -235,6 +238,16 @@ def test_pretrained_torchvision_weights_keep_all_but_the_head(monkeypatch: pytes
     assert network.state_dict()["classifier.1.weight"].shape[0] == 3
     assert said_of("torchvision/squeezenet1_1")["num_classes"] == 1000
     assert said_of("torchvision/squeezenet1_1")["mean"] == (0.485, 0.456, 0.406)
+    data = ["--data.name", "digits", "--data.classes", "3", "--data.image_size", "32", *CPU, "--out", str(tmp_path)]
+    fixed = named("teacher", "torchvision/squeezenet1_1", pretrained=True)
+    code, _, error = shell(train_offline, [*data, *fixed, *named("student", "cifar_resnet8")])
+    assert code == 2 and "needs a pre-trained teacher" in error
+    configs = {"teacher": NetworkConfig("torchvision/squeezenet1_1", pretrained=True)}
+    new_heads: dict[str, int] = {}
+    build_networks(configs, 3, 0, learning=["teacher"], new_heads=new_heads)
+    assert new_heads == {"teacher": 1000}
+    with pytest.raises(InputError, match="1000 classes, but teacher has 3; teacher is fixed"):
+        build_networks(configs, 3, 0)
 
 
 @pytest.mark.parametrize(
