@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from classification.methods import METHODS, Method
 from classification.methods.base import MethodOptions
+from classification.networks.libraries import folder_weights
 from classification.networks.pretrained import find_weights
 from classification.options import NetworkConfig, TrainConfig
 from core.errors import InputError, parse_label
@@ -100,9 +101,14 @@ class Command:
 
     @cached_property
     def weight_files(self) -> dict[str, Path]:
-        """The weight file of each network that starts from one. Raises: InputError where there is none."""
-        given = {role: network for role, network in self.config.networks.items() if network.weights is not None}
-        return {role: find_weights(str(network.weights), role, network.name) for role, network in given.items()}
+        """The weight file of each network that starts from one, or from a local folder's. Raises: InputError."""
+        files: dict[str, Path] = {}
+        for role, network in self.config.networks.items():
+            if network.weights is not None:
+                files[role] = find_weights(network.weights, role, network.name)
+            elif network.pretrained and (file := folder_weights(network.name)) is not None:
+                files[role] = file
+        return files
 
 
 def make_parser(prog: str | None = None, task: Task = ONLINE) -> Any:

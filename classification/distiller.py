@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from classification.methods import ADM, Method, Outputs
 from classification.networks import create_network
+from classification.networks.libraries import folder_of, said_of
 from classification.networks.pretrained import check_weights, load_weights
+from classification.networks.state import OtherClasses
 from classification.optimizer import network_groups
 from classification.options import NetworkConfig, OptimizerConfig
 from classification.predictions import PreviousPredictions
 from core.adm import ADMConfig
 from core.checks import check_network
-from core.errors import InputError
+from core.errors import InputError, notice
 from core.parts import as_network
 from core.training.distiller import Batch, Distiller, Losses, Progress
 from core.training.seed import seed_everything
@@ -57,7 +59,9 @@ class ClassificationDistiller(Distiller):
             self.register_buffer(f"scale_{role}", scale.view(-1, 1, 1), persistent=False)
             self.register_buffer(f"shift_{role}", shift.view(-1, 1, 1), persistent=False)
         normalised = self.views(sample, list(networks))
-        adapted = {role: as_network(network, normalised[role]) for role, network in networks.items()}
+        adapted = {
+            role: _adapted(role, configs[role].name, network, normalised[role]) for role, network in networks.items()
+        }
         self.networks = nn.ModuleDict(method.prepare(adapted, normalised[next(iter(adapted))]))
         if channels_last:
             self.networks.to(memory_format=torch.channels_last)
@@ -213,6 +217,13 @@ class ClassificationDistiller(Distiller):
         return {**said, "mean": mean, "std": std, **note}
 
 
+def _adapted(role: str, name: str, network: nn.Module, images: Tensor) -> nn.Module:
+    try:
+        return as_network(network, images)
+    except InputError as error:
+        raise InputError(f"{role} ({name}): {error}") from error
+
+
 def build_networks(
     configs: Mapping[str, NetworkConfig],
     num_classes: int,
@@ -220,10 +231,17 @@ def build_networks(
     files: Mapping[str, Path] | None = None,
     *,
     training: bool = True,
+    learning: Collection[str] = (),
+    new_heads: dict[str, int] | None = None,
 ) -> dict[str, nn.Module]:
     """The networks by role, each initialised from (seed, role) alone: a student starts alike whatever trains beside it.
 
-    ``files``: the weight file of each network that starts from one; ``training``: as in ``load_weights``.
+    Args:
+        files: the weight file of each network that starts from one.
+        training: as in ``load_weights``.
+        learning: the roles that learn: where their weights are of other classes, the classifier is made anew, and a
+            line says so. Any other is refused then.
+        new_heads: gets these roles, each with the number of classes of its weights.
     Raises: InputError for an unknown role or network, or weights that do not fit.
     """
     networks: dict[str, nn.Module] = {}
@@ -231,8 +249,46 @@ def build_networks(
         if role.partition("_")[0] not in ("teacher", "student"):
             raise InputError(f"unknown role {role!r}: networks are teacher, teacher_2, ..., student, student_2, ...")
         seed_everything(seed, "network", role)
-        networks[role] = create_network(config.name, num_classes, pretrained=config.pretrained)
-        if (file := (files or {}).get(role)) is not None:
-            check_weights(file, role, config.name, num_classes, config.sha256)
-            load_weights(networks[role], file, training=training)
+        fetched = config.pretrained and folder_of(config.name) is None  # a folder's weights are among the files
+        network = networks[role] = create_network(config.name, num_classes, pretrained=fetched)
+        try:
+            classes = _start(network, role, config, num_classes, (files or {}).get(role), training, role in learning)
+        except OtherClasses as error:
+            if not training:
+                raise
+            mend = f"{role} is fixed and cannot learn a new head: train it on these classes first"
+            raise InputError(f"{error}; {mend}") from error
+        if classes is not None:
+            lead = "warning: " if role.startswith("teacher") else "note: "
+            random = ", and it knows nothing of these classes until it is trained" if role.startswith("teacher") else ""
+            notice(
+                f"{lead}{role} ({config.name}): its head is made anew for {num_classes} classes, since its weights "
+                f"are for {classes}{random}"
+            )
+            if new_heads is not None:
+                new_heads[role] = classes
     return networks
+
+
+def _start(
+    network: nn.Module,
+    role: str,
+    config: NetworkConfig,
+    num_classes: int,
+    file: Path | None,
+    training: bool,
+    new_head: bool,
+) -> int | None:
+    """Loads the weights that a network starts from; returns for how many classes they are where its head is new."""
+    if file is not None:
+        check_weights(file, role, config.name, None if new_head else num_classes, config.sha256)
+        return load_weights(network, file, training=training, new_head=new_head)
+    if not config.pretrained:
+        return None
+    own = getattr(network, "pretrained_cfg", None) or said_of(config.name)
+    classes = own.get("num_classes")
+    if classes in (None, 0, num_classes):
+        return None
+    if not new_head and training:
+        raise OtherClasses(f"the weights of {config.name} are for {classes} classes, but {role} has {num_classes}")
+    return classes

@@ -17,7 +17,7 @@ from classification.data.datasets import IN_MEMORY_NAMES
 from classification.data.noise import LabelNoise, draw_noise, with_noise
 from classification.data.sources import sources
 from classification.distiller import ClassificationDistiller, build_networks
-from classification.networks.pretrained import load_weights, timm_keeps_head, timm_normalisation
+from classification.networks.pretrained import keeps_head, load_weights, normalisation_of
 from core.errors import InputError, first_line
 from core.images import EXTENSIONS
 from core.training.checkpoint import read_state
@@ -32,7 +32,7 @@ class Experiment:
     """The data sets and the distiller of one run, on the CPU.
 
     ``pretrained``: the roles that start from weights, their classifiers included. ``said``: of each role, mean and std
-    that its weights were trained with, where their file or timm says so.
+    that its weights were trained with, where their file or library says so.
     """
 
     command: Command
@@ -107,14 +107,16 @@ def build(
     method = command.task.methods[name](command.options, with_adm=with_adm)
     method.smooth_labels(config.label_smoothing)
     classes = datasets.num_classes
-    pretrained = [r for r, c in networks.items() if c.weights or (c.pretrained and timm_keeps_head(c.name, classes))]
+    pretrained = [r for r, c in networks.items() if c.weights or (c.pretrained and keeps_head(c.name, classes))]
     if check:
         method.check(config, list(networks), pretrained)
     files = {role: file for role, file in command.weight_files.items() if role in networks}
-    said = {r: timm_normalisation(c.name) if c.pretrained else {} for r, c in networks.items()}
-    said |= {role: read_metadata(file) for role, file in files.items()}
+    own = {r: normalisation_of(c.name) if c.pretrained else {} for r, c in networks.items()}
+    said = own | {r: {**({} if networks[r].weights else own[r]), **read_metadata(file)} for r, file in files.items()}
+    learning = {role for phase in method.phases(list(networks)) for role in phase} if check else set()
+    new_heads: dict[str, int] = {}
     distiller = ClassificationDistiller(
-        build_networks(networks, classes, config.seed, files, training=check),
+        build_networks(networks, classes, config.seed, files, training=check, learning=learning, new_heads=new_heads),
         networks,
         {
             role: (c.mean or said[role].get("mean", datasets.mean), c.std or said[role].get("std", datasets.std))
@@ -127,7 +129,7 @@ def build(
         num_classes=classes,
         channels_last=config.channels_last,
     )
-    return Experiment(command, datasets, distiller, noise, pretrained, said)
+    return Experiment(command, datasets, distiller, noise, [r for r in pretrained if r not in new_heads], said)
 
 
 def main_role(roles: Iterable[str]) -> str:

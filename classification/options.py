@@ -24,11 +24,12 @@ class NetworkConfig:
     """One network.
 
     Args:
-        name: a CIFAR network of this package (cifar_resnet20, ...) or any timm model.
+        name: a CIFAR network of this package (cifar_resnet20, ...), any timm model (also hf-hub:NAME and
+            local-dir:FOLDER), torchvision/NAME, or transformers/FOLDER, a folder that save_pretrained() wrote.
         weights: file to start from (.safetensors, published .pth), as FILE#KEY to take that of a checkpoint's state
             dicts and not the moving average; or a run folder, for the last weights of the same role; or a checkpoint
             folder.
-        pretrained: timm's own pre-trained weights.
+        pretrained: the library's own pre-trained weights of that name, or those in its folder.
         lr: this network's learning rate; the recipe's unless given.
         backbone_lr_factor: of that rate for all but the classifier, of a network that starts from weights.
         mean: per channel, of images in [0, 1], subtracted before this network; unless given, what the weights were
@@ -49,7 +50,7 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         check_ranges(f"network {self.name}: ", self)
-        if self.sha256 is not None and self.weights is None:
+        if self.sha256 is not None and self.weights is None and not self.pretrained:
             raise InputError(f"network {self.name}: sha256 is that of a weight file, and there is none: give weights")
 
 

@@ -15,6 +15,7 @@ from classification.evaluation import evaluate
 from classification.experiment import Experiment, build, check_batch, images_at
 from classification.flops import count_forward
 from classification.predictions import check_saves
+from core.training.checkpoint import numbered
 from core.training.command import DONE
 from core.training.distiller import Batch
 from core.training.fit import durations, fit, make_accelerator
@@ -60,9 +61,11 @@ def train(command: Command) -> int:
     schedule = config.schedule.in_epochs(len(loader))
     fixed = [role for role in distiller.networks if role not in distiller.trained()]
     known: dict[str, Any] = {}  # what the fixed networks score: they are not evaluated again
-    if fixed:
+    fresh = not numbered(run.checkpoints)  # else this was said when the run began
+    started = [r for r in distiller.trained() if r in experiment.pretrained and (fresh or fixed)]
+    if fixed or started:
         distiller.to(accelerator.device)
-        start = scores([*fixed, *(r for r in distiller.trained() if r in experiment.pretrained)])
+        start = scores([*fixed, *started])
         known = {name: value for name, value in start.items() if role_of(name) in fixed}
         run.open()
         for line in remarks(experiment, fixed, start):
@@ -121,20 +124,22 @@ def role_of(name: str) -> str:
 
 
 def remarks(experiment: Experiment, fixed: Sequence[str], start: Mapping[str, Any]) -> list[str]:
-    """What to say of the fixed networks before training, in a line each: their accuracy, and where it looks wrong.
+    """What to say before training of networks with weights, in a line each: their accuracy, and where it looks wrong.
 
-    ``start``: the values of an evaluation, with those of each student that starts from weights.
+    ``start``: the values of an evaluation of the fixed networks and of each other that starts from weights.
     """
     classes, split = experiment.datasets.num_classes, start["split"]
     lines = []
-    for role in fixed:
+    trained = [role for role in experiment.distiller.trained() if f"{role}/top1" in start]
+    for role in [*fixed, *trained]:
         top1, name = start[f"{role}/top1"], experiment.distiller.configs[role].name
-        lines.append(f"{role} ({name}, fixed): top-1 {top1:.2f} % on {split}")
+        how = "fixed" if role in fixed else "before training"
+        lines.append(f"{role} ({name}, {how}): top-1 {top1:.2f} % on {split}")
         given, said = experiment.distiller.normalisation[role], experiment.said[role]
-        trained = said.get("mean", given[0]), said.get("std", given[1])
-        if any(abs(a - b) > 0.005 for x, y in zip(given, trained, strict=True) for a, b in zip(x, y, strict=True)):
+        wanted = said.get("mean", given[0]), said.get("std", given[1])
+        if any(abs(a - b) > 0.005 for x, y in zip(given, wanted, strict=True) for a, b in zip(x, y, strict=True)):
             lines.append(
-                f"warning: {role} was trained with mean and std {_short(trained)}, and config says {_short(given)}: "
+                f"warning: {role} was trained with mean and std {_short(wanted)}, and config says {_short(given)}: "
                 f"--networks.{role}.mean null --networks.{role}.std null takes its own"
             )
         if top1 < 200 / (classes + 1):  # twice chance for many classes, and 67 % of two
@@ -142,7 +147,7 @@ def remarks(experiment: Experiment, fixed: Sequence[str], start: Mapping[str, An
                 f"warning: {role} is hardly better than chance ({100 / classes:.2f} % of {classes} classes): random "
                 "weights, another order of classes, or another normalisation than it was trained with?"
             )
-        for student in (other for other in experiment.distiller.trained() if f"{other}/top1" in start):
+        for student in (other for other in trained if role.startswith("teacher") and other.startswith("student")):
             if start[f"{student}/top1"] > top1:
                 lines.append(
                     f"warning: {student} starts at {start[f'{student}/top1']:.2f} % on {split}, above its {role}'s "

@@ -83,6 +83,11 @@ class Split(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def model_of(network: nn.Module) -> nn.Module:
+    """The model behind a ``Split``, whose names its library's weight files have; any other network itself."""
+    return network.model if isinstance(network, Split) and network.model is not None else network
+
+
 def _check_half(name: str, half: Any, model: nn.Module | None) -> None:
     if model is None:
         if not isinstance(half, nn.Module):

@@ -11,9 +11,11 @@ from typing import Any
 from torch import nn
 
 from classification.networks.base import CifarNetwork
+from classification.networks.libraries import create_of_library, fetch_state, folder_of, of_library, torchvision_names
 from classification.networks.mobilenet import MobileNetV1, MobileNetV2
 from classification.networks.resnet import Bottleneck, ResNet, WideResNet
 from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
+from classification.networks.state import load_state
 from classification.networks.vgg import VGG
 from core.errors import InputError, unknown
 
@@ -48,10 +50,12 @@ def create_network(
     """Builds a CIFAR network of ``CIFAR_NETWORKS``, or else a timm model.
 
     Args:
-        name: e.g. "cifar_wrn_16_2", "resnet18", "resnet18.a1_in1k", "local-dir:folder".
+        name: e.g. "cifar_wrn_16_2", "resnet18", "resnet18.a1_in1k", "hf-hub:someone/network", "local-dir:folder",
+            "torchvision/resnet18", "transformers/folder".
         num_classes: width of the head.
         in_chans: image channels.
-        pretrained: timm's own pretrained weights (for a CIFAR network, see ``pretrained.load_weights``).
+        pretrained: the library's own weights (for a CIFAR network, see ``pretrained.load_weights``); a classifier for
+            other classes is drawn anew.
         options: further options: ``preact`` and the family's for a CIFAR network, a timm model's own otherwise.
             timm's ResNets get ``zero_init_last=False`` unless told otherwise: their residual BatchNorms then start at 1
             as torchvision's, which is the paper's ImageNet recipe, and not at 0.
@@ -67,10 +71,17 @@ def create_network(
             raise InputError(f"{name} has no option {', '.join(strange)}: its options are {', '.join(free)}")
         return build(num_classes, in_chans, **options)
 
+    if of_library(name):
+        network = create_of_library(name, num_classes, in_chans, **options)
+        if pretrained:
+            load_state(network, fetch_state(name), name, new_head=True)
+        return network
+    folder_of(name)  # which says what is wrong with a folder
+
     import timm
 
     if ":" not in name and not timm.is_model(name):  # "hf-hub:..." and "local-dir:..." name a place, not a model
-        known = [*CIFAR_NETWORKS, *timm.list_models()]
+        known = [*CIFAR_NETWORKS, *timm.list_models(), *torchvision_names()]
         raise unknown("network", name, difflib.get_close_matches(name, known, n=1, cutoff=0.5) or CIFAR_NETWORKS)
     if timm.models.is_model_in_modules(name, {"resnet"}):
         options = {"zero_init_last": False, **options}

@@ -11,13 +11,15 @@ from typing import Any
 
 from torch import nn
 
+from classification.networks.libraries import names_a_place, said_of
 from classification.networks.mobilenet import MobileNetV2
 from classification.networks.resnet import ResNet, WideResNet
 from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
+from classification.networks.state import OtherClasses, load_state
 from classification.networks.vgg import VGG
 from core.errors import InputError
 from core.training.checkpoint import BEST, LAST, goal, read_state
-from core.weights import check_finite, read_metadata, read_state_dict, split_key, weights_hash
+from core.weights import read_metadata, read_state_dict, split_key, weights_hash
 
 
 def find_weights(place: str | Path, role: str, architecture: str) -> Path:
@@ -59,12 +61,17 @@ def find_weights(place: str | Path, role: str, architecture: str) -> Path:
 
 
 def same_architecture(a: str, b: str) -> bool:
-    """Whether two names mean one architecture: the tag of timm's weights (resnet34.a1_in1k) does not count."""
-    return a == b or (":" not in a + b and a.partition(".")[0] == b.partition(".")[0])
+    """Whether two names may mean one architecture: the tag of timm's weights (resnet34.a1_in1k) does not count.
+
+    A folder or a place on the hub says nothing of what it holds: it may be any, and the shapes tell when it is loaded.
+    """
+    return a == b or names_a_place(a) or names_a_place(b) or a.partition(".")[0] == b.partition(".")[0]
 
 
-def check_weights(file: Path, role: str, architecture: str, num_classes: int, sha256: str | None = None) -> None:
+def check_weights(file: Path, role: str, architecture: str, num_classes: int | None, sha256: str | None = None) -> None:
     """Refuses a file that says it is of another network, or whose hash is not ``sha256`` (where one is given).
+
+    ``num_classes``: None where weights for any number of classes will do.
 
     A file that says nothing passes: loading it compares its shapes with the network's.
     Raises: InputError, also for a file that cannot be read.
@@ -76,24 +83,18 @@ def check_weights(file: Path, role: str, architecture: str, num_classes: int, sh
         raise InputError(
             f"{file} is of another architecture: it holds {said['architecture']}, and {role} is {architecture}"
         )
-    if (classes := said.get("num_classes", str(num_classes))) != str(num_classes):
-        raise InputError(f"{file} holds weights for {classes} classes, but the network has {num_classes} ({role})")
+    if num_classes is not None and (classes := said.get("num_classes", str(num_classes))) != str(num_classes):
+        raise OtherClasses(f"{file} holds weights for {classes} classes, but the network has {num_classes} ({role})")
 
 
-def timm_normalisation(name: str) -> dict[str, Any]:
-    """``mean`` and ``std`` with which timm's weights of that name were trained; empty for a network not timm's."""
-    import timm
-
-    found = timm.get_pretrained_cfg(name) if timm.is_model(name) and not name.startswith("cifar_") else None
-    return {"mean": tuple(found.mean), "std": tuple(found.std)} if found is not None else {}
+def normalisation_of(name: str) -> dict[str, Any]:
+    """``mean`` and ``std`` with which a name's own weights were trained; empty where its library does not say."""
+    return {key: value for key, value in said_of(name).items() if key in ("mean", "std")}
 
 
-def timm_keeps_head(name: str, num_classes: int) -> bool:
-    """Whether timm's weights of that name come with a classifier for so many classes; else it is drawn at random."""
-    import timm
-
-    found = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    return found is None or found.num_classes == num_classes
+def keeps_head(name: str, num_classes: int) -> bool:
+    """Whether a name's own weights come with a classifier for so many classes; else it is drawn at random."""
+    return said_of(name).get("num_classes") in (None, num_classes)
 
 
 Rules = tuple[tuple[str, str], ...]
@@ -151,9 +152,10 @@ _PUBLISHED: dict[type[nn.Module], Rules] = {
 }
 
 
-def load_weights(network: nn.Module, file: str | Path, *, training: bool = True) -> None:
+def load_weights(network: nn.Module, file: str | Path, *, training: bool = True, new_head: bool = False) -> int | None:
     """Loads a weight file that fits exactly: in the network's own keys, or published ones for a CIFAR network.
 
+    ``training``, ``new_head`` and what is returned: as of ``load_state``.
     Raises: InputError for no such file, not a readable one, another architecture, another number of classes, or (unless
         not ``training``, which has a line of warning) values that are not finite; ``network`` is then unchanged.
     """
@@ -162,26 +164,4 @@ def load_weights(network: nn.Module, file: str | Path, *, training: bool = True)
         for pattern, replacement in _PUBLISHED.get(type(network), ()):
             key = re.sub(pattern, replacement, key)
         state[key] = tensor
-    own = network.state_dict()
-    # Files older than PyTorch 0.4.1 have no num_batches_tracked; load_state_dict then leaves it as it is.
-    missing = [key for key in own if key not in state and not key.endswith(".num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
-    reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
-    head = set(getattr(network, "get_classifier", nn.Identity)().parameters())
-    classes = {name for name, parameter in network.named_parameters() if parameter in head}
-    if reshaped and not missing and not unexpected and all(key in classes for key in reshaped):
-        in_file, in_network = (next(iter(tensors[reshaped[0]].shape), 0) for tensors in (state, own))
-        if in_file and in_file != in_network:
-            raise InputError(f"{file} holds weights for {in_file} classes, but the network has {in_network}")
-    shapes = [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in reshaped]
-    whole = [  # integers, as of a quantised file, would be taken for weights
-        f"{key} {state[key].dtype}"
-        for key in own
-        if key in state and own[key].is_floating_point() and not state[key].is_floating_point()
-    ]
-    parts = {"missing": missing, "unexpected": unexpected, "other shape": shapes, "no numbers with a fraction": whole}
-    more = {kind: f" and {len(keys) - 3} more" if len(keys) > 3 else "" for kind, keys in parts.items()}
-    if problems := [f"{kind} {', '.join(keys[:3])}{more[kind]}" for kind, keys in parts.items() if keys]:
-        raise InputError(f"{file} is of another architecture than {type(network).__name__}: {'; '.join(problems)}")
-    check_finite(file, state, training=training)
-    network.load_state_dict({**own, **state})
+    return load_state(network, state, file, training=training, new_head=new_head)

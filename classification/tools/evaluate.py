@@ -25,7 +25,7 @@ from classification.evaluation import evaluate
 from classification.experiment import Experiment, build, command_of, restore
 from classification.export import FORMATS, Export, check, parse_formats, write
 from classification.methods.base import MethodOptions
-from classification.networks.pretrained import timm_normalisation
+from classification.networks.pretrained import normalisation_of
 from core.analysis.attention import KEYS
 from core.errors import InputError
 from core.training.checkpoint import find_checkpoint
@@ -89,8 +89,13 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
         default=None,
         help="instead of a run, one weight file (.safetensors, published .pth), or FILE#KEY",
     )
-    add("--network", type=str, default=None, help="its network, as cifar_resnet20 or a timm name; our files say it")
-    add("--pretrained", type=bool, default=False, help="instead of a file, timm's own weights of --network")
+    add(
+        "--network",
+        type=str,
+        default=None,
+        help="its network, as cifar_resnet20, a timm name, torchvision/NAME; our files say it",
+    )
+    add("--pretrained", type=bool, default=False, help="instead of a file, the own weights of --network")
     add("--mean", type=float, nargs="+", default=None, help="per channel, of images in [0, 1] (see --std)")
     add("--std", type=float, nargs="+", default=None, help="likewise; the file's, timm's, the data set's unless given")
     add("--split", type=Literal["test", "validation"], default="test", help="which images")
@@ -134,7 +139,7 @@ def weights_command(options: Any) -> Command:
     if name is None:
         raise InputError(f"{file or '--pretrained'} does not say of which network: name it by --network")
     if "mean" not in said:
-        said |= timm_normalisation(name)
+        said |= normalisation_of(name)
     mean = tuple(options.mean) if options.mean else said.get("mean")
     std = tuple(options.std) if options.std else said.get("std")
     network = NetworkConfig(name, file, options.pretrained, mean=mean, std=std)

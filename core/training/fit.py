@@ -11,6 +11,7 @@ import torch
 
 from ..errors import InputError, unknown
 from ..ranges import Count, Positive, check_ranges
+from ..split import model_of
 from . import checkpoint as checkpoints
 from .command import Stop
 from .distiller import Batch, Distiller, Progress
@@ -212,7 +213,9 @@ def _save(
         "extra": {k: v for k, v in distiller.state_dict().items() if not k.startswith("networks.")},
     }  # fmt: skip
     if recorder.run.main:
-        weights = {r: (distiller.networks[r].state_dict(), distiller.metadata(r)) for r in distiller.trained()}
+        weights = {
+            r: (model_of(distiller.networks[r]).state_dict(), distiller.metadata(r)) for r in distiller.trained()
+        }
         checkpoints.save_checkpoint(recorder.run.checkpoints, step, weights, state, best=best, keep=keep)
     accelerator.wait_for_everyone()
 
@@ -230,7 +233,7 @@ def _load(recorder: Recorder, distiller: Distiller, parts: dict[str, Any], accel
         return 0
     weights, state = found
     for role in distiller.trained():
-        distiller.networks[role].load_state_dict(weights[role])
+        model_of(distiller.networks[role]).load_state_dict(weights[role])
     distiller.load_state_dict(state["extra"], strict=False)
     for name, part in parts.items():
         if part is not None and state[name] is not None:

@@ -133,9 +133,9 @@ def test_a_weight_file_says_what_it_is(run: Path, tmp_path: Path, command: Any) 
 
 
 def test_timm_weights_bring_their_normalisation() -> None:
-    inception = evaluate.timm_normalisation("inception_v3.tf_in1k")
+    inception = evaluate.normalisation_of("inception_v3.tf_in1k")
     assert inception == {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    assert evaluate.timm_normalisation("cifar_resnet8") == {}
+    assert evaluate.normalisation_of("cifar_resnet8") == {}
 
 
 def test_wrong_evaluations_end_in_one_line(run: Path, plain: Path, tmp_path: Path, command: Any) -> None:

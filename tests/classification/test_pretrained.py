@@ -22,8 +22,8 @@ from classification.networks import create_network
 from classification.networks.pretrained import (
     check_weights,
     find_weights,
+    keeps_head,
     same_architecture,
-    timm_keeps_head,
 )
 from classification.tools import evaluate
 from core.errors import InputError
@@ -118,7 +118,9 @@ def test_what_names_no_file_is_refused(tmp_path: Path) -> None:
         ("resnet34.a1_in1k", "resnet34.tv_in1k", True),
         ("resnet34", "resnet18", False),
         ("resnet34.a1_in1k", "resnet18.a1_in1k", False),
-        ("local-dir:./a", "local-dir:./b", False),
+        ("local-dir:./a", "local-dir:./b", True),  # places: what they hold is told by the shapes
+        ("transformers/a.b", "resnet34", True),
+        ("torchvision/resnet34", "resnet34", False),
         ("local-dir:./a", "local-dir:./a", True),
     ],
 )
@@ -198,15 +200,16 @@ def test_timms_weights_bring_theirs_too(tmp_path: Path, monkeypatch: pytest.Monk
 def test_timms_weights_count_as_trained_where_their_classifier_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert timm_keeps_head("resnet18", 1000) and not timm_keeps_head("resnet18", 3)
-    assert timm_keeps_head("hf-hub:someone/network", 3)  # it does not say before it is fetched
+    assert keeps_head("resnet18", 1000) and not keeps_head("resnet18", 3)
+    assert keeps_head("hf-hub:someone/network", 3)  # it does not say before it is fetched
     monkeypatch.setattr(
         classification.distiller, "create_network", lambda name, n, **_: create_network("cifar_resnet8", n)
     )
     more = ["--networks.teacher.name", "resnet18", "--networks.teacher.pretrained", "true"]
     command = parse_command(arguments(tmp_path / "run", *more, method="shake"))
     assert "needs a pre-trained teacher" in refusal(lambda: build(command))  # 3 digits: a random classifier
-    monkeypatch.setattr("classification.experiment.timm_keeps_head", lambda name, classes: True)
+    monkeypatch.setattr("classification.experiment.keeps_head", lambda name, classes: True)
+    monkeypatch.setattr("classification.distiller.said_of", lambda name: {"num_classes": 3})
     assert list(build(command).distiller.trained()) == ["student"]
 
 
@@ -217,7 +220,6 @@ def test_a_network_that_does_not_fit_ends_in_one_line(tmp_path: Path, command: C
         (weights(tmp_path / "none"), ("no weight file",)),
         (weights(tmp_path), ("holds no weights",)),
         (weights(run, "--networks.teacher.name", "cifar_resnet14"), ("cifar_resnet8", "cifar_resnet14")),
-        (weights(run, "--data.classes", "4"), ("3 classes", "has 4")),
         (weights(run, "--networks.teacher.sha256", "ab" * 32), ("not the weight file on record",)),
     ):
         code, _, said = command(arguments(out, *more, method="vanilla"))
