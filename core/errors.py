@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import sys
 from collections.abc import Iterable
@@ -15,20 +14,6 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """A run that cannot go on (NaN loss, full disk): says in one line where. Commands exit with 1."""
-
-
-def require_positive(section: str, **values: float) -> None:
-    """Raises: InputError naming the first option of ``section`` that is 0 or less."""
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{section}.{name} must be positive: {value}")
-
-
-def require_not_negative(section: str, **values: float) -> None:
-    """Raises: InputError naming the first option of ``section`` that is below 0."""
-    for name, value in values.items():
-        if not 0 <= value < math.inf:
-            raise InputError(f"{section}.{name} must not be negative: {value}")
 
 
 _notices: list[str] = []

@@ -38,6 +38,11 @@ class Range:
             return f"must be at most {self.most}"
         return "must not be negative" if str(self) == "at least 0" else f"must be {self}"
 
+    def check(self, name: str, value: float) -> None:
+        """Raises: InputError, beginning with ``name``, where the value is outside."""
+        if value not in self:
+            raise InputError(f"{name} {self.says(value)}: {value}")
+
 
 Positive = Annotated[float, Range(0, ends="(]")]
 NonNegative = Annotated[float, Range(0)]
@@ -56,10 +61,15 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 """What every generator takes."""
 
 
+def range_of(hint: Any) -> Range:
+    """The range that a type says, within ``| None``, lists and tuples too; else all that is finite and not huge."""
+    return next(_ranges(hint), Range())
+
+
 @cache
 def ranges(kind: type) -> dict[str, Range]:
     """The range of each field of a dataclass; of one whose type has none, all that is finite and not huge."""
-    return {name: next(_ranges(hint), Range()) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    return {name: range_of(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
 
 
 def _ranges(hint: Any) -> Iterator[Range]:
@@ -73,8 +83,7 @@ def check_ranges(prefix: str, config: Any) -> None:
     kind: Any = type(config)
     for name, bounds in ranges(kind).items():
         for value in _numbers(getattr(config, name, None)):
-            if value not in bounds:
-                raise InputError(f"{prefix}{name} {bounds.says(value)}: {value}")
+            bounds.check(f"{prefix}{name}", value)
 
 
 def check_numbers(options: Mapping[str, Any]) -> None:
@@ -82,8 +91,7 @@ def check_numbers(options: Mapping[str, Any]) -> None:
     bounds = Range(-(2**32), 2**32)
     for name, values in options.items():
         for value in _numbers(values):
-            if value not in bounds:
-                raise InputError(f"--{name} {bounds.says(value)}: {value}")
+            bounds.check(f"--{name}", value)
 
 
 def _numbers(value: Any) -> Iterator[float]:

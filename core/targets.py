@@ -223,9 +223,8 @@ def _weights(criterion: Any, target: Tensor, dtype: torch.dtype) -> tuple[Tensor
     else:
         weights = weight[target.masked_fill(~valid, 0)] * valid
         total = weights.sum()
-    every = torch.full_like(
-        total, target.numel()
-    )  # a tensor: `number / tensor` is a product with 1 / tensor, not exact
+    # A tensor: `number / tensor` is a product with 1 / tensor, not exact.
+    every = torch.full_like(total, target.numel())
     return weights, torch.where(total > 0, every / total, 0.0)
 
 

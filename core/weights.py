@@ -67,16 +67,20 @@ def read_state_dict(file: str | Path) -> dict[str, Tensor]:
 
     Raises: InputError where there is no such file, it cannot be read, or there is no state dict in it.
     """
-    path, key = split_key(file)
+    path = split_key(file)[0]
     if not path.is_file():
         raise InputError(f"no weight file {path}")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         with _readable(path):
-            content: Any = load_file(path)
-    else:
-        content = read_torch(path)
+            return state_dict_of(file, load_file(path))
+    return state_dict_of(file, read_torch(path))
+
+
+def state_dict_of(file: str | Path, content: Any) -> dict[str, Tensor]:
+    """``read_state_dict`` of a file whose content was read already. Raises: InputError where there is none in it."""
+    path, key = split_key(file)
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in _choose(path, key, content).items()}
     while (names := [n for n in state if n not in _COUNTERS]) and all(n.startswith("module.") for n in names):
         state = {name.removeprefix("module."): state[name] for name in names}

@@ -30,7 +30,7 @@ from mmseg.registry import MODELS
 from core.errors import InputError, first_line, unknown
 from core.images import image_files
 from core.training.command import LineParser
-from core.weights import check_finite, read_state_dict, read_torch, split_key
+from core.weights import check_finite, read_state_dict, read_torch, split_key, state_dict_of
 from segmentation.data import NumberedDataset, check_label_map, check_listing, check_truth
 from segmentation.distiller import ROLES, load_weights
 from segmentation.losses import adm_config, parse_method
@@ -331,12 +331,15 @@ def check_pretrained(cfg: Config, networks: Mapping[str, Any]) -> None:
 @CheckpointLoader.register_scheme(prefixes="", force=True)
 def _read_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     """In place of mmengine's own, which runs what it cannot read as data."""
-    file = split_key(os.path.expanduser(filename))[0]
+    named = os.path.expanduser(filename)
+    file = split_key(named)[0]
     if not file.is_file():
         raise FileNotFoundError(f"no weight file {filename}")
-    content = {} if file.suffix == ".safetensors" else read_torch(file)
+    if file.suffix == ".safetensors":
+        return {"state_dict": read_state_dict(named)}
+    content = read_torch(file)
     beside = content if isinstance(content, Mapping) and "meta" in content else {}
-    return {**beside, "state_dict": read_state_dict(os.path.expanduser(filename))}
+    return {**beside, "state_dict": state_dict_of(named, content)}
 
 
 def _pretrained(role: str, network: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -352,9 +355,4 @@ def build(model: Mapping[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Default ``avg_non_ignore`` is False")  # `normalise` says it
         warnings.filterwarnings("ignore", message="DeprecationWarning: pretrained is a deprecated")  # stock configs
-        try:
-            return MODELS.build(model)
-        except InputError:
-            raise
-        except Exception as error:  # what a setting that does not fit raises
-            raise InputError(f"the networks cannot be built: {first_line(error)}") from error
+        return built("the networks", lambda: MODELS.build(model))

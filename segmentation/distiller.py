@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from core.adm import spatial_similarity
 from core.distillation import full_precision, kd_loss
-from core.errors import InputError, require_not_negative, require_positive, unknown
+from core.errors import InputError, unknown
+from core.ranges import NonNegative, Positive, range_of
 from core.training.seed import random_state, restore_random_state, seed_everything
 from core.weights import check_finite, read_state_dict
 from segmentation.losses import (
@@ -100,12 +101,12 @@ class DistillationSegmentor(BaseSegmentor):
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
         self.method, self.with_adm = parse_method(method)
-        require_positive("model", tau=tau)
+        range_of(Positive).check("model.tau", tau)
         weights = dict(weight) if isinstance(weight, Mapping) else dict.fromkeys(ROLES, weight)
         for role, value in weights.items():
             if role not in ROLES:
                 raise unknown("network in model.weight", role, ROLES)
-            require_not_negative("model", weight=value)
+            range_of(NonNegative).check("model.weight", value)
         if normalise not in ("all", "valid"):
             raise unknown("model.normalise", normalise, ("all", "valid"))
         if self.method == "kd" and teacher_weights is None:

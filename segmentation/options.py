@@ -188,8 +188,7 @@ def check_numbers(cfg: Config) -> None:
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not whole and not (number is float and isinstance(value, float)):
                 raise InputError(f"{key} must be {'a whole number' if number is int else 'a number'}: {value!r}")
-            if value not in bounds:
-                raise InputError(f"{key} {bounds.says(value)}: {value}")
+            bounds.check(key, value)
 
 
 def _by_key(value: Any) -> Any:

@@ -207,6 +207,12 @@ class Trials:
             found += self.problems(kind, file, next(hows), [command])
         return found
 
+    def all_problems(self) -> list[str]:
+        """Each case by each command: what goes wrong. Prints the counts."""
+        found = [problem for case in self.cases() for problem in self.problems(*case, [*self.looks, "resume"])]
+        print(dict(self.counts))
+        return found
+
     def problems(self, kind: str, file: str, how: str, commands: Iterable[str]) -> list[str]:
         """Spoils a copy, looks at it by these commands ("resume" is the last) and returns what went wrong."""
         from runs import assert_same_runs

@@ -21,10 +21,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from core.errors import InputError
-from core.ranges import Range, Seed
+from core.ranges import Seed, range_of
 from core.training.command import LineParser, run_command
 from tools import report
 from tools.ours import finished_runs
@@ -35,7 +35,6 @@ from tools.runs import KEPT, Run, keep, read_runs, seeds_of
 from tools.stats import columns
 
 OUT = Path("runs/reproduce")
-SEEDS: Range = get_args(Seed)[1]
 RESULTS = Path(os.path.relpath(ROOT / "results"))
 
 
@@ -145,8 +144,7 @@ def show_table(options: argparse.Namespace) -> int:
 
 def run_tables(options: argparse.Namespace) -> int:
     tables, place = load_tables(options.tables), make_place(options.out, options.data)
-    if (seed := max(options.seeds)) not in SEEDS:
-        raise InputError(f"--seeds: a seed {SEEDS.says(seed)}: {seed}")
+    range_of(Seed).check("--seeds: a seed", max(options.seeds))
     if options.slurm and options.cluster is None:
         raise InputError("--slurm counts only with --cluster slurm")
     if options.jobs is not None and options.cluster is not None:

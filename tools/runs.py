@@ -9,7 +9,6 @@ goes by the path that its folder would have there: the line ``dml-0`` of ``resul
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,16 @@ import yaml
 
 from core.errors import InputError
 from core.files import make_folder, write_atomically
-from core.training.run import flatten, identity_in, identity_of, read_config, read_json, read_metrics
+from core.training.run import (
+    digest_of,
+    flatten,
+    identity_in,
+    load_yaml,
+    read_json,
+    read_metrics,
+    read_signed,
+    said_identity,
+)
 
 KEPT = "runs.jsonl"
 
@@ -144,11 +152,12 @@ def is_folder_of_run(path: Path) -> bool:
 def _read_folder(folder: Path) -> dict[str, Any]:
     try:
         files: dict[str, Any] = {}
+        identity = ""
         if (folder / "config.yaml").is_file():
-            files["config"] = read_config(folder / "config.yaml")
+            text = read_signed(folder / "config.yaml")
+            files["config"], identity = load_yaml(text) or {}, said_identity(text)
         documents = sorted(folder.glob("*.json"), key=lambda f: (f.stem not in ("environment", "summary"), f.stem))
         files |= {f.stem: read_json(f) for f in documents}
-        identity = identity_of(folder / "config.yaml") if "config" in files else None
         for name, values in files.items() if identity else ():
             if (identity_in(values) or identity) != identity:
                 raise InputError(
@@ -197,7 +206,7 @@ def _read_kept(file: Path, changed: int) -> dict[Path, dict[str, Any]]:
     for number, text in enumerate(file.read_bytes().splitlines(), start=1):
         try:
             line = json.loads(text)
-            if line.pop("sha256", None) not in (None, _digest(line)):
+            if line.pop("sha256", None) not in (None, digest_of(line)):
                 raise ValueError
             path = file.parent / line.pop("run")
             _check_kinds(line)
@@ -209,10 +218,6 @@ def _read_kept(file: Path, changed: int) -> dict[Path, dict[str, Any]]:
             )
         found[path] = line
     return found
-
-
-def _digest(line: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(line).encode()).hexdigest()
 
 
 def read_runs(paths: Iterable[Path | str]) -> list[Run]:
@@ -270,7 +275,7 @@ def keep(runs: Iterable[Run], folder: Path) -> list[str]:
         kept[folder / name] = dict(run.files)
         new.append(name)
     lines = {path.relative_to(folder).as_posix(): files for path, files in kept.items()}
-    signed = [{**line, "sha256": _digest(line)} for line in ({"run": name, **lines[name]} for name in sorted(lines))]
+    signed = [{**line, "sha256": digest_of(line)} for line in ({"run": name, **lines[name]} for name in sorted(lines))]
     text = "".join(json.dumps(line) + "\n" for line in signed)
     make_folder(folder)
     write_atomically(file, lambda temporary: temporary.write_text(text))

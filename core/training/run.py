@@ -149,7 +149,7 @@ class RunFolder:
         if not self.main or not (self.metrics_file.exists() or size):
             return
         content = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
-        good = b"".join(line for line in content[:size].splitlines(keepends=True) if _is_whole(line))
+        good = b"".join(line for line in content[:size].splitlines(keepends=True) if _whole(line) is not None)
         if len(good) < size or (sha256 and hashlib.sha256(good).hexdigest() != sha256):
             self.log(
                 f"{self.metrics_file} lacks {size - len(good)} of {size} bytes, or they are damaged: it goes on so"
@@ -193,11 +193,13 @@ def _append(file: Path, line: str) -> None:
         raise TrainingError(f"cannot write {file}: {error.strerror}") from error
 
 
-def _is_whole(line: bytes) -> bool:
+def _whole(line: bytes) -> dict[str, Any] | None:
+    """What a line of ``metrics.jsonl`` says; None where it is cut off or spoiled."""
     try:
-        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+        values = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
-        return False
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def read_metrics(file: Path, summary: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -207,12 +209,12 @@ def read_metrics(file: Path, summary: Mapping[str, Any] | None = None) -> list[d
     """
     content, summary = file.read_bytes() if file.exists() else b"", summary or {}
     lines, known = content.splitlines(keepends=True), summary.get("metrics", {}).get("sha256")
-    finished = summary.get("status") == "finished"
+    rows, finished = [_whole(line) for line in lines], summary.get("status") == "finished"
     if known and known not in (_digests(lines)[-1:] if finished else _digests(lines)):
         notice(f"{file} is damaged: it is not what it was when the run ended, and neither may be what is read of it")
-    elif bad := [number for number, line in enumerate(lines, start=1) if not _is_whole(line)]:
-        notice(f"{file}, line {bad[0]}, is damaged and left out")
-    return [json.loads(line) for line in lines if _is_whole(line)]
+    elif None in rows:
+        notice(f"{file}, line {rows.index(None) + 1}, is damaged and left out")
+    return [row for row in rows if row is not None]
 
 
 def _digests(lines: Sequence[bytes]) -> list[str]:
@@ -266,18 +268,24 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def identity_of(file: Path) -> str:
     """The run's identity, which the end of its ``config.yaml`` says."""
-    _, mark, identity = read_signed(file).rpartition(IDENTITY)
+    return said_identity(read_signed(file))
+
+
+def said_identity(text: str) -> str:
+    """The run's identity, of the text of its ``config.yaml``; "" in one of an earlier version."""
+    _, mark, identity = text.rpartition(IDENTITY)
     return identity.strip() if mark else ""
 
 
-def _digest(values: Mapping[str, Any]) -> str:
+def digest_of(values: Mapping[str, Any]) -> str:
+    """By what JSON is known to be as it was written."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def save_signed_json(values: Mapping[str, Any], file: Path) -> None:
     """As ``save_json``, with a digest by which ``read_json`` knows that nothing was lost."""
     values = plain(values, finite=True)
-    save_json({**values, "sha256": _digest(values)}, file)
+    save_json({**values, "sha256": digest_of(values)}, file)
 
 
 def identity_in(values: Any) -> str | None:
@@ -295,7 +303,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{file} is damaged (it holds a {type(values).__name__})")
     digest = values.pop("sha256", None)
-    if (digest is not None or identity_in(values)) and digest != _digest(values):
+    if (digest is not None or identity_in(values)) and digest != digest_of(values):
         raise InputError(f"{file} is damaged, or was changed by hand")
     return values
 

@@ -53,11 +53,7 @@ def test_a_damage_of_each_file(trials: Trials) -> None:
 
 @pytest.mark.slow
 def test_every_damage_of_each_file(trials: Trials) -> None:
-    found = []
-    for case in trials.cases():
-        found += trials.problems(*case, [*trials.looks, "resume"])
-    print(dict(trials.counts))
-    assert not found, "\n\n".join(found)
+    assert not (found := trials.all_problems()), "\n\n".join(found)
 
 
 # --- kept lines -------------------------------------------------------------------------------------------------------

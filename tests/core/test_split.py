@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from copies import WAYS, changed, copied
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,12 +55,6 @@ MADE: dict[str, Callable[[], Any]] = {
 X = torch.randn(4, 3, 32, 32)
 
 
-def changed(network: nn.Module) -> None:
-    with torch.no_grad():
-        for p in network.parameters():
-            p.mul_(0.5).add_(0.1)
-
-
 @pytest.mark.parametrize("name", MADE)
 def test_it_is_the_model(name: str) -> None:
     network = MADE[name]()
@@ -80,22 +72,10 @@ def test_it_is_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MADE)
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "AveragedModel", "ModelEmaV3"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_copy_computes_with_its_own_weights(name: str, way: str) -> None:
     network = MADE[name]().eval()
-    if way == "deepcopy":
-        twin: Any = copy.deepcopy(network)
-    elif way == "pickle":
-        twin = pickle.loads(pickle.dumps(network))
-    elif way == "torch.save":
-        file = io.BytesIO()
-        torch.save(network, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
-    elif way == "AveragedModel":
-        twin = torch.optim.swa_utils.AveragedModel(network).module
-    else:
-        twin = pytest.importorskip("timm.utils").ModelEmaV3(network).module
+    twin = copied(network, way)
     before = network(X)
     torch.testing.assert_close(twin(X), before)
     changed(network)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from copies import WAYS, changed, copied
 from torch import Tensor, nn
 
 from core import as_network
@@ -40,12 +38,6 @@ def images(name: str) -> Tensor:
 @pytest.fixture(params=OPTIONS)
 def name(request: Any) -> str:
     return request.param
-
-
-def changed(network: nn.Module) -> None:
-    with torch.no_grad():
-        for p in network.parameters():
-            p.mul_(0.5).add_(0.1)
 
 
 def test_a_view_is_the_model_and_leaves_its_object_alone(name: str) -> None:
@@ -86,22 +78,10 @@ def test_names_and_hooks_are_timms(name: str) -> None:
     assert network.get_classifier() is model.get_classifier()
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "AveragedModel", "ModelEmaV3"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_copy_computes_with_its_own_weights(name: str, way: str) -> None:
     network, x = as_network(model_of(name).eval()), images(name)
-    if way == "deepcopy":
-        twin: Any = copy.deepcopy(network)
-    elif way == "pickle":
-        twin = pickle.loads(pickle.dumps(network))
-    elif way == "torch.save":
-        file = io.BytesIO()
-        torch.save(network, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
-    elif way == "AveragedModel":
-        twin = torch.optim.swa_utils.AveragedModel(network).module
-    else:
-        twin = timm.utils.ModelEmaV3(network).module
+    twin = copied(network, way)
     assert type(twin) is type(network)
     before = network(x)
     changed(network)
