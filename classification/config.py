@@ -25,6 +25,7 @@ MAY_CHANGE = ("data.root", "data.download", "data.workers", "fit.device", "fit.k
 
 # Options that a run's ``config.yaml`` leaves out where they say nothing: runs from before they existed stay the same.
 UNSAID: Mapping[str, Mapping[str, Any]] = {
+    "adm": {"feature_targets": "student"},
     "optimizer": {"name": "sgd", "filter_bias_and_bn": False, "layer_decay": None, "options": {}},
     "schedule": {"warmup_steps": 0, "warmup_from": 0.0},
 }
@@ -88,7 +89,7 @@ class Command:
             for key in ("noise", "noise_exclude_true", "noise_seed"):
                 del values["data"][key]
         for section, silent in UNSAID.items():
-            for key in [key for key, value in silent.items() if values[section][key] == value]:
+            for key in [key for key, value in silent.items() if values.get(section, {}).get(key) == value]:
                 del values[section][key]
         for network in values["networks"].values():
             if network["backbone_lr_factor"] is None:

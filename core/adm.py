@@ -212,6 +212,8 @@ class ADMConfig:
         delta: weight of that earlier prediction in divergence's kd form: it grows linearly over the epochs, from the
             first value in the second epoch to the second value in the last (0 in the first epoch).
         feature_filter: Table 18's noise filters of the feature loss.
+        feature_targets: student is whom the feature loss trains; both lets the teacher imitate the student's maps too,
+            which the paper warns of (Section 3.2, Appendix C).
         phi: needed projects the student's map where the last maps differ in channels; always also where they agree, so
             that channel k of one network need not mean what channel k of the other does.
         phi_loss: own trains the last adapter by its own relative residual; feature by the feature loss (the paper's
@@ -229,6 +231,7 @@ class ADMConfig:
     tau: Positive = 1.0
     delta: tuple[Unit, Unit] = (0.2, 0.6)
     feature_filter: NoiseFilter = "none"
+    feature_targets: Literal["student", "both"] = "student"
     phi: Literal["needed", "always"] = "needed"
     phi_loss: Literal["own", "feature"] = "own"
     control: Control = "none"

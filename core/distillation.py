@@ -79,6 +79,7 @@ def feature_loss(
     noise_filter: NoiseFilter = "none",
     *,
     frozen_last: bool = True,
+    learner: Literal["student", "teacher"] = "student",
 ) -> Tensor:
     """Eq. 5: the mean squared difference of two maps, for the student alone (the teacher's map is detached).
 
@@ -92,14 +93,19 @@ def feature_loss(
         noise_filter: Table 18. "norm": each channel's vector of places divided by its L2 norm; "relu": of both maps;
             "drop": without the third (rounded down) of the places of each image that differ most.
         frozen_last: the last pair's phi gets no gradient from here: it has its own loss (``phi_loss``).
+        learner: whose maps have a gradient. ``teacher`` is what Section 3.2 warns of, a teacher that imitates its
+            student: the student's maps and phi are then detached. Both calls together are the loss without any detach,
+            but for phi, which the student's alone moves.
     Returns: a scalar, float32 at least.
     Raises: InputError, a ValueError, where channels differ and no adapter is given, where one argument is a map and the
         other a list, for adapters that do not fit the maps, or for an unknown filter.
     """
+    if learner not in ("student", "teacher"):
+        raise InputError(f"unknown learner {learner!r} of feature_loss: 'student' or 'teacher'")
     if isinstance(map_student, Tensor) and isinstance(map_teacher, Tensor):
         if adapter is not None and not isinstance(adapter, Adapter):
             raise InputError(f"feature_loss of one pair of maps takes one Adapter, not a {type(adapter).__name__}")
-        return _feature_loss(map_student, map_teacher, adapter, noise_filter, frozen_last)
+        return _feature_loss(map_student, map_teacher, adapter, noise_filter, frozen_last, learner)
     if isinstance(map_student, Tensor) or isinstance(map_teacher, Tensor):
         raise InputError("feature_loss takes one map of each network, or a list of maps of each: not a map and a list")
     n = min(len(map_student), len(map_teacher))
@@ -112,16 +118,22 @@ def feature_loss(
         raise InputError(f"feature_loss got {len(adapters)} adapters for {n} pairs of maps")
     pairs = list(zip(list(map_student)[-n:], list(map_teacher)[-n:], adapters, strict=True))
     losses = [
-        _feature_loss(s, t, phi, noise_filter, frozen_last and k == n) / 2 ** (n + 1 - k)
+        _feature_loss(s, t, phi, noise_filter, frozen_last and k == n, learner) / 2 ** (n + 1 - k)
         for k, (s, t, phi) in enumerate(pairs, start=1)
     ]
     return sum(losses[1:], start=losses[0])
 
 
-def _feature_loss(s: Tensor, t: Tensor, phi: Adapter | None, noise_filter: NoiseFilter, frozen: bool) -> Tensor:
+def _feature_loss(
+    s: Tensor, t: Tensor, phi: Adapter | None, noise_filter: NoiseFilter, frozen: bool, learner: str
+) -> Tensor:
     size = smaller_size(s, t)
+    if learner == "student":
+        t = t.detach()
+    else:
+        s, frozen = s.detach(), True
     s = pool_to(s, size) if phi is None else phi(s, size, frozen=frozen)
-    t = pool_to(t.detach(), size)
+    t = pool_to(t, size)
     if (cs := s.shape[1]) != (ct := t.shape[1]):
         raise InputError(f"feature_loss needs an adapter from {cs} to {ct} channels: Adapter({cs}, {ct})")
     if s.shape != t.shape:

@@ -63,6 +63,8 @@ def adm_config(options: Mapping[str, Any], method: str, *, used: bool) -> ADMCon
         raise InputError(
             f"the teacher is fixed, and adm.beta is the weight of a loss that trains it: {config.beta}; give 0"
         )
+    if used and fixed and config.feature_targets == "both":
+        raise InputError("the teacher is fixed, and adm.feature_targets 'both' would train it: give 'student'")
     return config
 
 
@@ -207,11 +209,11 @@ class DenseADM(nn.Module):
         if config.beta > 0:
             losses["teacher"]["divergence"] = config.beta * attended(divergence_loss, teacher)
         if config.gamma > 0:
-            value = feature_loss(
-                student.feature, teacher.feature, self.adapter, config.feature_filter,
-                frozen_last=config.phi_loss == "own",
-            )  # fmt: skip
+            compared = student.feature, teacher.feature, self.adapter, config.feature_filter
+            value = feature_loss(*compared, frozen_last=config.phi_loss == "own")
             losses["student"]["feature"] = config.gamma * value
+            if config.feature_targets == "both":
+                losses["teacher"]["feature"] = config.gamma * feature_loss(*compared, learner="teacher")
         if config.phi_loss == "own" and self.adapter.conv is not None:
             losses["student"]["phi"] = phi_loss(projected, teacher.feature, student.feature)
         return losses

@@ -175,7 +175,7 @@ def resolved(cfg: Config) -> dict[str, Any]:
     values = cfg.to_dict()
     adm = values["model"]["adm"]
     del adm["delta"]  # of the kd form of divergence, which is refused here
-    for key, usual in (("control", "none"), ("phi", "needed")):
+    for key, usual in (("control", "none"), ("phi", "needed"), ("feature_targets", "student")):
         if adm[key] == usual:
             del adm[key]
     return {"task": "segmentation", "method": values["model"].pop("method"), **values}

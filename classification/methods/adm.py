@@ -91,9 +91,10 @@ class ADM(nn.Module):
                 add(teacher, "divergence", terms["divergence"] / students)
             if config.gamma > 0:
                 adapters = [*self.stage_adapters[_key(student, teacher)], adm.adapter]  # type: ignore[misc]
-                frozen = config.phi_loss == "own"
-                loss = feature_loss(s.maps, t.maps, adapters, config.feature_filter, frozen_last=frozen)
-                add(student, "feature", config.gamma / teachers * loss)
+                compared, frozen = (s.maps, t.maps, adapters, config.feature_filter), config.phi_loss == "own"
+                add(student, "feature", config.gamma / teachers * feature_loss(*compared, frozen_last=frozen))
+                if config.feature_targets == "both":
+                    add(teacher, "feature", config.gamma / students * feature_loss(*compared, learner="teacher"))
         return losses
 
     def similarities(self, maps: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:

@@ -31,6 +31,8 @@ class OfflineMethod(Method):
                 "the teacher is fixed, and adm.beta is the weight of a loss that trains it: "
                 f"{run.adm.beta}; set it to 0"
             )
+        if self.with_adm and run.adm.feature_targets == "both":
+            raise InputError("the teacher is fixed, and adm.feature_targets both would train it: leave it out")
         if self.weights and not self.with_adm and not any(getattr(self.options, name) for name in self.weights):
             raise InputError(f"{' and '.join(self.weights)} of {run.method} are all 0: nothing would train the student")
         if "teacher" not in pretrained:

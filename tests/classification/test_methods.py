@@ -155,6 +155,16 @@ def test_the_papers_letter_trains_phi_by_the_feature_loss() -> None:
     assert all(g is not None for g in torch.autograd.grad(total, trained, allow_unused=True))
 
 
+def test_a_teacher_that_imitates_its_student_moves_itself_alone() -> None:
+    losses, _ = distiller_of(DML(), ADMConfig())(batch_of(), START)
+    distiller = distiller_of(DML(), ADMConfig(feature_targets="both"))
+    both, _ = distiller(batch_of(), START)
+    assert set(both["teacher"]) - set(losses["teacher"]) == {"feature"}
+    assert both["teacher"]["feature"].item() == pytest.approx(both["student"]["feature"].item())
+    assert reached(distiller, both["teacher"]["feature"]) == {"teacher"}
+    assert reached(distiller, both["student"]["feature"]) == {"student", "stage"}
+
+
 def test_equal_channels_need_no_adapter() -> None:
     distiller = distiller_of(DML(), ADMConfig(), channels={"teacher": 4, "student": 4})
     assert distiller.adm is not None and not list(distiller.adm.parameters())

@@ -224,6 +224,28 @@ def test_feature_loss_gradients(noise_filter: Any) -> None:
     assert reached(trained, **everything) == {"student", "phi"}
 
 
+@pytest.mark.parametrize("noise_filter", ["none", "norm", "relu", "drop"])
+def test_both_learners_together_are_the_feature_loss_without_detach(noise_filter: Any) -> None:
+    s, t = random_map(3, 6, 4), random_map(4, 3, 2)
+    phi = Adapter(3, 4).double()
+    assert phi.conv is not None
+
+    def loss(learner: Any, teacher: Tensor = t) -> Tensor:
+        return feature_loss(s, teacher, phi, noise_filter, learner=learner)
+
+    assert loss("student").item() == loss("teacher").item()
+    assert reached(loss("teacher"), student=s, teacher=t, phi=phi.conv.weight) == {"teacher"}
+    assert torch.autograd.gradcheck(lambda x: loss("teacher", x), (t,))
+    if noise_filter == "none":
+        pooled = s.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5))
+        projected = torch.einsum("dc,bchw->bdhw", phi.conv.weight[:, :, 0, 0], pooled)
+        whole = torch.autograd.grad((projected - t).square().mean(), (s, t))
+        torch.testing.assert_close(torch.autograd.grad(loss("student"), s)[0], whole[0])
+        torch.testing.assert_close(torch.autograd.grad(loss("teacher"), t)[0], whole[1])
+    with pytest.raises(InputError, match="learner"):
+        loss("nobody")
+
+
 def test_norm_filter_ignores_the_scale_of_a_channel() -> None:
     s, t = random_map(3, 4), random_map(3, 4)
     scale = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64).view(3, 1, 1)

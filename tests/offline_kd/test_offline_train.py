@@ -373,6 +373,7 @@ def test_wrong_teachers_are_refused_in_a_line(tmp_path: Path, teacher: Path) -> 
 
 def test_options_that_do_not_apply_are_refused(tmp_path: Path, teacher: Path) -> None:
     base = arguments(tmp_path / "run", teacher)
+    assert refusal(*base, "--adm.feature_targets", "both").startswith("the teacher is fixed, and adm.feature_targets")
     said = refusal(*base, "--adm.beta", "0.5")
     assert said == "the teacher is fixed, and adm.beta is the weight of a loss that trains it: 0.5; set it to 0"
     assert refusal(*base, "--dkd.beta", "2") == "dkd.beta does not apply to kd: its options are kd.ce, kd.kd, kd.tau"

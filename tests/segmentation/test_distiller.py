@@ -399,6 +399,15 @@ def test_by_the_letter_the_feature_loss_trains_phi() -> None:
     assert not any(p.requires_grad for p in model.adm.parameters())  # type: ignore[union-attr]
 
 
+def test_a_teacher_that_imitates_its_students_map() -> None:
+    model = segmentor("dml+adm", adm={"feature_targets": "both", "gamma": 0.1})
+    losses = model.loss(*(lambda x, y: (x, samples(y)))(*batch()))
+    assert reached(model, losses["teacher/loss_feature"]) == {"teacher"}
+    assert losses["teacher/loss_feature"].item() == pytest.approx(losses["student/loss_feature"].item())
+    with pytest.raises(InputError, match="feature_targets"):
+        adm_config({"feature_targets": "both"}, "kd", used=True)
+
+
 def test_phi_changes_nobody_elses_gradient() -> None:
     inputs, labels = batch()
     gradients = []
