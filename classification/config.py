@@ -25,6 +25,7 @@ MAY_CHANGE = ("data.root", "data.download", "data.workers", "fit.device", "fit.k
 
 # Options that a run's ``config.yaml`` leaves out where they say nothing: runs from before they existed stay the same.
 UNSAID: Mapping[str, Mapping[str, Any]] = {
+    "data": {"test": 0.2},
     "optimizer": {"name": "sgd", "filter_bias_and_bn": False, "layer_decay": None, "options": {}},
     "schedule": {"warmup_steps": 0, "warmup_from": 0.0},
 }

@@ -50,8 +50,8 @@ class DataConfig:
 
     Args:
         name: cifar10, cifar100, digits (scikit-learn's handwritten digits: no file, no download), imagenet or folder
-            (`root/{train,val}/<class>/*.jpg`, or `root/{train,val}.tar`), or a name of timm's data set factory with
-            random access: `torch/<name>` (torchvision) or `hfds/<name>` (Hugging Face).
+            (`root/{train,val}/<class>/*.jpg`, `root/{train,val}.tar`, or `root/<class>/*.jpg`), or a name of timm's
+            data set factory with random access: `torch/<name>` (torchvision) or `hfds/<name>` (Hugging Face).
         root: Folder that holds the data set.
         download: Fetch the data set into `root` if it is missing (cifar10, cifar100, torch/...).
         image_size: Height and width in pixels. Empty: the set's own, that is 32 for CIFAR, 16 for digits, 224 for
@@ -62,6 +62,8 @@ class DataConfig:
             random_resized_crop (with flip) or none. Empty: crop for digits (a flipped digit is another shape),
             crop_flip up to 64 pixels, random_resized_crop above.
         padding: Zero pixels added on each side before a crop.
+        test: Share of the images that are test images in a folder of classes without train and val; stratified, drawn
+            by `split_seed`.
         validation: Share of the training images held out for validation, in [0, 1); stratified, drawn by `split_seed`.
         classes: Only the first so many classes, in the data set's order. Empty: all.
         per_class: Only so many training images of each class, drawn by `split_seed`. Empty: all.
@@ -80,6 +82,7 @@ class DataConfig:
     in_memory: bool | None = None
     augmentation: Augmentation | None = None
     padding: Annotated[int, Range(0, 4096)] = 4
+    test: Share = 0.2
     validation: Share = 0.0
     classes: Count | None = None
     per_class: Count | None = None
@@ -121,7 +124,12 @@ def load_datasets(config: DataConfig, first: int | None = None) -> DataSets:
     else:
         train, test = sources(config.name, config.root, config.download)
         names = train.class_names
-    chosen = choose(train.targets, test.targets, names, config)
+        if test is train:
+            notice(
+                f"note: {config.root} has no train and val: {config.test:.0%} of the images of each class are test "
+                "images (data.test, data.split_seed)"
+            )
+    chosen = choose(train.targets, None if test is train else test.targets, names, config)
     size = config.image_size or OWN_SIZE.get(config.name) or _own_size(config, train, int(chosen[0][0]))
     in_memory = config.in_memory
     if in_memory is None:
@@ -192,18 +200,29 @@ def _own_size(config: DataConfig, source: Source, position: int) -> int:
 
 
 def choose(
-    train_targets: Tensor, test_targets: Tensor, names: tuple[str, ...], config: DataConfig
+    train_targets: Tensor, test_targets: Tensor | None, names: tuple[str, ...], config: DataConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sorted positions int64 of the (train, validation, test) images that `classes`, `validation`, `per_class` leave.
 
-    The held-out images are drawn before `per_class`, so that they stay the same for every training subset.
+    The held-out images are drawn before `per_class`, so that they stay the same for every training subset. Without
+    `test_targets` test images are a share of the others (`test`), drawn first.
 
     Raises: InputError for more classes or images asked for than there are, or a split that stays empty.
     """
     classes = config.classes or len(names)
     if classes > len(names):
         raise InputError(f"data.classes is {classes}, but {config.name} has {len(names)} classes")
-    train, test = ((targets < classes).nonzero().squeeze(1) for targets in (train_targets, test_targets))
+    train = (train_targets < classes).nonzero().squeeze(1)
+    if test_targets is None:
+        test = train[stratified(train_targets[train], lambda count: round(config.test * count), config.split_seed)]
+        train = train[~torch.isin(train, test)]
+        if not len(test) or not len(train):
+            raise InputError(
+                f"data.test {config.test} of {len(train) + len(test)} images leaves no "
+                f"{'training' if len(test) else 'test'} image: change it, or make folders train and val of the classes"
+            )
+    else:
+        test = (test_targets < classes).nonzero().squeeze(1)
     if not len(test):
         raise InputError(f"no test images of the first {classes} classes of {config.name}")
     held_out = stratified(train_targets[train], lambda count: round(config.validation * count), config.split_seed)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Augmentation = Literal["crop_flip", "crop", "random_resized_crop", "none"]
+TRAIN, TEST = ("train",), ("val", "validation", "test")  # what the splits of a folder are called
 ITERABLE_PREFIXES = ("hfids", "tfds", "wds")
 File = tuple[str, int, int | None]
 """Path, offset and size in bytes of an image; size None means the whole file."""
@@ -165,7 +166,9 @@ def find_split(root: str, names: Sequence[str], content: str) -> Path:
     """
     folder = Path(root)
     if not folder.is_dir():
-        raise InputError(f"data folder {folder} does not exist: set --data.root to a folder with train and val folders")
+        raise InputError(
+            f"data folder {folder} does not exist: set --data.root to a folder of classes, or with train and val in it"
+        )
     for name in names:
         for path in (folder / name, folder / f"{name}.tar"):
             if path.exists():
@@ -243,7 +246,8 @@ def _tar_images(split: Path) -> list[tarfile.TarInfo]:
 def sources(name: str, root: str, download: bool = False) -> tuple[Source, Source]:
     """(train, test) of a timm data set name with a prefix, or else of the folder ``root``.
 
-    Test is ``validation`` where a timm set has that, else ``test``.
+    Test is ``validation`` where a timm set has that, else ``test``; the same source as train where ``folder_sources``
+    finds no splits.
     Raises: InputError for an iterable set (see below), or one that timm, torchvision or Hugging Face cannot load.
     """
     if "/" not in name:
@@ -265,10 +269,16 @@ def sources(name: str, root: str, download: bool = False) -> tuple[Source, Sourc
 def folder_sources(root: str) -> tuple[FileSource, FileSource]:
     """(train, test) of `root/train` and the first of `root/val`, `root/validation`, `root/test`.
 
+    Where `root` has none of these and holds the classes itself, one and the same source of all images stands for both.
     Raises: InputError for a missing folder, an empty class, or a test class that the training images lack.
     """
-    train_path = find_split(root, ("train",), "training")
-    test_path = find_split(root, ("val", "validation", "test"), "test")
+    splits = [Path(root, f"{name}{suffix}") for name in (*TRAIN, *TEST) for suffix in ("", ".tar")]
+    if Path(root).is_dir() and not any(path.exists() for path in splits) and any(class_folders(root).values()):
+        classes = list_classes(Path(root))
+        whole = FileSource(classes, tuple(classes))
+        return whole, whole
+    train_path = find_split(root, TRAIN, "training")
+    test_path = find_split(root, TEST, "test")
     train, test = list_classes(train_path), list_classes(test_path)
     _check_known(test, train, f"{test_path} has class", str(train_path))
     if absent := [name for name in train if name not in test]:
