@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -82,7 +83,10 @@ def auto_augmenter(policy: str, size: int, mean: Sequence[float]) -> Callable[[A
             named = kind == "rand" and part.startswith("t")  # a set of operations
             if not re.fullmatch(r"t(weights|3aw?)" if named else r"[a-z]+\d{1,3}(\.\d+)?", part):
                 raise ValueError(f"what is {part!r}?")
-        transform = make(policy, settings)
+        transform: Any = make(policy, settings)
+        for op in getattr(transform, "ops", None) or chain(*transform.policy):
+            if op.name.startswith("Posterize"):
+                op.aug_fn = posterize
         with seeded(0):
             transform(Image.new("RGB", (8, 8)))  # some of what cannot be shows at the first image
     except (AssertionError, ValueError, TypeError, ZeroDivisionError) as error:
@@ -90,6 +94,16 @@ def auto_augmenter(policy: str, size: int, mean: Sequence[float]) -> Callable[[A
             f"data.auto_augment {policy!r} is no policy of timm's ({first_line(error)}): give one as {EXAMPLES}"
         ) from error
     return transform
+
+
+def posterize(image: Any, bits_to_keep: int, **settings: Any) -> Any:
+    """timm's, which asks for 0 bits at magnitude 10: a black image, and an error of Pillow from 13 on."""
+    from PIL import Image
+    from timm.data import auto_augment
+
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **settings)
 
 
 class Erase:
