@@ -40,12 +40,13 @@ class Mixing:
         """``image`` uint8 ``[B, C, H, W]`` or ``[B, V, C, H, W]``, ``target`` int64 ``[B]``, on whichever device."""
         images, target, own = batch["image"], batch["target"], len(batch["target"])
         partner = _partner(own, float(batch.get("weight", 1.0)))
-        # Both shares together are of even length, which timm wants, and reversed the second one faces the first.
-        both = torch.cat([images, _exchanged(images, partner)]).flatten(1, -3).float()
+        x, y = images, target
+        if partner is not None or own % 2:
+            # Both shares together are of even length, which timm wants, and reversed the second one faces the first.
+            x, y = (torch.cat([share, _exchanged(share, partner)]) for share in (x, y))
         with seeded(mix(self.seed, SALT, progress.step)):
-            mixed, targets = self.mixup(both, torch.cat([target, _exchanged(target, partner)]))
-        mixed = mixed[:own].round_().byte().view_as(images)
-        return {**batch, "image": mixed, "target": targets[:own]}
+            x, y = self.mixup(x.flatten(1, -3).float(), y)
+        return {**batch, "image": x[:own].round_().byte().view_as(images), "target": y[:own]}
 
 
 def _partner(own: int, weight: float) -> int | None:
