@@ -67,7 +67,7 @@ class DataConfig:
         color_jitter: Brightness, contrast and saturation of each training image times a factor in [1 - x, 1 + x]; also
             beside a policy.
         re_prob: How often a rectangle of a training image is erased (timm's random erasing).
-        re_mode: What by: pixel noise, one rand(om) color, or const, the data set's mean.
+        re_mode: What by: pixel noise, one rand(om) colour, or const, the data set's mean.
         mixup: Alpha of mixup, which blends pairs of training images and their labels; 0 for none. One draw a batch.
         cutmix: Alpha of cutmix, which pastes a rectangle of one into the other; 0 for none.
         mixup_prob: How often a batch is mixed, by either.

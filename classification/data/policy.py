@@ -109,7 +109,7 @@ def posterize(image: Any, bits_to_keep: int, **settings: Any) -> Any:
 class Erase:
     """timm's ``RandomErasing`` of raw pixels: a rectangle of 2 to 33 % of the image, with that probability.
 
-    timm's is for normalised images, where 0 is the mean color and noise has deviation 1. So the pixels are normalised
+    timm's is for normalised images, where 0 is the mean colour and noise has deviation 1. So the pixels are normalised
     by the data set's mean and std for it, and brought back to 0 .. 255, at which noise is clipped: every network then
     sees the same image, whatever it is normalised by. Pixels outside of the rectangle stay exactly what they were.
     """
