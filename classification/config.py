@@ -25,7 +25,17 @@ MAY_CHANGE = ("data.root", "data.download", "data.workers", "fit.device", "fit.k
 
 # Options that a run's ``config.yaml`` leaves out where they say nothing: runs from before they existed stay the same.
 UNSAID: Mapping[str, Mapping[str, Any]] = {
-    "data": {"test": 0.2},
+    "data": {
+        "test": 0.2,
+        "auto_augment": None,
+        "color_jitter": None,
+        "re_prob": 0.0,
+        "re_mode": "pixel",
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "mixup_prob": 1.0,
+        "mixup_switch_prob": 0.5,
+    },
     "optimizer": {"name": "sgd", "filter_bias_and_bn": False, "layer_decay": None, "options": {}},
     "schedule": {"warmup_steps": 0, "warmup_from": 0.0},
 }
@@ -183,6 +193,11 @@ def _check_pairs(config: TrainConfig, with_adm: bool) -> None:
         raise InputError(
             "adm.consensus kd imitates the teacher and has no label that label_smoothing could smooth: choose "
             "--adm.consensus ce, or leave label_smoothing out"
+        )
+    if with_adm and config.data.mixing and config.adm.beta and config.adm.divergence == "kd":
+        raise InputError(
+            f"adm.divergence kd keeps what a teacher said of each image by its number, and {config.data.mixing} shows "
+            "another mixture each time: choose --adm.divergence ce, or leave it out"
         )
     if with_adm and not (config.adm.alpha or config.adm.beta or config.adm.gamma):
         name = config.method.partition("+")[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class ClassificationDistiller(Distiller):
         if any(self._in_parts(role) for role in self.networks):
             self.parameter_groups()  # refuses what it must before anything is written
         self.held_out: Iterable[Batch] | None = None
+        self.mixing: Callable[[Batch, Progress], Batch] | None = None  # mixup and cutmix of the training batches
         self._keeps_logits = type(method).after_step is not Method.after_step or self.previous is not None
         self._logits: list[dict[str, Tensor]] = []  # of the parts of this step (of its last phase)
         self._gates: dict[str, Tensor] = {}  # of this step: 1 where any of its parts trains the role
@@ -125,6 +126,8 @@ class ClassificationDistiller(Distiller):
 
     def before_step(self, batch: Batch, progress: Progress) -> Batch:
         self._logits = []
+        if self.mixing is not None:
+            batch = self.mixing(batch, progress)
         if self.method.needs_held_out and progress.starts_epoch:
             if self.held_out is None:
                 raise InputError(f"{type(self.method).__name__} needs held-out images: give --data.validation 0.1")

@@ -13,7 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from classification.config import ONLINE, Command, Task, parse_command
 from classification.data import DataSets, InMemoryLoader, Split, Streamed, StreamLoader, load_datasets, make_loader
+from classification.data.classes import check_classes
 from classification.data.datasets import IN_MEMORY_NAMES
+from classification.data.mixing import Mixing
 from classification.data.noise import LabelNoise, draw_noise, with_noise
 from classification.data.sources import sources
 from classification.distiller import ClassificationDistiller, build_networks
@@ -97,6 +99,8 @@ def build(
     noise = None
     if datasets is None:
         datasets = load_datasets(data)
+    if check:
+        check_classes(datasets, data)
     if data.noise:
         seed = config.seed if data.noise_seed is None else data.noise_seed
         targets = datasets.train.targets
@@ -106,6 +110,7 @@ def build(
     name, with_adm = command.method
     method = command.task.methods[name](command.options, with_adm=with_adm)
     method.smooth_labels(config.label_smoothing)
+    method.mix_labels(data.mixing)
     classes = datasets.num_classes
     pretrained = [r for r, c in networks.items() if c.weights or (c.pretrained and keeps_head(c.name, classes))]
     if check:
@@ -129,6 +134,10 @@ def build(
         num_classes=classes,
         channels_last=config.channels_last,
     )
+    if data.mixing:
+        distiller.mixing = Mixing(
+            data.mixup, data.cutmix, data.mixup_prob, data.mixup_switch_prob, num_classes=classes, seed=config.seed
+        )
     return Experiment(command, datasets, distiller, noise, [r for r in pretrained if r not in new_heads], said)
 
 

@@ -83,6 +83,23 @@ class Streamed:
 Split = Arrays | Streamed
 
 
+class Held:
+    """The images of a split in memory, one by one: where more is done to each than a batch of them can have at once."""
+
+    def __init__(self, arrays: Arrays, targets: Tensor, class_names: tuple[str, ...]) -> None:
+        self.targets, self.class_names = targets, class_names
+        self.images = arrays.images.permute(0, 2, 3, 1).contiguous().numpy()  # [N, H, W, C]
+        self.rows = {position: row for row, position in enumerate(arrays.indices.tolist())}
+
+    def image(self, position: int) -> Image:
+        from PIL import Image
+
+        return Image.fromarray(self.images[self.rows[position]])
+
+    def describe(self, position: int) -> str:
+        return f"image {position} in memory"
+
+
 class FileSource:
     """Images in files, or in parts of uncompressed tar files.
 

@@ -110,6 +110,9 @@ class Method(nn.Module):
     takes_smooth_labels: ClassVar[bool] = True
     """Whether its losses against labels are ``criterion``'s alone, so that ``label_smoothing`` means one thing."""
 
+    class_index: str = ""
+    """What of it goes by the class index of an image, which a mixed one has not; empty where nothing does."""
+
     export_note: str = ""
     """Where a network alone is not what was trained: what its weight files, and tools that load it alone, say."""
 
@@ -122,7 +125,7 @@ class Method(nn.Module):
         self.options: Any = options if options is not None else self.Options()
         self.with_adm = with_adm
         self.criterion: Criterion = F.cross_entropy
-        """What compares logits ``[B, K]`` with class indices ``[B]``."""
+        """What compares logits ``[B, K]`` with class indices ``[B]``, or with the probabilities of mixed images."""
 
     def smooth_labels(self, share: float) -> None:
         """Lets ``criterion`` spread that share of each label over all classes; 0 leaves everything as it is.
@@ -136,6 +139,13 @@ class Method(nn.Module):
                 f"{type(self).__name__} goes by the label itself, which label_smoothing would blur: leave that out"
             )
         self.criterion = partial(F.cross_entropy, label_smoothing=share)
+
+    def mix_labels(self, options: str) -> None:
+        """Raises: InputError where it cannot learn of the mixed images that these options make; empty for none."""
+        if options and self.class_index:
+            raise InputError(
+                f"{self.class_index} goes by the class index of each image, and {options} leaves it none: leave it out"
+            )
 
     def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
         """Refuses what it cannot train, before any network is built, by an InputError.

@@ -111,6 +111,8 @@ class KDCL(Method):
         super().__init__(options, with_adm=with_adm)
         self.views = self.options.views or ("shared" if with_adm else "separate")
         self.needs_held_out = self.options.variant == "general"
+        if self.options.variant not in ("general", "mean"):
+            self.class_index = f"kdcl.variant {self.options.variant}"
         # Compiled, its loops would be unrolled: minutes of compilation.
         self.linear_weights = torch.compiler.disable(linear_weights)
         if with_adm and self.views == "separate":
