@@ -15,6 +15,7 @@ from classification.networks.libraries import folder_weights
 from classification.networks.pretrained import find_weights
 from classification.options import NetworkConfig, TrainConfig
 from core.errors import InputError, parse_label
+from core.training import fit
 from core.training.command import config_files, dry_run_wanted, parse, say_ranges, train_parser
 from core.training.run import flatten, read_config
 from core.weights import weights_hash
@@ -27,6 +28,7 @@ MAY_CHANGE = ("data.root", "data.download", "data.workers", "fit.device", "fit.k
 UNSAID: Mapping[str, Mapping[str, Any]] = {
     "optimizer": {"name": "sgd", "filter_bias_and_bn": False, "layer_decay": None, "options": {}},
     "schedule": {"warmup_steps": 0, "warmup_from": 0.0},
+    "fit": fit.UNSAID,
 }
 
 
@@ -178,6 +180,11 @@ def _check_pairs(config: TrainConfig, with_adm: bool) -> None:
                 f"networks.{role}.backbone_lr_factor is of what starts from weights, and {role} starts at random: "
                 f"give --networks.{role}.weights or --networks.{role}.pretrained true, or leave it out"
             )
+    if config.fit.patience is not None and not config.data.validation:
+        raise InputError(
+            "fit.patience without held-out images would choose the run's end by the test images: give "
+            "--data.validation 0.1, or leave it out"
+        )
     if with_adm and config.label_smoothing and config.adm.alpha and config.adm.consensus == "kd":
         raise InputError(
             "adm.consensus kd imitates the teacher and has no label that label_smoothing could smooth: choose "

@@ -42,6 +42,7 @@ class FitConfig:
         clip: largest gradient norm over all networks together; none unless given.
         log_every: steps between lines of metrics (and between looks at the losses for NaN).
         evaluate_every: steps between evaluations, each with a checkpoint; every epoch unless given.
+        patience: evaluations in a row without a better selected value, after which the run ends early.
         keep: checkpoints kept besides the best.
         precision: fp32, bf16, or fp16 (GPUs only).
         device: auto takes a GPU where there is one.
@@ -56,6 +57,7 @@ class FitConfig:
     clip: Positive | None = None
     log_every: Count = 50
     evaluate_every: Count | None = None
+    patience: Count | None = None
     keep: Count = 2
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
@@ -65,6 +67,10 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_ranges("fit.", self)
+
+
+UNSAID: Mapping[str, Any] = {"patience": None}
+"""Options that a run's ``config.yaml`` leaves out where they say nothing: runs from before they existed stay the same."""
 
 
 def make_accelerator(config: FitConfig, run: RunFolder | str, *, unused_parameters: bool = False) -> Any:
@@ -121,6 +127,8 @@ def fit(
     """
     from accelerate.utils import gather_object
 
+    if config.patience is not None and (evaluate is None or select is None):
+        raise InputError("fit.patience: of this training no evaluation is better than another: leave it out")
     steps_per_epoch: int | None = len(data) if hasattr(data, "__len__") else None  # type: ignore[arg-type]
     total_steps, interval = durations(config, steps_per_epoch)
     epoch_length = steps_per_epoch or interval
@@ -148,7 +156,7 @@ def fit(
     distiller.train()
     recorder.start(step)
     with Stop().listening() as stop, recorder.bar:
-        while step < total_steps:
+        while step < total_steps and not recorder.has_waited(step, config.patience, interval):
             now = schedule(step / epoch_length)
             progress = Progress(step, step / epoch_length, total_steps, total_steps / epoch_length, now)
             if now != factor:
@@ -180,7 +188,7 @@ def fit(
                     _save(recorder, step, distiller, parts, accelerator, config.keep, best=False)
                 break
 
-    result = recorder.finish(step, summary or {})
+    result = recorder.finish(step, summary or {}, early=recorder.has_waited(step, config.patience, interval))
     for tracker in accelerator.trackers:  # not end_training(): the processes stay together for a next call
         tracker.finish()
     accelerator.trackers.clear()
