@@ -20,6 +20,7 @@ from classification.distiller import ClassificationDistiller, build_networks
 from classification.networks.pretrained import keeps_head, load_weights, normalisation_of
 from core.errors import InputError, first_line
 from core.images import EXTENSIONS
+from core.training.average import averaged_role
 from core.training.checkpoint import read_state
 from core.training.run import read_config
 from core.weights import read_metadata
@@ -106,6 +107,10 @@ def build(
     name, with_adm = command.method
     method = command.task.methods[name](command.options, with_adm=with_adm)
     method.smooth_labels(config.label_smoothing)
+    if config.fit.ema_decay is not None and not method.takes_average:
+        raise InputError(
+            f"fit.ema_decay averages a network alone, and {name}'s student needs more than itself: leave it out"
+        )
     classes = datasets.num_classes
     pretrained = [r for r, c in networks.items() if c.weights or (c.pretrained and keeps_head(c.name, classes))]
     if check:
@@ -206,11 +211,13 @@ def load_checkpoint(distiller: ClassificationDistiller, checkpoint: Path) -> Non
     file, state = checkpoint / "state.pt", read_state(checkpoint)
     for role in distiller.trained():
         load_weights(distiller.networks[role], checkpoint / f"{role}.safetensors", training=False)
+        if (file := checkpoint / f"{averaged_role(role)}.safetensors").is_file():
+            load_weights(distiller.add_average(role), file, training=False)
     try:
         extra = state["extra"]
         missing = distiller.load_state_dict(extra, strict=False).missing_keys
     except Exception as error:  # a damaged pickle can raise anything
         reason = first_line(error)
         raise InputError(f"cannot read {file} (missing, incomplete or of another run): {reason}") from error
-    if missing := [key for key in missing if not key.startswith("networks.")]:
+    if missing := [key for key in missing if not key.startswith(("networks.", "averages."))]:
         raise InputError(f"{file} lacks {missing[0]}: it is of another run")

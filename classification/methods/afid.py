@@ -205,6 +205,7 @@ class AFID(Method):
     """
 
     Options = AFIDOptions
+    takes_average = False
 
     export_note = (
         "trained by AFID, it needs its peer's attention at test time; alone it is not the network that was trained, "

@@ -110,6 +110,9 @@ class Method(nn.Module):
     takes_smooth_labels: ClassVar[bool] = True
     """Whether its losses against labels are ``criterion``'s alone, so that ``label_smoothing`` means one thing."""
 
+    takes_average: ClassVar[bool] = True
+    """Whether a network with averaged weights (``fit.ema_decay``) predicts by itself what it does here."""
+
     export_note: str = ""
     """Where a network alone is not what was trained: what its weight files, and tools that load it alone, say."""
 

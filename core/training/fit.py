@@ -10,9 +10,10 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ..errors import InputError, unknown
-from ..ranges import Count, Positive, check_ranges
+from ..ranges import Count, Positive, Share, check_ranges
 from ..split import model_of
 from . import checkpoint as checkpoints
+from .average import Averages, averaged_role
 from .command import Stop
 from .distiller import Batch, Distiller, Progress
 from .recorder import Recorder
@@ -43,6 +44,8 @@ class FitConfig:
         log_every: steps between lines of metrics (and between looks at the losses for NaN).
         evaluate_every: steps between evaluations, each with a checkpoint; every epoch unless given.
         patience: evaluations in a row without a better selected value, after which the run ends early.
+        ema_decay: of a moving average of each student's weights, which is evaluated and saved beside it.
+        ema_warmup: the average's decay rises from 0, as 1 - step^(-2/3).
         keep: checkpoints kept besides the best.
         precision: fp32, bf16, or fp16 (GPUs only).
         device: auto takes a GPU where there is one.
@@ -58,6 +61,8 @@ class FitConfig:
     log_every: Count = 50
     evaluate_every: Count | None = None
     patience: Count | None = None
+    ema_decay: Share | None = None
+    ema_warmup: bool = False
     keep: Count = 2
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
@@ -67,10 +72,12 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_ranges("fit.", self)
+        if self.ema_warmup and self.ema_decay is None:
+            raise InputError("fit.ema_warmup is of an average that fit.ema_decay asks for: give both")
 
 
-UNSAID: Mapping[str, Any] = {"patience": None}
-"""Options that a run's ``config.yaml`` leaves out where they say nothing: runs from before they existed stay the same."""
+UNSAID: Mapping[str, Any] = {"patience": None, "ema_decay": None, "ema_warmup": False}
+"""Options that ``config.yaml`` leaves out where they say nothing: runs from before they existed stay the same."""
 
 
 def make_accelerator(config: FitConfig, run: RunFolder | str, *, unused_parameters: bool = False) -> Any:
@@ -136,6 +143,7 @@ def fit(
         distiller.compile()
     module = accelerator.prepare(distiller)  # not the optimiser: accelerate's wrapper costs 0.1 ms a step
     optim = optimizer(distiller.parameter_groups())
+    averages = Averages(distiller, config)
     base_rates = [group["lr"] for group in optim.param_groups]
     recorder = Recorder(
         run, accelerator.device, accelerator.num_processes,
@@ -169,6 +177,7 @@ def fit(
                 accumulate=config.accumulate, clip=config.clip,
             )  # fmt: skip
             step += 1
+            averages.update(step)
             stopping = recorder.after_step(step, batch_length(batch), optim.param_groups[0]["lr"], stop.requested)
             if step % interval == 0 or step == total_steps:
                 recorder.clock.pause()
@@ -218,12 +227,16 @@ def _save(
         "step": step, **recorder.state(),
         **{name: None if part is None else part.state_dict() for name, part in parts.items()},
         # Weights, buffers and extra state (torch's get_extra_state) that belong to no network: adapters, heads.
-        "extra": {k: v for k, v in distiller.state_dict().items() if not k.startswith("networks.")},
+        "extra": {k: v for k, v in distiller.state_dict().items() if not k.startswith(("networks.", "averages."))},
     }  # fmt: skip
     if recorder.run.main:
         weights = {
             r: (model_of(distiller.networks[r]).state_dict(), distiller.metadata(r)) for r in distiller.trained()
         }
+        for role in list(weights):
+            if (name := averaged_role(role)) in distiller.averages:
+                said = {**weights[role][1], "role": name}
+                weights[name] = model_of(distiller.averages[name]).state_dict(), said
         checkpoints.save_checkpoint(recorder.run.checkpoints, step, weights, state, best=best, keep=keep)
     accelerator.wait_for_everyone()
 
@@ -242,6 +255,8 @@ def _load(recorder: Recorder, distiller: Distiller, parts: dict[str, Any], accel
     weights, state = found
     for role in distiller.trained():
         model_of(distiller.networks[role]).load_state_dict(weights[role])
+    for name, average in distiller.averages.items():
+        model_of(average).load_state_dict(weights[name])
     distiller.load_state_dict(state["extra"], strict=False)
     for name, part in parts.items():
         if part is not None and state[name] is not None:

@@ -140,6 +140,7 @@ class NORM(KD):
     """
 
     Options = NORMOptions
+    takes_average = False
 
     transform: FeatureTransform
     classifier: nn.Linear

@@ -100,4 +100,3 @@ def test_what_has_no_best_evaluation_refuses_patience(shell: Any, tmp_path: Path
         assert code == 2 and len(error.splitlines()) == 1 and "--fit.patience" in error
         code, said, _ = shell(main, [*argv, "--dry-run"])
         assert code == 0 and "patience" not in said
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,6 @@ def test_the_student_decides_and_the_fixed_teacher_does_not(
     code, _, error = command(offline_arguments(tmp_path / "run", teacher, *more))
     assert code == 0 and "stopped early" in error
     scores = [line["student/top1"] for line in lines(tmp_path / "run", "evaluation")]
-    assert scores[-1] <= scores[-2] and all(b > a for a, b in zip(scores[:-1], scores[1:-1], strict=False))
+    assert scores[-1] <= scores[-2] and all(b > a for a, b in pairwise(scores[:-1]))
     summary = read(tmp_path / "run/summary.json")
     assert summary["status"] == "finished" and summary["best"]["student/top1"] == scores[-2]
