@@ -93,8 +93,9 @@ class Command:
             for key in [key for key, value in silent.items() if values[section][key] == value]:
                 del values[section][key]
         for network in values["networks"].values():
-            if network["backbone_lr_factor"] is None:
-                del network["backbone_lr_factor"]
+            for key in ("backbone_lr_factor", "size"):
+                if network[key] is None:
+                    del network[key]
         if not self.config.label_smoothing:
             del values["label_smoothing"]
         if own := asdict(self.options):

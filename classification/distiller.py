@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.methods import ADM, Method, Outputs
@@ -64,7 +65,7 @@ class ClassificationDistiller(Distiller):
         adapted = {
             role: _adapted(role, configs[role].name, network, normalised[role]) for role, network in networks.items()
         }
-        self.networks = nn.ModuleDict(method.prepare(adapted, normalised[next(iter(adapted))]))
+        self.networks = nn.ModuleDict(method.prepare(adapted, normalised))
         if channels_last:
             self.networks.to(memory_format=torch.channels_last)
         self.phases = method.phases(list(self.networks))
@@ -111,17 +112,27 @@ class ClassificationDistiller(Distiller):
         return self.averages[name]
 
     def views(self, images: Tensor, roles: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Raw images ``[B, C, H, W]`` or, a view for each role, ``[B, V, C, H, W]``, uint8 -> normalised, by role."""
+        """Raw images ``[B, C, H, W]`` or, a view for each role, ``[B, V, C, H, W]``, uint8 -> normalised, by role.
+
+        Each network has its own size; of equal size and normalisation they share a tensor.
+        """
         made: dict[Any, Tensor] = {}
         result = {}
         for index, role in enumerate(roles or self.networks):
-            key = (self.normalisation[role], index if images.dim() == 5 else 0)
+            key = (self.normalisation[role], self.configs[role].size, index if images.dim() == 5 else 0)
             if key not in made:
-                raw = images[:, index] if images.dim() == 5 else images
-                x = raw.float().mul_(getattr(self, f"scale_{role}")).add_(getattr(self, f"shift_{role}"))
+                raw = (images[:, index] if images.dim() == 5 else images).float()
+                x = self.resized(raw, role).mul_(getattr(self, f"scale_{role}")).add_(getattr(self, f"shift_{role}"))
                 made[key] = x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
             result[role] = made[key]
         return result
+
+    def resized(self, images: Tensor, role: str) -> Tensor:
+        """Images float ``[B, C, H, W]`` in this network's own size: themselves where it has none."""
+        size = self.configs[role].size
+        if size is None or images.shape[-2:] == (size, size):
+            return images
+        return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
     def train(self, mode: bool = True) -> ClassificationDistiller:
         """A network that is not trained stays in evaluation mode: its BatchNorm statistics must not move."""
@@ -245,7 +256,8 @@ class ClassificationDistiller(Distiller):
         mean, std = (json.dumps(list(values)) for values in self.normalisation[role])
         said = {"role": role, "architecture": self.configs[role].name, "num_classes": str(self.num_classes)}
         note = {"export_note": self.method.export_note} if self.method.export_note else {}
-        return {**said, "mean": mean, "std": std, **note}
+        size = {"size": str(self.configs[role].size)} if self.configs[role].size is not None else {}
+        return {**said, "mean": mean, "std": std, **size, **note}
 
 
 def _adapted(role: str, name: str, network: nn.Module, images: Tensor) -> nn.Module:

@@ -18,7 +18,8 @@ from classification.data.noise import LabelNoise, draw_noise, with_noise
 from classification.data.sources import sources
 from classification.distiller import ClassificationDistiller, build_networks
 from classification.networks.pretrained import keeps_head, load_weights, normalisation_of
-from core.errors import InputError, first_line
+from classification.options import NetworkConfig
+from core.errors import InputError, first_line, notice
 from core.images import EXTENSIONS
 from core.training.average import averaged_role
 from core.training.checkpoint import read_state
@@ -119,6 +120,7 @@ def build(
     own = {r: normalisation_of(c.name) if c.pretrained else {} for r, c in networks.items()}
     said = own | {r: {**({} if networks[r].weights else own[r]), **read_metadata(file)} for r, file in files.items()}
     learning = {role for phase in method.phases(list(networks)) for role in phase} if check else set()
+    networks = {role: _sized(role, c, said[role], datasets.image_size) for role, c in networks.items()}
     new_heads: dict[str, int] = {}
     distiller = ClassificationDistiller(
         build_networks(networks, classes, config.seed, files, training=check, learning=learning, new_heads=new_heads),
@@ -135,6 +137,18 @@ def build(
         channels_last=config.channels_last,
     )
     return Experiment(command, datasets, distiller, noise, [r for r in pretrained if r not in new_heads], said)
+
+
+def _sized(role: str, config: NetworkConfig, said: Mapping[str, Any], image_size: int) -> NetworkConfig:
+    """A network's config with the size of its own images; unless given, the one with which its weights were trained."""
+    if config.size is None and "size" in said:
+        config = replace(config, size=int(said["size"]))
+    if config.size is not None and config.size > image_size:
+        notice(
+            f"note: networks.{role}.size {config.size} is more than data.image_size {image_size}: its images are "
+            f"enlarged; where the files have more pixels, give --data.image_size {config.size}"
+        )
+    return config
 
 
 def main_role(roles: Iterable[str]) -> str:
@@ -199,7 +213,8 @@ def restore(command: Command, checkpoint: Path, datasets: DataSets | None = None
         if (file := checkpoint / f"{role}.safetensors").is_file():  # what it started from is not needed any more
             said = read_metadata(file)
             mean, std = said.get("mean", config.mean), said.get("std", config.std)
-            networks[role] = replace(config, weights=None, pretrained=False, mean=mean, std=std, sha256=None)
+            size = int(said["size"]) if "size" in said else config.size
+            networks[role] = replace(config, weights=None, pretrained=False, mean=mean, std=std, size=size, sha256=None)
     command = replace(command, config=replace(command.config, networks=networks))
     experiment = build(command, check=False, datasets=datasets)
     load_checkpoint(experiment.distiller, checkpoint)

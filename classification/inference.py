@@ -54,6 +54,9 @@ def open_weights(command: Command, file: str, named: bool) -> Experiment:
         return build(command, check=False, datasets=_datasets(config, said))
     if "num_classes" not in said:
         raise InputError(f"{file} does not say how many classes it has: give --data.name (and --data.root)")
+    if config.image_size is None and "size" in said:
+        config = replace(config, image_size=int(said["size"]))
+        command = replace(command, config=replace(command.config, data=config))
     return build(command, check=False, datasets=nameless_datasets(config, int(said["num_classes"])))
 
 

@@ -149,10 +149,10 @@ class Method(nn.Module):
             name, there = type(self).__name__, ", ".join(roles) or "none"
             raise InputError(f"{name} needs at least {self.min_networks} networks, and there is {there}")
 
-    def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
+    def prepare(self, networks: dict[str, nn.Module], samples: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         """The networks that take part: may wrap or freeze one, or build modules of the method's own.
 
-        ``sample``: normalised images ``[B, 3, H, W]``.
+        ``samples``: by role, normalised images ``[B, 3, H, W]`` of the network's own size.
         """
         return networks
 

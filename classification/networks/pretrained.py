@@ -35,7 +35,8 @@ def find_weights(place: str | Path, role: str, architecture: str) -> Path:
     Raises: InputError where there is no such file, or several.
     """
     before, _, named = str(place).rpartition("#")
-    place, named = (Path(before), named) if not Path(place).exists() and Path(before).is_dir() else (Path(place), "")
+    in_folder = bool(before) and Path(before).is_dir() and not Path(place).exists()
+    place, named = (Path(before), named) if in_folder else (Path(place), "")
     place = goal(place) if place.name in (LAST, BEST) else place
     if split_key(place)[0].is_file():
         return place

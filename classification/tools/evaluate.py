@@ -160,6 +160,8 @@ def evaluate_split(experiment: Experiment, split: str, source: dict[str, Any], d
         parameters = sum(p.numel() for p in distiller.network(role).parameters())
         name = distiller.configs[role].name
         networks[role] = {"name": name, "parameters": parameters, "mean": list(mean), "std": list(std)}
+        if (size := distiller.configs[role].size) is not None:
+            networks[role]["size"] = size
     return {
         **source,
         "data": asdict(experiment.command.config.data),
