@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from classification.options import NetworkConfig, TrainConfig
 from core.errors import InputError, parse_label
 from core.training import fit
 from core.training.command import config_files, dry_run_wanted, parse, say_ranges, train_parser
+from core.training.precision import settled
 from core.training.run import flatten, read_config
 from core.weights import weights_hash
 
@@ -139,6 +140,7 @@ def parse_command(argv: Sequence[str] | None = None, prog: str | None = None, ta
     for key in ("config", "task"):
         cfg.pop(key, None)
     config = task.config(**cfg)
+    config = replace(config, fit=settled(config.fit, config.out))
     name, with_adm = parse_label(config.method, task.methods)
     _check_flags(task, name, with_adm, argv)
     if not config.networks:

@@ -15,6 +15,7 @@ from core.errors import InputError
 from core.training.command import dry_run_wanted, parse, train_parser
 from core.training.distiller import Distiller
 from core.training.fit import UNSAID
+from core.training.precision import settled
 from core.training.run import read_config
 from core.training.step import memory_estimate, seconds_a_step
 from core.training.task import gigabytes
@@ -73,6 +74,7 @@ def parse_config(kind: type[Config], argv: Sequence[str], prog: str | None = Non
         raise
     dry_run = dry_run_wanted(values.pop("dry_run"), values.pop("time"))
     values.pop("config", None)
+    values["fit"] = settled(values["fit"], values["out"])
     config = kind(**values)
     for name, nothing in UNSAID.items():
         if getattr(config.fit, name) != nothing:  # type: ignore[attr-defined]

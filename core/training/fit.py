@@ -16,6 +16,7 @@ from . import checkpoint as checkpoints
 from .average import Averages, averaged_role
 from .command import Stop
 from .distiller import Batch, Distiller, Progress
+from .precision import native_precision
 from .recorder import Recorder
 from .run import RunFolder
 from .schedule import Schedule
@@ -47,7 +48,7 @@ class FitConfig:
         ema_decay: of a moving average of each student's weights, which is evaluated and saved beside it.
         ema_warmup: the average's decay rises from 0, as 1 - step^(-2/3).
         keep: checkpoints kept besides the best.
-        precision: fp32, bf16, or fp16 (GPUs only).
+        precision: fp32, bf16, fp16 (GPUs only), or auto: bf16 where the machine computes it natively, else fp32.
         device: auto takes a GPU where there is one.
         compile: torch.compile of the whole forward with its losses.
         deterministic: bit-equal repeats on a GPU too, slower (on the CPU they always are).
@@ -64,7 +65,7 @@ class FitConfig:
     ema_decay: Share | None = None
     ema_warmup: bool = False
     keep: Count = 2
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     device: Literal["auto", "cpu"] = "auto"
     compile: bool = False
     deterministic: bool = False
@@ -87,7 +88,8 @@ def make_accelerator(config: FitConfig, run: RunFolder | str, *, unused_paramete
     from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration
 
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    if config.precision == "fp16" and on_cpu:
+    precision = native_precision(on_cpu)[0] if config.precision == "auto" else config.precision
+    if precision == "fp16" and on_cpu:
         raise InputError("fp16 needs a GPU: on the CPU use --fit.precision bf16 or fp32")
     for name in config.trackers:
         if name not in LoggerType.list():
@@ -100,7 +102,7 @@ def make_accelerator(config: FitConfig, run: RunFolder | str, *, unused_paramete
     try:
         return Accelerator(
             cpu=on_cpu,
-            mixed_precision="no" if config.precision == "fp32" else config.precision,
+            mixed_precision="no" if precision == "fp32" else precision,
             log_with=list(config.trackers) or None,
             project_config=ProjectConfiguration(project_dir=path, logging_dir=f"{path}/tensorboard"),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)],

@@ -138,7 +138,7 @@ def test_exports_take_images_of_that_size(shell: Any, command: Command, tmp_path
     more = ["--networks", "{student: {name: resnet10t, size: 32}}", "--data.image_size", "64", "--fit.epochs", "1"]
     assert command(arguments(run, *more, method="vanilla"))[0] == 0
     argv = [str(run), "--device", "cpu", "--export", str(folder), "--format", "timm,onnx"]
-    code, said, error = shell(evaluate, argv)  # each is reopened, and its logits compared
+    code, _, error = shell(evaluate, argv)  # each is reopened, and its logits compared
     assert code == 0, error
     assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 32, 32]
     import onnx
