@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import STUDENT, TEACHER, arguments, assert_same, assert_same_runs, lines, metrics, read
+from runs import STUDENT, TEACHER, arguments, assert_same, assert_same_runs, in_two_processes, lines, metrics, read
 from runs import stop_at as stopping
 from safetensors.torch import load_file
 from torch import Tensor
@@ -201,3 +201,14 @@ def test_a_single_network_of_any_role_is_averaged(command: Command, tmp_path: Pa
     assert command([*arguments(out, method="vanilla"), *networks, *EMA, "--fit.epochs", "1"])[0] == 0
     assert {file.stem for file in (out / "checkpoints/last").glob("*.safetensors")} == {"teacher", "teacher_ema"}
     assert "teacher_ema/top1" in lines(out, "evaluation")[-1]
+
+
+@pytest.mark.slow
+def test_two_processes_save_the_average_that_they_scored(tmp_path: Path, shell: Any) -> None:
+    """BatchNorm's statistics, and so their averages, differ between processes until an evaluation."""
+    out = tmp_path / "run"
+    in_two_processes("classification/tools/train.py", *arguments(out, *EMA, "--fit.epochs", "2", method="vanilla"))
+    assert shell(evaluate, [str(out), "--device", "cpu"])[0] == 0
+    values, last = read(out / "evaluation-last-test.json")["values"], lines(out, "evaluation")[-1]
+    for name in ("student_ema/nll", "student/nll"):
+        assert values[name] == pytest.approx(last[name], rel=1e-6)
