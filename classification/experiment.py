@@ -120,7 +120,7 @@ def build(
     own = {r: normalisation_of(c.name) if c.pretrained else {} for r, c in networks.items()}
     said = own | {r: {**({} if networks[r].weights else own[r]), **read_metadata(file)} for r, file in files.items()}
     learning = {role for phase in method.phases(list(networks)) for role in phase} if check else set()
-    networks = {role: _sized(role, c, said[role], datasets.image_size) for role, c in networks.items()}
+    networks = {role: _sized(role, c, said[role], datasets.image_size, check) for role, c in networks.items()}
     new_heads: dict[str, int] = {}
     distiller = ClassificationDistiller(
         build_networks(networks, classes, config.seed, files, training=check, learning=learning, new_heads=new_heads),
@@ -139,11 +139,14 @@ def build(
     return Experiment(command, datasets, distiller, noise, [r for r in pretrained if r not in new_heads], said)
 
 
-def _sized(role: str, config: NetworkConfig, said: Mapping[str, Any], image_size: int) -> NetworkConfig:
-    """A network's config with the size of its own images; unless given, the one with which its weights were trained."""
+def _sized(role: str, config: NetworkConfig, said: Mapping[str, Any], image_size: int, remark: bool) -> NetworkConfig:
+    """A network's config with the size of its own images; unless given, the one with which its weights were trained.
+
+    ``remark``: whether to say it where they are enlarged.
+    """
     if config.size is None and "size" in said:
         config = replace(config, size=int(said["size"]))
-    if config.size is not None and config.size > image_size:
+    if remark and config.size is not None and config.size > image_size:
         notice(
             f"note: networks.{role}.size {config.size} is more than data.image_size {image_size}: its images are "
             f"enlarged; where the files have more pixels, give --data.image_size {config.size}"
