@@ -158,8 +158,7 @@ class ClassificationDistiller(Distiller):
             for name, average in self.averages.items():
                 if name not in without:
                     role = name.removesuffix(SUFFIX)
-                    beside = {} if self.takes_one else self.networks
-                    together = {**beside, role: average}
+                    together = {role: average} if self.takes_one else {**self.networks, role: average}
                     outputs[name] = self.method(together, self.views(images, list(together)))[role]
             return outputs
         finally:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .command import missing_extra
 from .distiller import Distiller
 
 if TYPE_CHECKING:
@@ -25,16 +26,17 @@ class Averages:
     """
 
     def __init__(self, distiller: Distiller, config: FitConfig) -> None:
-        self.distiller = distiller
+        self.distiller, self.all = distiller, dict[str, Any]()
         if config.ema_decay is None:
-            self.all = {}
             return
-        from timm.utils import ModelEmaV3
-
+        try:
+            from timm.utils import ModelEmaV3
+        except ImportError as error:
+            raise missing_extra(error, "classification") from error
         trained = list(distiller.trained())
         roles = [role for role in trained if role.startswith("student")] or trained
-        settings = {"decay": config.ema_decay, "use_warmup": config.ema_warmup}
-        self.all = {role: ModelEmaV3(distiller.networks[role], **settings) for role in roles}
+        decay, warmup = config.ema_decay, config.ema_warmup
+        self.all = {role: ModelEmaV3(distiller.networks[role], decay, use_warmup=warmup) for role in roles}
         for role, average in self.all.items():
             distiller.averages[averaged_role(role)] = average.module.requires_grad_(False)
 
