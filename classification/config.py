@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,9 @@ from classification.networks.libraries import folder_weights
 from classification.networks.pretrained import find_weights
 from classification.options import NetworkConfig, TrainConfig
 from core.errors import InputError, parse_label
+from core.training import fit
 from core.training.command import config_files, dry_run_wanted, parse, say_ranges, train_parser
+from core.training.precision import settled
 from core.training.run import flatten, read_config
 from core.weights import weights_hash
 
@@ -38,6 +40,7 @@ UNSAID: Mapping[str, Mapping[str, Any]] = {
     },
     "optimizer": {"name": "sgd", "filter_bias_and_bn": False, "layer_decay": None, "options": {}},
     "schedule": {"warmup_steps": 0, "warmup_from": 0.0},
+    "fit": fit.UNSAID,
 }
 
 
@@ -102,8 +105,9 @@ class Command:
             for key in [key for key, value in silent.items() if values[section][key] == value]:
                 del values[section][key]
         for network in values["networks"].values():
-            if network["backbone_lr_factor"] is None:
-                del network["backbone_lr_factor"]
+            for key in ("backbone_lr_factor", "size"):
+                if network[key] is None:
+                    del network[key]
         if not self.config.label_smoothing:
             del values["label_smoothing"]
         if own := asdict(self.options):
@@ -147,6 +151,7 @@ def parse_command(argv: Sequence[str] | None = None, prog: str | None = None, ta
     for key in ("config", "task"):
         cfg.pop(key, None)
     config = task.config(**cfg)
+    config = replace(config, fit=settled(config.fit, config.out))
     name, with_adm = parse_label(config.method, task.methods)
     _check_flags(task, name, with_adm, argv)
     if not config.networks:
@@ -189,6 +194,11 @@ def _check_pairs(config: TrainConfig, with_adm: bool) -> None:
                 f"networks.{role}.backbone_lr_factor is of what starts from weights, and {role} starts at random: "
                 f"give --networks.{role}.weights or --networks.{role}.pretrained true, or leave it out"
             )
+    if config.fit.patience is not None and not config.data.validation:
+        raise InputError(
+            "fit.patience without held-out images would choose the run's end by the test images: give "
+            "--data.validation 0.1, or leave it out"
+        )
     if with_adm and config.label_smoothing and config.adm.alpha and config.adm.consensus == "kd":
         raise InputError(
             "adm.consensus kd imitates the teacher and has no label that label_smoothing could smooth: choose "

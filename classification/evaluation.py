@@ -65,15 +65,16 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates whatever gives logits on every sample of ``loader``, once, over all processes together.
 
-    ``roles``: only these of ``distiller.output_roles``. The other networks are then not run, unless the method or ADM
+    ``roles``: only these of ``distiller.scored_roles``. The other networks are then not run, unless the method or ADM
     looks at them.
     Returns: ``<role>/top1``, ``/top5``, ``/ece`` in percent, ``/nll`` in nats, and ``attention/...`` (Table 17) of the
     first pair that has an S (see ``similarities``), with ADM or without, so that both can be compared.
     """
     device = accelerator.device if accelerator is not None else next(distiller.parameters()).device
-    roles = distiller.output_roles if roles is None else roles
+    roles = distiller.scored_roles if roles is None else roles
     can_leave_out = distiller.method.separable and distiller.adm is None
-    without = [role for role in distiller.networks if role not in roles] if can_leave_out else []
+    optional = [*(distiller.networks if can_leave_out else ()), *distiller.averages]
+    without = [role for role in optional if role not in roles]
     scores = {role: Scores(device) for role in roles}
     calibrations = {role: Calibration(device=device) for role in roles}
     attention = AttentionStatistics(device)

@@ -120,7 +120,7 @@ def write(export: Export, experiment: Experiment, split: str, card: str) -> dict
     distiller = experiment.distiller
     normalisation = distiller.normalisation[export.role]
     whole = Normalised(distiller.export(export.role), *normalisation).cpu().eval()
-    images = images_at(experiment.split(split), IMAGES).float() / 255.0
+    images = distiller.resized(images_at(experiment.split(split), IMAGES).float(), export.role) / 255.0
     with torch.no_grad():
         normalised, expected = whole.normalise(images), whole(images)
     largest = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny).item()
@@ -150,10 +150,11 @@ def description(export: Export, experiment: Experiment) -> dict[str, Any]:
     """What an image must go through before the network, and what comes out; ONNX and .pt2 hold it as JSON."""
     datasets = experiment.datasets
     mean, std = experiment.distiller.normalisation[export.role]
+    size = experiment.distiller.configs[export.role].size or datasets.image_size
     return {
         "architecture": experiment.distiller.configs[export.role].name,
         "class_names": list(datasets.class_names),
-        "input_size": [len(mean), datasets.image_size, datasets.image_size],
+        "input_size": [len(mean), size, size],
         "crop_pct": crop_share(datasets.test),
         "interpolation": "bilinear",
         "mean": list(mean),

@@ -15,7 +15,6 @@ from classification.data.datasets import worth_workers
 from classification.data.sources import Images
 from classification.data.unseen import evaluation_transform, nameless_datasets
 from classification.experiment import EVALUATION_BATCH, Experiment, build, command_of, restore
-from classification.methods import Method
 from core.errors import InputError, notice, unknown
 from core.training.checkpoint import find_checkpoint
 from core.weights import read_metadata
@@ -55,6 +54,9 @@ def open_weights(command: Command, file: str, named: bool) -> Experiment:
         return build(command, check=False, datasets=_datasets(config, said))
     if "num_classes" not in said:
         raise InputError(f"{file} does not say how many classes it has: give --data.name (and --data.root)")
+    if config.image_size is None and "size" in said:
+        config = replace(config, image_size=int(said["size"]))
+        command = replace(command, config=replace(command.config, data=config))
     return build(command, check=False, datasets=nameless_datasets(config, int(said["num_classes"])))
 
 
@@ -84,16 +86,16 @@ def predict(
     What is wrong with broken images goes to ``skipped``. Raises: InputError for an unknown role.
     """
     distiller, datasets = experiment.distiller.to(device), experiment.datasets
-    if role not in distiller.output_roles:
-        raise unknown("role", role, distiller.output_roles)
+    if role not in distiller.scored_roles:
+        raise unknown("role", role, distiller.scored_roles)
     config = experiment.command.config.data
     transform = evaluation_transform(config, datasets.image_size)
     split = Streamed(images, images.targets, torch.arange(len(images.files)), transform, transform)
     workers = worth_workers(len(split), config.workers)
     loader = StreamLoader(split, EVALUATION_BATCH, train=False, workers=workers, device=device, skipped=skipped)
-    method = distiller.method
-    alone = role in distiller.networks and (method.separable or type(method).forward is Method.forward)
-    without = [other for other in distiller.networks if other != role] if alone else []
+    alone = distiller.takes_one or role in distiller.averages  # which then runs what it needs
+    optional = [*(distiller.networks if alone else ()), *distiller.averages]
+    without = [other for other in optional if other != role]
     for batch in loader:
         logits = distiller.outputs(batch["image"], without)[role].logits.float()
         best = logits.topk(min(MOST, logits.shape[1]), dim=1).indices

@@ -113,6 +113,9 @@ class Method(nn.Module):
     class_index: str = ""
     """What of it goes by the class index of an image, which a mixed one has not; empty where nothing does."""
 
+    takes_average: ClassVar[bool] = True
+    """Whether a network with averaged weights (``fit.ema_decay``) predicts by itself what it does here."""
+
     export_note: str = ""
     """Where a network alone is not what was trained: what its weight files, and tools that load it alone, say."""
 
@@ -156,10 +159,10 @@ class Method(nn.Module):
             name, there = type(self).__name__, ", ".join(roles) or "none"
             raise InputError(f"{name} needs at least {self.min_networks} networks, and there is {there}")
 
-    def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
+    def prepare(self, networks: dict[str, nn.Module], samples: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         """The networks that take part: may wrap or freeze one, or build modules of the method's own.
 
-        ``sample``: normalised images ``[B, 3, H, W]``.
+        ``samples``: by role, normalised images ``[B, 3, H, W]`` of the network's own size.
         """
         return networks
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -129,7 +129,7 @@ class KDCL(Method):
                 "are: give --data.validation 0.1, or choose another --kdcl.variant"
             )
 
-    def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
+    def prepare(self, networks: dict[str, nn.Module], samples: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         if self.options.variant == "general":
             m = len(networks)
             self.register_buffer("weights", torch.full((m,), 1 / m, dtype=torch.float64))  # epoch 0's

@@ -105,7 +105,12 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
         "--export", type=str, default=None, help="write a network, with a model card, to this new folder (see --format)"
     )
     add("--format", type=str, default=None, help="of the export: some of timm,onnx,torch, as timm,onnx")
-    add("--export_role", type=str, default=None, help="which network; the student unless given")
+    add(
+        "--export_role",
+        type=str,
+        default=None,
+        help="which network, or its average as student_ema; the student unless given",
+    )
     about = "ONNX and .pt2 normalise by themselves: they take RGB in [0, 1]"
     add("--with-preprocessing", "--with_preprocessing", dest="with_preprocessing", action="store_true", help=about)
     add("--data", type=DataConfig, default=data or DataConfig())
@@ -152,9 +157,11 @@ def evaluate_split(experiment: Experiment, split: str, source: dict[str, Any], d
     distiller, images = experiment.distiller, experiment.split(split)
     networks = {}
     for role, (mean, std) in distiller.normalisation.items():
-        parameters = sum(p.numel() for p in distiller.networks[role].parameters())
+        parameters = sum(p.numel() for p in distiller.network(role).parameters())
         name = distiller.configs[role].name
         networks[role] = {"name": name, "parameters": parameters, "mean": list(mean), "std": list(std)}
+        if (size := distiller.configs[role].size) is not None:
+            networks[role]["size"] = size
     return {
         **source,
         "data": asdict(experiment.command.config.data),

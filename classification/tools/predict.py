@@ -42,7 +42,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("model", help="a run folder; or a weight file (.safetensors, published .pth, FILE#KEY)")
     add("images", type=Path, help="a folder of images, with class folders or not, a .tar of one, or one image")
     add("--checkpoint", help="of a run: last (unless given), best or step-00000123")
-    add("--role", help="which network of a run; the student unless given")
+    add("--role", help="which network of a run, or its average as student_ema; the student unless given")
     add("--network", help="of a weight file, as cifar_resnet20 or a timm name; our files say it")
     add("--mean", type=float, nargs="+", help="of a weight file, per channel, of images in [0, 1]; our files say it")
     add("--std", type=float, nargs="+", help="likewise")

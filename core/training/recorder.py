@@ -109,6 +109,10 @@ class Recorder:
         self.best = {"step": step, **self._epoch(step), "selected_by": self.select, **values}
         return True
 
+    def has_waited(self, step: int, patience: int | None, interval: int) -> bool:
+        """Whether ``patience`` evaluations, one each ``interval`` steps, have brought none better than the best."""
+        return patience is not None and self.best is not None and step - self.best["step"] >= patience * interval
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this, and the random state of each process."""
         window = [{**row, "values": row["values"].cpu()} for row in self.losses.rows]
@@ -124,16 +128,23 @@ class Recorder:
             self.run.draw()
             self._drawn = time.perf_counter()
 
-    def finish(self, step: int, summary: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes ``summary.json`` and the curves. Returns: what the summary says."""
+    def finish(self, step: int, summary: Mapping[str, Any], *, early: bool = False) -> dict[str, Any]:
+        """Writes ``summary.json`` and the curves; ``early``: patience is at its end. Returns: what the summary says."""
         self.bar.close()
-        if step < self.total:
+        early = early and step < self.total
+        ending: dict[str, Any] = {}
+        if early and self.best is not None:
+            reason = f"no evaluation since {self.unit} {self.best['step']} brought a better {self.select}"
+            ending = {"stopped_early": {"at": step, "of": self.total, "best": self.best["step"], "why": reason}}
+            self.run.log(f"stopped early at {self.unit} {step} of {self.total} (fit.patience): {reason}")
+        elif step < self.total:
             place = f"{self.unit} {step} of {self.total}"
             self.run.log(f"interrupted at {place}; the same command goes on from here")
         lines = read_metrics(self.run.metrics_file)
         result = {
-            "status": "finished" if step >= self.total else "interrupted",
+            "status": "finished" if early or step >= self.total else "interrupted",
             "step": step,
+            **ending,
             **self._epoch(step),
             "last": next((line for line in reversed(lines) if line["kind"] == "evaluation"), None),
             "best": self.best,
