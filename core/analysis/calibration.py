@@ -104,7 +104,8 @@ def _draw_diagram(axis: Any, reliability: Tensor, title: str) -> None:
         axis.bar(centre[gap], high - low, width, bottom=low, facecolor="none", edgecolor=color, hatch="////")
     axis.plot([0, 1], [0, 1], color="0.3", linestyle="--", linewidth=1)
     axis.plot(confidence, accuracy, color="black", marker="o", markersize=3.5, linewidth=1)
-    axis.set(title=title, xlim=(0, 1), ylim=(0, 1))
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    axis.set_title(title, parse_math=False)
 
 
 def _draw_histogram(axis: Any, calibration: Calibration) -> None:

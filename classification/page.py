@@ -1,0 +1,331 @@
+"""The page of a run: words, tables and pictures of what was found, as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from classification.findings import Compared, Findings, Measured, Network
+from core.files import plain
+from core.training.run import flatten
+
+MOST_CONFUSIONS = 12
+UNEVEN = 1.5
+"""Times as many images of one class as of another from which on the page says so."""
+Grid = Sequence[Sequence[str]]
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: words, then tables by caption, pictures by caption (PNG), and text as it is by caption."""
+
+    title: str
+    words: Sequence[str] = ()
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+def as_html(found: Findings, pictures: Mapping[str, Mapping[str, bytes]]) -> str:
+    """One page that needs nothing else. ``pictures``: by section (classes, confusions, calibration, maps, curves)."""
+    from jinja2 import Environment
+
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    page.filters["is_number"] = lambda cell: re.match(r"[-+]?\d", cell) is not None
+    template = page.from_string(Path(__file__).with_suffix(".html").read_text())
+    main = found.main
+    sections = [
+        Section("At a glance", headline(found), {_glance_caption(found): glance(found)}),
+        _compared(found),
+        _by_class(found, pictures["classes"]),
+        _confusions(found, pictures["confusions"]),
+        Section("Calibration", CALIBRATION, pictures=pictures["calibration"]),
+        Section("Cost on this machine", _cost_words(found), _cost_grids(found)),
+        Section("Maps", _map_words(found), pictures=pictures["maps"]),
+        Section("Training", pictures=pictures["curves"]),
+        _origin(found),
+    ]
+    kept = [s for s in sections if s.grids or s.pictures or s.texts]
+    return template.render(title=f"{main.label}: {main.config.get('method')}", sections=kept)
+
+
+def names_of(network: Network) -> str:
+    """Of which architecture it is; the role of one that a method adds."""
+    return network.run.report["networks"].get(network.role, {}).get("name", network.role)
+
+
+def headline(found: Findings) -> list[str]:
+    """What was won and lost, in sentences."""
+    main, ours = found.main, found.networks[found.role]
+    low, high = found.interval(found.role)
+    images = f"{main.report['images']:,} {found.split} images"
+    words = [
+        f"The {found.role}, {names_of(ours)}, is right on {ours.value('top1'):.2f} % of {images} "
+        f"(95 % interval {low:.2f} to {high:.2f})."
+    ]
+    for one in found.compared:
+        words.append(f"{_against(one, found)} {_cheaper(found, one.theirs)}".strip())
+    selected = str((main.summary.get("best") or {}).get("selected_by", ""))
+    if selected.startswith("test/") and (main.path / "checkpoints/best").resolve().name == main.report["checkpoint"]:
+        words.append("This checkpoint was chosen by its accuracy on the test images, which flatters it.")
+    if main.summary.get("status") != "finished":
+        words.append(f"The run is not finished: this is its checkpoint {main.report['checkpoint']}.")
+    return words
+
+
+def _against(one: Compared, found: Findings) -> str:
+    low, high = one.pairing.interval
+    verdict = "above" if low > 0 else "below" if high < 0 else "not distinguishable from"
+    theirs = found.networks[one.theirs]
+    return (
+        f"It is {verdict} the {one.theirs}, {names_of(theirs)}, at {theirs.value('top1'):.2f} %: "
+        f"{one.pairing.difference:+.2f} points ({low:+.2f} to {high:+.2f})."
+    )
+
+
+def _cheaper(found: Findings, theirs: str) -> str:
+    """The sizes and times of two networks of the main run against each other."""
+    main, other = found.main, found.networks[theirs]
+    if other.run is not main or not {found.role, other.role} <= main.macs.keys():
+        return ""
+    parameters = [main.report["networks"][role]["parameters"] for role in (other.role, found.role)]
+    told = [
+        f"{_times(parameters[0] / parameters[1])} as many parameters",
+        f"{_times(main.macs[other.role] / main.macs[found.role])} as many multiply-accumulates",
+    ]
+    if main.latency:
+        times = main.latency["1"]
+        factor = times[other.role]["median_ms"] / times[found.role]["median_ms"]
+        told.append(f"takes {_times(factor)} as long for one image")
+    return f"The {theirs} has {' and '.join(told[:2])}{', and ' + told[2] if len(told) > 2 else ''}."
+
+
+def _times(factor: float) -> str:
+    return f"{factor:,.0f} times" if factor >= 10 else f"{factor:.1f} times" if factor >= 1 else f"{factor:.2f} times"
+
+
+def _glance_caption(found: Findings) -> str:
+    return f"{found.main.report['images']:,} images of the {found.split} split, each network at its checkpoint"
+
+
+def glance(found: Findings) -> Grid:
+    """A column for each network, a row for each measure."""
+    rows: list[list[str]] = [["", *found.networks]]
+
+    def row(name: str, told: Any) -> None:
+        cells = [told(name, network) for name, network in found.networks.items()]
+        if any(cell != NONE for cell in cells):
+            rows.append([name, *cells])
+
+    def span(name: str) -> str:
+        low, high = found.interval(name)
+        return f"{low:.2f} to {high:.2f}"
+
+    def cost(values: str, scale: float, digits: int) -> Any:
+        def told(_: str, network: Network) -> str:
+            value = getattr(network.run, values).get(network.role)
+            return NONE if value is None else f"{value / scale:,.{digits}f}"
+
+        return told
+
+    def time_of(batch: str, key: str, digits: int) -> Any:
+        def told(_: str, network: Network) -> str:
+            one = network.run.latency.get(batch, {}).get(network.role)
+            return NONE if one is None else f"{one[key]:,.{digits}f}"
+
+        return told
+
+    def parameters(_: str, network: Network) -> str:
+        about = network.run.report["networks"].get(network.role)
+        return NONE if about is None else f"{about['parameters']:,}"
+
+    row("network", lambda _, network: names_of(network))
+    row("checkpoint", lambda _, network: network.run.report["checkpoint"])
+    row("top-1 (%)", lambda _, network: f"{network.value('top1'):.2f}")
+    row("95 % interval, bootstrap over images", lambda name, _: span(name))
+    row("top-5 (%)", lambda _, network: f"{network.value('top5'):.2f}")
+    row("negative log-likelihood (nats)", lambda _, network: f"{network.value('nll'):.4f}")
+    row("calibration error, ECE (%)", lambda _, network: f"{network.value('ece'):.2f}")
+    row("parameters", parameters)
+    row("multiply-accumulates an image (M)", cost("macs", 1e6, 2))
+    row("weights, float32 (MB)", cost("weights", 1e6, 2))
+    row("latency, 1 image (ms)", time_of("1", "median_ms", 2))
+    row("throughput, batches of 32 (images/s)", time_of("32", "images_per_second", 0))
+    return rows
+
+
+def _compared(found: Findings) -> Section:
+    rows = [["theirs", "difference (points)", "95 % interval", "both right", f"only {found.role}", "only theirs",
+             "neither", "McNemar p"]]  # fmt: skip
+    for one in found.compared:
+        p = one.pairing
+        counts = [f"{n:,}" for n in (p.both, p.only_ours, p.only_theirs, p.neither)]
+        low, high = p.interval
+        rows.append([one.theirs, f"{p.difference:+.2f}", f"{low:+.2f} to {high:+.2f}", *counts, f"{p.mcnemar:.3g}"])
+    words = (
+        "Accuracy of ours less theirs on the same images, with a paired bootstrap over images and the exact McNemar "
+        "test. This is about these trained networks: how much another seed changes is for tools/compare.py to say, "
+        "from several runs.",
+    )
+    return Section(f"The {found.role} against the others", words, {"Images": rows} if found.compared else {})
+
+
+def _by_class(found: Findings, pictures: Mapping[str, bytes]) -> Section:
+    trained, seen = found.counts["train"], found.counts[found.split]
+    words = [f"Images of a class: {_range(trained)} to train on, {_range(seen)} in the {found.split} split."]
+    if max(trained) > UNEVEN * max(min(trained), 1):
+        words.append("The classes are uneven: read each row beside its counts.")
+    if len(found.shown) < found.classes:
+        words.append(
+            f"Shown are the {len(found.shown)} of {found.classes:,} classes that differ most; summary.json has all."
+        )
+    words.append("One image more or less moves a class of n images by 100/n points.")
+    rows = [["class", "train images", f"{found.split} images", *(f"{name} (%)" for name in found.networks)]]
+    columns = [found.accuracies(name) for name in found.networks]
+    for c, *values in zip(found.shown, *columns, strict=True):
+        told = [f"{value:.1f}" if seen[c] else NONE for value in values]
+        rows.append([found.names[c], f"{trained[c]:,}", f"{seen[c]:,}", *told])
+    return Section("By class", words, {"Right answers by class": rows}, pictures)
+
+
+def _range(counts: Sequence[int]) -> str:
+    return f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+
+
+def _confusions(found: Findings, pictures: Mapping[str, bytes]) -> Section:
+    grids: dict[str, Grid] = {}
+    words = ["Images of one class that are taken for another; the greatest changes first."]
+    for one in found.compared:
+        rows = [change for change in one.changes if change.after != change.before]
+        words.append(
+            f"Of the mistakes of the {one.theirs}, {one.pairing.only_ours:,} are mended: the {found.role} is right. "
+            f"{one.pairing.only_theirs:,} are new: the {found.role} is wrong where the {one.theirs} is right."
+        )
+        cells = [
+            [found.names[c.true], found.names[c.said], *(f"{n:,}" for n in (c.before, c.after)),
+             f"{c.after - c.before:+,}", *(f"{n:,}" for n in (c.mended, c.new))]
+            for c in rows[:MOST_CONFUSIONS]
+        ]  # fmt: skip
+        left = f", {len(rows) - len(cells):,} more in summary.json" if len(rows) > len(cells) else ""
+        if cells:
+            head = [
+                "true class",
+                "taken for",
+                f"by the {one.theirs}",
+                f"by the {found.role}",
+                "change",
+                "mended",
+                "new",
+            ]
+            grids[f"The {found.role} against the {one.theirs}{left}"] = [head, *cells]
+    return Section("Confusions that changed", words, grids, pictures)
+
+
+CALIBRATION = (
+    "How often a network is right when it is so confident. Above the diagonal it is more often right than it believes, "
+    "below it less. ECE is the mean distance, weighed by images, over 15 bins.",
+)
+
+
+def _cost_words(found: Findings) -> list[str]:
+    main, here = found.main, found.main.report["environment"]
+    words = []
+    if main.latency:
+        (repeats,) = {one["repeats"] for one in main.latency["1"].values()}
+        words.append(
+            f"Times of one forward in float32 on {_machine(here)}. The networks take turns, {repeats} times each with "
+            "one image; images are on the device already, normalised."
+        )
+    if note := main.experiment.distiller.method.export_note:
+        words.append(f"Note: {note}.")
+    return words
+
+
+def _machine(start: Mapping[str, Any]) -> str:
+    """In words: device, threads, torch."""
+    device = start.get("device_name", "?") if str(start.get("device", "")).startswith("cuda") else start.get("cpu", "?")
+    threads = start.get("threads", "?")
+    torch_version = start.get("versions", {}).get("torch", "?")
+    return f"{device}, {threads} thread{'' if threads == 1 else 's'}, torch {torch_version}"
+
+
+def _cost_grids(found: Findings) -> dict[str, Grid]:
+    main = found.main
+    rows = [["network", "batch", "median (ms)", "quartiles (ms)", "images/s", "repeats"]]
+    for batch, by_role in main.latency.items():
+        for role, one in by_role.items():
+            low, high = one["quartiles_ms"]
+            times = [f"{one['median_ms']:.3f}", f"{low:.3f} to {high:.3f}", f"{one['images_per_second']:,.0f}"]
+            rows.append([f"{role} ({names_of(found.networks[role])})", batch, *times, str(one["repeats"])])
+    return {"Latency and throughput": rows} if main.latency else {}
+
+
+def _map_words(found: Findings) -> list[str]:
+    if found.main.experiment.distiller.pairs:
+        return [
+            "Where the networks agree (similarity S, consensus) and where not (discrepancy), and what each looks at."
+        ]
+    return ["What each network looks at."]
+
+
+def _origin(found: Findings) -> Section:
+    rows = [["", *(run.label for run in found.runs)]]
+    told = [_trained(run) for run in found.runs]
+    rows += [[key, *(one.get(key, NONE) for one in told)] for key in dict.fromkeys(k for one in told for k in one)]
+    grids: dict[str, Grid] = {"Training": rows}
+    usual = _defaults(found.main)
+    config = found.main.config
+    changed = [[key, str(value), str(usual.get(key, NONE))] for key, value in config.items() if usual.get(key) != value]
+    if len(found.runs) > 1:
+        keys = dict.fromkeys(key for run in found.runs for key in run.config)
+        values = [[key, *(str(run.config.get(key, NONE)) for run in found.runs)] for key in keys]
+        values = [row for row in values if len(set(row[1:])) > 1]
+        grids["Options in which the runs differ"] = [["option", *(run.label for run in found.runs)], *values]
+    grids[f"Options of {found.main.label} that are not the defaults"] = [["option", "value", "default"], *changed]
+    commands = {
+        f"Command of {run.label}": shlex.join(["python", *run.start["command"]]) for run in found.runs if run.start
+    }
+    return Section("What was run", (), grids, texts=commands)
+
+
+def _trained(run: Measured) -> dict[str, str]:
+    """By name what is known of a run's data and training."""
+    start, summary, data = run.start, run.summary, run.experiment.command.config.data
+    sets = run.experiment.datasets
+    held_out = f", {len(sets.validation):,} validation" if sets.validation is not None else ""
+    images = f"{len(sets.train):,} training{held_out}, {len(sets.test):,} test images of {sets.num_classes:,} classes"
+    changed = ", with uncommitted changes" if start.get("uncommitted_changes") else ""
+    return {
+        "folder": str(run.path),
+        "method": str(run.config.get("method")),
+        "data": f"{data.name}{f', {data.root}' if data.name != 'digits' else ''}: {images}",
+        "image size": f"{sets.image_size} x {sets.image_size} pixels",
+        "seed": str(run.config.get("seed")),
+        "status": f"{summary.get('status', 'not finished')}, step {summary.get('step', NONE)}",
+        "training time": duration(summary["seconds"]) if summary.get("seconds") else NONE,
+        "started": str(start.get("time", NONE)),
+        "hardware": f"{_machine(start)}, {start.get('processes', '?')} process(es)" if start else NONE,
+        "commit": f"{(start.get('commit') or 'unknown')[:12]}{changed}",
+    }
+
+
+def duration(seconds: float) -> str:
+    """As ``1 h 02 min`` or ``3 min 05 s`` or ``4.2 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def _defaults(run: Measured) -> dict[str, Any]:
+    """Every option of the run's task and method at its default, flat."""
+    command = run.experiment.command
+    values = {**asdict(command.task.config()), command.method[0]: asdict(type(command.options)())}
+    return flatten(plain(values))
