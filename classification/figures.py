@@ -75,4 +75,4 @@ def draw_changes(change: Tensor, names: Sequence[str], path: Path) -> None:
     axis.set_yticks(range(classes), labels, fontsize="small", parse_math=False)
     axis.set(xlabel="taken for", ylabel="true class")
     figure.colorbar(drawn, ax=axis, shrink=0.8, label="images more or fewer")
-    save_figure(figure, path)
+    save_figure(figure, path, dpi=100)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from classification.findings import Compared, Findings, Measured, Network
+from core.analysis.attention import KEYS
 from core.files import plain
 from core.training.run import flatten
 
@@ -205,8 +206,8 @@ def _confusions(found: Findings, pictures: Mapping[str, bytes]) -> Section:
     for one in found.compared:
         rows = [change for change in one.changes if change.after != change.before]
         words.append(
-            f"Of the mistakes of the {one.theirs}, {one.pairing.only_ours:,} are mended: the {found.role} is right. "
-            f"{one.pairing.only_theirs:,} are new: the {found.role} is wrong where the {one.theirs} is right."
+            f"Against the {one.theirs}: mended {one.pairing.only_ours:,} (wrong there, and the {found.role} is right), "
+            f"new {one.pairing.only_theirs:,} (right there, and the {found.role} is wrong)."
         )
         cells = [
             [found.names[c.true], found.names[c.said], *(f"{n:,}" for n in (c.before, c.after)),
@@ -268,7 +269,7 @@ def _cost_grids(found: Findings) -> dict[str, Grid]:
 
 
 def _map_words(found: Findings) -> list[str]:
-    if found.main.experiment.distiller.pairs:
+    if KEYS[0] in found.main.report["values"]:  # there is an S
         return [
             "Where the networks agree (similarity S, consensus) and where not (discrepancy), and what each looks at."
         ]

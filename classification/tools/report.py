@@ -201,7 +201,13 @@ def draw(found: Findings, options: Any) -> dict[str, dict[str, bytes]]:
                 drawn["curves"][f"Curves of {run.label}"] = file.read_bytes()
         file.unlink(missing_ok=True)
         draw_pairs(found.main.experiment, options, None, Path(folder), "")
-        drawn["maps"] = {picture.stem: picture.read_bytes() for picture in sorted(Path(folder).glob("maps*.png"))}
+        about = (
+            f"{min(options.images, len(found.target))} images of the {found.split} split; below, each column's scale"
+        )
+        drawn["maps"] = {
+            f"{picture.stem.replace('-', ' ').capitalize()}: {about}": picture.read_bytes()
+            for picture in sorted(Path(folder).glob("maps*.png"))
+        }
     return drawn
 
 

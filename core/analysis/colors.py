@@ -7,8 +7,10 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY = (
 )  # fmt: skip
 SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY)
 """Of groups, terms and other things that have no colour of their own, in their order."""
-ROLES = {"teacher": (BLUE, SKY), "student": (VERMILION, ORANGE)}
-"""Of a role, and of its kind's others (teacher_2, student_ema)."""
+ROLES = {"teacher": (BLUE, SKY, "#332288"), "student": (VERMILION, ORANGE, "#882255")}
+"""Of teacher, teacher_2, teacher_3; of student, student_2, student_3."""
+RIVALS = (GREEN, GREY, "#332288")
+"""Of the networks of other runs, beside a teacher and a student."""
 
 
 def series_color(number: int) -> str:
@@ -19,11 +21,11 @@ def series_color(number: int) -> str:
 def role_color(role: str) -> str:
     """A network's: the same whatever else is drawn."""
     kind, _, more = role.partition("_")
-    if kind in ROLES:
-        return ROLES[kind][1 if more else 0]
-    return PURPLE  # a network that a method adds
+    if kind not in ROLES or (more and not more.isdecimal()):
+        return PURPLE  # what a method adds, or a student's moving average
+    return ROLES[kind][(int(more) - 1 if more else 0) % len(ROLES[kind])]
 
 
 def rival_color(number: int) -> str:
-    """That of a network of another run that stands beside a teacher and a student, counted from 0."""
-    return (GREEN, PURPLE, GREY)[number % 3]
+    """Of the other run at a place, counted from 0."""
+    return RIVALS[number % len(RIVALS)]
