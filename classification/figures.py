@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def draw_classes(
     markers = "osD^v<>"
     for number, (label, values) in enumerate(accuracies.items()):
         beside = [row + 0.15 * (number - (len(accuracies) - 1) / 2) for row in rows]  # equal values stay apart
-        look = {"color": colors[label], "edgecolor": "white", "linewidth": 0.6, "s": 36}
+        look: dict[str, Any] = {"color": colors[label], "edgecolor": "white", "linewidth": 0.6, "s": 36}
         axis.scatter(values, beside, marker=markers[number % len(markers)], label=label, zorder=2, alpha=0.9, **look)
     labels = [f"{short(name)} (n = {count:,})" for name, count in zip(names, counts, strict=True)]
     axis.set_yticks(rows, labels, parse_math=False)
