@@ -28,7 +28,7 @@ def measure(networks: Mapping[str, nn.Module], images: Mapping[str, Tensor]) -> 
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for batch in BATCHES:
-        inputs = {role: images[role][:batch].contiguous() for role in networks}
+        inputs = {role: images[role][:batch] for role in networks}
         times: dict[str, list[float]] = {role: [] for role in networks}
         order, started = list(networks), time.perf_counter()
         for done in range(ROUNDS[1]):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from classification.findings import Compared, Findings, Measured, Network
+from classification.outcomes import LEVEL, Pairing
 from core.analysis.attention import KEYS
 from core.files import plain
 from core.training.run import flatten
@@ -39,6 +40,7 @@ def as_html(found: Findings, pictures: Mapping[str, Mapping[str, bytes]]) -> str
 
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    page.filters["width"] = lambda png: int.from_bytes(png[16:20], "big")  # pixels, in a PNG's head
     page.filters["is_number"] = lambda cell: re.match(r"[-+]?\d", cell) is not None
     template = page.from_string(Path(__file__).with_suffix(".html").read_text())
     main = found.main
@@ -81,12 +83,16 @@ def headline(found: Findings) -> list[str]:
     return words
 
 
+def verdict(paired: Pairing) -> str:
+    """Whether ours is better, where the interval and McNemar's test say so together."""
+    (low, high), sure = paired.interval, paired.mcnemar < 1 - LEVEL
+    return "above" if sure and low > 0 else "below" if sure and high < 0 else "not distinguishable from"
+
+
 def _against(one: Compared, found: Findings) -> str:
-    low, high = one.pairing.interval
-    verdict = "above" if low > 0 else "below" if high < 0 else "not distinguishable from"
-    theirs = found.networks[one.theirs]
+    (low, high), theirs = one.pairing.interval, found.networks[one.theirs]
     return (
-        f"It is {verdict} the {one.theirs}, {names_of(theirs)}, at {theirs.value('top1'):.2f} %: "
+        f"It is {verdict(one.pairing)} the {one.theirs}, {names_of(theirs)}, at {theirs.value('top1'):.2f} %: "
         f"{one.pairing.difference:+.2f} points ({low:+.2f} to {high:+.2f})."
     )
 
@@ -172,8 +178,8 @@ def _compared(found: Findings) -> Section:
         rows.append([one.theirs, f"{p.difference:+.2f}", f"{low:+.2f} to {high:+.2f}", *counts, f"{p.mcnemar:.3g}"])
     words = (
         "Accuracy of ours less theirs on the same images, with a paired bootstrap over images and the exact McNemar "
-        "test. This is about these trained networks: how much another seed changes is for tools/compare.py to say, "
-        "from several runs.",
+        "test; they differ where both say so. This is about these trained networks: how much another seed changes is "
+        "for tools/compare.py to say, from several runs.",
     )
     return Section(f"The {found.role} against the others", words, {"Images": rows} if found.compared else {})
 

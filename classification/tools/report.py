@@ -152,7 +152,7 @@ def measured(path: Path, label: str, experiment: Experiment, folder: Path, split
     views = distiller.views(images_at(images, 1).to(device))
     macs = {role: count(lambda role=role: distiller.networks[role](views[role])).macs for role in distiller.configs}  # type: ignore[misc]
     sizes = {
-        role: sum(t.numel() * t.element_size() for t in distiller.export(role).state_dict().values())
+        role: sum(t.numel() * t.element_size() for t in distiller.networks[role].state_dict().values())
         for role in distiller.configs
     }
     config = flatten(read_config(path / "config.yaml"))

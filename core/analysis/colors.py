@@ -6,7 +6,11 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#666666",
 )  # fmt: skip
 SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY)
-"""Of groups, terms and other things that have no colour of their own, in their order."""
+"""Of groups and other things that have no colour of their own, in their order."""
+TERMS = (GREY, GREEN, PURPLE, ORANGE, SKY, "#332288", "#882255")
+"""Of loss terms, which stand beside the roles' colours."""
+SIDES = {"consensus": VERMILION, "divergence": BLUE}
+"""ADM's two: what trains the student, and what the teacher."""
 ROLES = {"teacher": (BLUE, SKY, "#332288"), "student": (VERMILION, ORANGE, "#882255")}
 """Of teacher, teacher_2, teacher_3; of student, student_2, student_3."""
 RIVALS = (GREEN, GREY, "#332288")

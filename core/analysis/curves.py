@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import save_figure
-from .colors import BLUE, VERMILION, role_color, series_color
+from .colors import SIDES, TERMS, role_color
 
 Line = Mapping[str, Any]
 Series = tuple[list[float], list[float]]  # x, y
@@ -118,7 +118,8 @@ def _loss_panels(training: Sequence[Line], x: str) -> list[Panel]:
         if role != "attention" and term not in SCORES and points[0]:
             losses.setdefault(role, {})[term] = points
     terms = sorted({term for by_term in losses.values() for term in by_term})
-    colors = {term: series_color(i) for i, term in enumerate(terms)}  # a term has one colour in all panels
+    others = [term for term in terms if term not in SIDES]
+    colors = SIDES | {term: TERMS[i % len(TERMS)] for i, term in enumerate(others)}  # of a term, in all panels
     panels = []
     for role, by_term in losses.items():
         title, curves = f"training loss: {role}", []
@@ -161,11 +162,10 @@ def _score_panels(evaluation: Sequence[Line], x: str) -> list[Panel]:
     return panels
 
 
-_SIDES = {"consensus": VERMILION, "divergence": BLUE}  # what trains the student, and what the teacher
-_EXTREMES = {f"{side}_{of}": (side if of == "max" else "", _SIDES[side]) for side in _SIDES for of in ("max", "min")}
+_EXTREMES = {f"{side}_{of}": (side if of == "max" else "", SIDES[side]) for side in SIDES for of in ("max", "min")}
 _ATTENTION = {  # title -> unit, name of the statistic -> label and colour
     "extremes of the attention": ("smallest and largest weight", _EXTREMES),
-    "variance of the attention": ("variance over locations", {f"{k}_variance": (k, c) for k, c in _SIDES.items()}),
+    "variance of the attention": ("variance over locations", {f"{k}_variance": (k, c) for k, c in SIDES.items()}),
     "similarity of the maps": ("mean cosine S", {"similarity": ("", "0.2")}),
 }
 

@@ -17,7 +17,8 @@ from runs import CPU, RECIPE, read, train_whole
 from safetensors.torch import load_file
 from torch import nn
 
-from classification import latency, outcomes
+from classification import findings, latency, outcomes
+from classification import page as page_words
 from classification.data.datasets import DataConfig, load_datasets
 from classification.networks import create_network
 from classification.tools import evaluate, report, train
@@ -46,6 +47,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(shell: Any, quick: None) -> Callable[..., tuple[int, str, str]]:
     return lambda main, *argv: shell(main, [str(a) for a in argv])
+
+
+@pytest.fixture
+def undrawn_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without pictures, which take seconds."""
+    sections = ("classes", "confusions", "calibration", "maps", "curves")
+    monkeypatch.setattr(report, "draw", lambda found, options: {section: {} for section in sections})
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +288,7 @@ def test_latency_is_measured_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-def test_without_latency_and_on_another_split(place: Path, tmp_path: Path, command: Any) -> None:
+def test_without_latency_and_on_another_split(place: Path, tmp_path: Path, command: Any, undrawn_page: None) -> None:
     code, out, _ = command(
         report.main, place / "adm", "--out", tmp_path, "--no-latency", "--split", "validation", "--images", 1
     )
@@ -337,6 +345,41 @@ def test_names_are_shown_as_they_are_and_uneven_classes_are_said(hostile: Path, 
     assert {name: rows[name] for name in HOSTILE} == counts
     assert "The classes are uneven" in shown.text and "3 to 12 to train on, 2 to 5 in the test split" in shown.text
     assert {row["name"] for row in read(tmp_path / "summary.json")["classes"]} == set(HOSTILE)
+
+
+def test_of_many_classes_those_that_differ_most_are_shown(
+    place: Path, page: Path, tmp_path: Path, command: Any, undrawn_page: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(findings, "MOST_CLASSES", 2)
+    both = [place / "adm", place / "alone"]
+    assert command(report.main, *both, "--out", tmp_path, "--no-latency", "--images", 1)[0] == 0
+    said, shown = read(tmp_path / "summary.json"), page_of(tmp_path)
+    assert "Shown are the 2 of 4 classes" in shown.text and said["classes"] == read(page / "summary.json")["classes"]
+    right = [
+        (row["right"]["student"] - row["right"]["student of alone"]) / row["images"]["test"] for row in said["classes"]
+    ]
+    most = sorted(range(4), key=lambda c: -abs(right[c]))[:2]
+    assert [row[0] for row in shown.tables["Right answers by class"][1:]] == [str(c) for c in sorted(most)]
+
+
+def test_a_verdict_needs_both_tests(place: Path) -> None:
+    target = torch.zeros(200, dtype=torch.long)
+    for mine, yours, word in ((30, 5, "above"), (5, 30, "below"), (6, 5, "not distinguishable from"),
+                              (7, 1, "not distinguishable from")):  # fmt: skip
+        ours, theirs = torch.ones(200, dtype=torch.long), torch.ones(200, dtype=torch.long)
+        ours[:mine], theirs[mine : mine + yours] = 0, 0
+        paired = outcomes.pair(ours, theirs, target)
+        assert page_words.verdict(paired) == word
+    assert outcomes.pair(ours, theirs, target).interval[0] > 0 > 0.05 - paired.mcnemar  # they disagree on the last
+
+
+def test_times_are_told_in_hours_minutes_and_seconds() -> None:
+    assert [page_words.duration(s) for s in (4.25, 59.99, 61.0, 3725.0)] == [
+        "4.2 s",
+        "60.0 s",
+        "1 min 01 s",
+        "1 h 02 min",
+    ]
 
 
 def test_a_student_alone_has_a_page(tmp_path: Path, command: Any) -> None:
@@ -396,7 +439,9 @@ def rewritten(run: Path, to: Path, old: str, new: str) -> Path:
     return copy
 
 
-def test_runs_of_other_images_are_refused(place: Path, tmp_path: Path, command: Any, hostile: Path) -> None:
+def test_runs_of_other_images_are_refused(
+    place: Path, tmp_path: Path, command: Any, hostile: Path, undrawn_page: None
+) -> None:
     to = ["--out", tmp_path / "page", "--no-latency"]
     other = rewritten(place / "alone", tmp_path / "other", "split_seed: 0", "split_seed: 1")
     code, _, err = command(report.main, place / "adm", other, "--split", "validation", *to)
