@@ -55,8 +55,9 @@ def as_html(found: Findings, pictures: Mapping[str, Mapping[str, bytes]]) -> str
         Section("Training", pictures=pictures["curves"]),
         _origin(found),
     ]
+    title = f"{main.label}: {names_of(found.networks[found.role])} by {main.config.get('method')}"
     kept = [s for s in sections if s.grids or s.pictures or s.texts]
-    return template.render(title=f"{main.label}: {main.config.get('method')}", sections=kept)
+    return template.render(title=title, sections=kept)
 
 
 def names_of(network: Network) -> str:

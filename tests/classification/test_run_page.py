@@ -392,6 +392,18 @@ def test_a_student_alone_has_a_page(tmp_path: Path, command: Any) -> None:
     assert "Confusions" not in page_of(tmp_path / "page").text
 
 
+def test_an_unfinished_run_has_a_page_that_says_so(place: Path, tmp_path: Path, command: Any) -> None:
+    run = Path(shutil.copytree(place / "alone", tmp_path / "run", symlinks=True))
+    for name in ("summary.json", "environment.json", "metrics.jsonl"):
+        (run / name).unlink()
+    code, _, err = command(report.main, run, "--out", tmp_path / "page", "--no-latency", "--images", 1)
+    assert code == 0, err
+    shown = page_of(tmp_path / "page")
+    checkpoint = (place / "alone/checkpoints/last").resolve().name
+    assert f"The run is not finished: this is its checkpoint {checkpoint}." in shown.text
+    assert not any("Curves" in picture for picture in shown.pictures)
+
+
 # --- wrong input ------------------------------------------------------------------------------------------------------
 
 
