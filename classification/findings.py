@@ -83,6 +83,34 @@ class Network:
         """What the evaluation says, as ``top1``."""
         return self.run.report["values"][f"{self.role}/{score}"]
 
+    @property
+    def name(self) -> str | None:
+        """Its architecture; None of a role that a method adds, and so below."""
+        return self.run.report["networks"].get(self.role, {}).get("name")
+
+    @property
+    def label(self) -> str:
+        """Its architecture, or else its role."""
+        return self.name or self.role
+
+    @property
+    def parameters(self) -> int | None:
+        return self.run.report["networks"].get(self.role, {}).get("parameters")
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-accumulates of an image."""
+        return self.run.macs.get(self.role)
+
+    @property
+    def weights_bytes(self) -> int | None:
+        return self.run.weights.get(self.role)
+
+    @property
+    def latency(self) -> dict[str, dict[str, Any]]:
+        """By batch size; empty where no times were taken."""
+        return {batch: of[self.role] for batch, of in self.run.latency.items() if self.role in of}
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -150,18 +178,16 @@ class Findings:
 def as_json(found: Findings) -> dict[str, Any]:
     """Everything in full precision, of all classes and confusions."""
     main = found.main
-    networks = {}
-    for name, network in found.networks.items():
-        run, role = network.run, network.role
-        scores = {score: network.value(score) for score in ("top1", "top5", "nll", "ece")}
-        about = run.report["networks"].get(role, {})
-        known = {"name": about.get("name"), "parameters": about.get("parameters")}
-        cost = {"multiply_accumulates": run.macs.get(role), "weights_bytes": run.weights.get(role)}
-        times = {batch: of[role] for batch, of in run.latency.items() if role in of}
-        networks[name] = {
-            "run": str(run.path), "checkpoint": run.report["checkpoint"], "role": role, **known, **scores,
-            "top1_interval": found.interval(name), **cost, "latency": times or None,
-        }  # fmt: skip
+    networks = {
+        name: {
+            "run": str(network.run.path), "checkpoint": network.run.report["checkpoint"], "role": network.role,
+            "name": network.name, **{score: network.value(score) for score in ("top1", "top5", "nll", "ece")},
+            "top1_interval": found.interval(name), "parameters": network.parameters,
+            "multiply_accumulates": network.macs, "weights_bytes": network.weights_bytes,
+            "latency": network.latency or None,
+        }
+        for name, network in found.networks.items()
+    }  # fmt: skip
     classes = [
         {
             "name": found.names[c],

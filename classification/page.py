@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from classification.findings import Compared, Findings, Measured, Network
+from classification.findings import Compared, Findings, Measured
 from classification.outcomes import LEVEL, Pairing
 from core.analysis.attention import KEYS
 from core.files import plain
@@ -55,14 +55,9 @@ def as_html(found: Findings, pictures: Mapping[str, Mapping[str, bytes]]) -> str
         Section("Training", pictures=pictures["curves"]),
         _origin(found),
     ]
-    title = f"{main.label}: {names_of(found.networks[found.role])} by {main.config.get('method')}"
+    title = f"{main.label}: {found.networks[found.role].label} by {main.config.get('method')}"
     kept = [s for s in sections if s.grids or s.pictures or s.texts]
     return template.render(title=title, sections=kept)
-
-
-def names_of(network: Network) -> str:
-    """Of which architecture it is; the role of one that a method adds."""
-    return network.run.report["networks"].get(network.role, {}).get("name", network.role)
 
 
 def headline(found: Findings) -> list[str]:
@@ -71,7 +66,7 @@ def headline(found: Findings) -> list[str]:
     low, high = found.interval(found.role)
     images = f"{main.report['images']:,} {found.split} images"
     words = [
-        f"The {found.role}, {names_of(ours)}, is right on {ours.value('top1'):.2f} % of {images} "
+        f"The {found.role}, {ours.label}, is right on {ours.value('top1'):.2f} % of {images} "
         f"(95 % interval {low:.2f} to {high:.2f})."
     ]
     for one in found.compared:
@@ -93,26 +88,24 @@ def verdict(paired: Pairing) -> str:
 def _against(one: Compared, found: Findings) -> str:
     (low, high), theirs = one.pairing.interval, found.networks[one.theirs]
     return (
-        f"It is {verdict(one.pairing)} the {one.theirs}, {names_of(theirs)}, at {theirs.value('top1'):.2f} %: "
+        f"It is {verdict(one.pairing)} the {one.theirs}, {theirs.label}, at {theirs.value('top1'):.2f} %: "
         f"{one.pairing.difference:+.2f} points ({low:+.2f} to {high:+.2f})."
     )
 
 
 def _cheaper(found: Findings, theirs: str) -> str:
     """The sizes and times of two networks of the main run against each other."""
-    main, other = found.main, found.networks[theirs]
-    if other.run is not main or not {found.role, other.role} <= main.macs.keys():
+    ours, other = found.networks[found.role], found.networks[theirs]
+    if other.run is not found.main or not (ours.parameters and ours.macs and other.parameters and other.macs):
         return ""
-    parameters = [main.report["networks"][role]["parameters"] for role in (other.role, found.role)]
-    told = [
-        f"{_times(parameters[0] / parameters[1])} as many parameters",
-        f"{_times(main.macs[other.role] / main.macs[found.role])} as many multiply-accumulates",
-    ]
-    if main.latency:
-        times = main.latency["1"]
-        factor = times[other.role]["median_ms"] / times[found.role]["median_ms"]
-        told.append(f"takes {_times(factor)} as long for one image")
-    return f"The {theirs} has {' and '.join(told[:2])}{', and ' + told[2] if len(told) > 2 else ''}."
+    told = (
+        f"The {theirs} has {_times(other.parameters / ours.parameters)} as many parameters and "
+        f"{_times(other.macs / ours.macs)} as many multiply-accumulates"
+    )
+    if ours.latency and other.latency:
+        factor = other.latency["1"]["median_ms"] / ours.latency["1"]["median_ms"]
+        told += f", and takes {_times(factor)} as long for one image"
+    return f"{told}."
 
 
 def _times(factor: float) -> str:
@@ -124,49 +117,32 @@ def _glance_caption(found: Findings) -> str:
 
 
 def glance(found: Findings) -> Grid:
-    """A column for each network, a row for each measure."""
-    rows: list[list[str]] = [["", *found.networks]]
+    """A column for each network, a row for each measure that one of them has."""
+    networks = list(found.networks.values())
 
-    def row(name: str, told: Any) -> None:
-        cells = [told(name, network) for name, network in found.networks.items()]
-        if any(cell != NONE for cell in cells):
-            rows.append([name, *cells])
+    def cell(value: Any, form: str, scale: float = 1) -> str:
+        return NONE if value is None else format(value / scale, form)
 
-    def span(name: str) -> str:
-        low, high = found.interval(name)
-        return f"{low:.2f} to {high:.2f}"
-
-    def cost(values: str, scale: float, digits: int) -> Any:
-        def told(_: str, network: Network) -> str:
-            value = getattr(network.run, values).get(network.role)
-            return NONE if value is None else f"{value / scale:,.{digits}f}"
-
-        return told
-
-    def time_of(batch: str, key: str, digits: int) -> Any:
-        def told(_: str, network: Network) -> str:
-            one = network.run.latency.get(batch, {}).get(network.role)
-            return NONE if one is None else f"{one[key]:,.{digits}f}"
-
-        return told
-
-    def parameters(_: str, network: Network) -> str:
-        about = network.run.report["networks"].get(network.role)
-        return NONE if about is None else f"{about['parameters']:,}"
-
-    row("network", lambda _, network: names_of(network))
-    row("checkpoint", lambda _, network: network.run.report["checkpoint"])
-    row("top-1 (%)", lambda _, network: f"{network.value('top1'):.2f}")
-    row("95 % interval, bootstrap over images", lambda name, _: span(name))
-    row("top-5 (%)", lambda _, network: f"{network.value('top5'):.2f}")
-    row("negative log-likelihood (nats)", lambda _, network: f"{network.value('nll'):.4f}")
-    row("calibration error, ECE (%)", lambda _, network: f"{network.value('ece'):.2f}")
-    row("parameters", parameters)
-    row("multiply-accumulates an image (M)", cost("macs", 1e6, 2))
-    row("weights, float32 (MB)", cost("weights", 1e6, 2))
-    row("latency, 1 image (ms)", time_of("1", "median_ms", 2))
-    row("throughput, batches of 32 (images/s)", time_of("32", "images_per_second", 0))
-    return rows
+    rows = {
+        "network": [n.label for n in networks],
+        "checkpoint": [n.run.report["checkpoint"] for n in networks],
+        "top-1 (%)": [f"{n.value('top1'):.2f}" for n in networks],
+        "95 % interval, bootstrap over images": [
+            f"{low:.2f} to {high:.2f}" for low, high in map(found.interval, found.networks)
+        ],
+        "top-5 (%)": [f"{n.value('top5'):.2f}" for n in networks],
+        "negative log-likelihood (nats)": [f"{n.value('nll'):.4f}" for n in networks],
+        "calibration error, ECE (%)": [f"{n.value('ece'):.2f}" for n in networks],
+        "parameters": [NONE if n.parameters is None else f"{n.parameters:,}" for n in networks],
+        "multiply-accumulates an image (M)": [cell(n.macs, ",.2f", 1e6) for n in networks],
+        "weights, float32 (MB)": [cell(n.weights_bytes, ",.2f", 1e6) for n in networks],
+        "latency, 1 image (ms)": [cell(n.latency.get("1", {}).get("median_ms"), ",.2f") for n in networks],
+        "throughput, batches of 32 (images/s)": [
+            cell(n.latency.get("32", {}).get("images_per_second"), ",.0f") for n in networks
+        ],
+    }
+    told = [[name, *cells] for name, cells in rows.items() if set(cells) != {NONE}]
+    return [["", *found.networks], *told]
 
 
 def _compared(found: Findings) -> Section:
@@ -271,7 +247,7 @@ def _cost_grids(found: Findings) -> dict[str, Grid]:
         for role, one in by_role.items():
             low, high = one["quartiles_ms"]
             times = [f"{one['median_ms']:.3f}", f"{low:.3f} to {high:.3f}", f"{one['images_per_second']:,.0f}"]
-            rows.append([f"{role} ({names_of(found.networks[role])})", batch, *times, str(one["repeats"])])
+            rows.append([f"{role} ({found.networks[role].label})", batch, *times, str(one["repeats"])])
     return {"Latency and throughput": rows} if main.latency else {}
 
 
@@ -298,7 +274,9 @@ def _origin(found: Findings) -> Section:
         grids["Options in which the runs differ"] = [["option", *(run.label for run in found.runs)], *values]
     grids[f"Options of {found.main.label} that are not the defaults"] = [["option", "value", "default"], *changed]
     commands = {
-        f"Command of {run.label}": shlex.join(["python", *run.start["command"]]) for run in found.runs if run.start
+        f"Command of {run.label}": shlex.join(["python", *run.start["command"]])
+        for run in found.runs
+        if run.start.get("command")
     }
     return Section("What was run", (), grids, texts=commands)
 
