@@ -166,7 +166,10 @@ def _read_folder(folder: Path) -> dict[str, Any]:
         lines = read_metrics(folder / "metrics.jsonl", files.get("summary"))
         if evaluations := [line for line in lines if line.get("kind") == "evaluation"]:
             files["metrics"] = evaluations
-        if rounds := {one.name: found for one in sorted(folder.glob("*/")) if (found := _read_round(one))}:
+        folders = [
+            one for one in sorted(folder.glob("*/")) if not (one / "report.html").is_file()
+        ]  # a page is no round
+        if rounds := {one.name: found for one in folders if (found := _read_round(one))}:
             files["rounds"] = rounds
         _check_kinds(files)
         return files

@@ -23,6 +23,7 @@ from classification.data.datasets import DataConfig, load_datasets
 from classification.networks import create_network
 from classification.tools import evaluate, report, train
 from core.training.run import DIGEST, signed
+from tools.runs import read_run
 
 SMALL = ["--data.classes", "4", "--data.per_class", "16", "--data.validation", "0.1", "--fit.epochs", "2"]
 HOSTILE = ("<script>alert(1)<", "a & 'b'", "$x_{$ \\q")
@@ -402,6 +403,13 @@ def test_an_unfinished_run_has_a_page_that_says_so(place: Path, tmp_path: Path, 
     checkpoint = (place / "alone/checkpoints/last").resolve().name
     assert f"The run is not finished: this is its checkpoint {checkpoint}." in shown.text
     assert not any("Curves" in picture for picture in shown.pictures)
+
+
+def test_a_page_in_a_run_folder_is_no_part_of_the_run(place: Path, page: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(place / "adm", tmp_path / "run", symlinks=True))
+    before = read_run(run).files
+    shutil.copytree(page, run / "page")
+    assert read_run(run).files == before and "rounds" not in before
 
 
 # --- wrong input ------------------------------------------------------------------------------------------------------
