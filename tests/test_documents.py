@@ -53,6 +53,7 @@ SHORT = {
     r"/imagenet\.yaml(?!.* --data\.root data/)": "--data.image_size 64",
     r"--data\.classes 100": "--data.classes 10 --data.image_size 8",
     r"classification/tools/evaluate\.py.* cifar10$": "--data.name digits --data.image_size 32",
+    r"(classification|offline_kd)/tools/report\.py": "--no-latency --images 1 --device cpu",
     r"offline_kd/tools/score\.py": "--seeds 2 --batch_size 4 --data.image_size 8 --device cpu",
     r"segmentation/tools/train\.py": "--data-root street --cfg-options train_cfg.max_iters=2 " + " ".join(TINY),
     r"train\.py progressive": "--data.name digits --data.limit 64 --network.width 8 --network.multipliers [1,1]"

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.analysis.colors import SERIES, series_color
 from core.errors import InputError
 from core.files import make_folder, save_figure, save_json, write_atomically
 from core.training.command import LineParser, run_command
@@ -190,7 +191,7 @@ def draw_points(axis: Any, compared: Comparison, roles: Sequence[str]) -> None:
         x = [position + 0.08 * (number - (len(compared.groups) - 1) / 2) for position in range(len(roles))]
         y, s = [mean for mean, _ in scores], [std or 0.0 for _, std in scores]
         text = textwrap.fill(f"{group.label} (n = {len(group.runs)})", 56)
-        axis.errorbar(x, y, s, fmt="o-", color=f"C{number % 10}", markersize=4, linewidth=1, capsize=3, label=text)
+        axis.errorbar(x, y, s, fmt="o-", color=series_color(number), markersize=4, linewidth=1, capsize=3, label=text)
     axis.set_xticks(range(len(roles)), [role.partition(", ")[0].replace(" ", "\n") for role in roles])
     axis.set_ylabel(named(compared.measure) + (" (lower is better)" if lower_is_better(compared.measure) else ""))
     axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), borderaxespad=0)
@@ -206,7 +207,10 @@ def draw_curves(axis: Any, compared: Comparison, roles: Sequence[str]) -> None:
         if not points:
             continue
         x, y, s = zip(*points, strict=True)
-        style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+        style: dict[str, Any] = {
+            "color": series_color(number),
+            "linestyle": ("-", "--", ":")[number // len(SERIES) % 3],
+        }
         marker, told = "o" if len(x) <= 30 else None, _told(compared, group, role)
         axis.plot(x, y, **style, marker=marker, markersize=3, linewidth=1.4, label=told)
         low, high = [m - d for m, d in zip(y, s, strict=True)], [m + d for m, d in zip(y, s, strict=True)]

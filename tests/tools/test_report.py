@@ -305,9 +305,10 @@ def test_the_page_on_a_phone(place: Path, browser: Browser) -> None:
     browser.value(HEAD.format(2))
     assert [v.split(" ")[0] for v in browser.value(COLUMN.format(2))] == ["62.167", "60.583", "not"]
     browser.value(HEAD.format(0))
-    assert browser.value(COLUMN.format(0)) == ["Student, DML", "Student, DML+ADM", "Student, KDCL"]
+    rows = [f"Student {name}, {method}" for method in ("DML", "DML+ADM", "KDCL")]
+    assert browser.value(COLUMN.format(0)) == rows
     browser.value(HEAD.format(0))
-    assert browser.value(COLUMN.format(0)) == ["Student, KDCL", "Student, DML+ADM", "Student, DML"]
+    assert browser.value(COLUMN.format(0)) == rows[::-1]
     assert browser.value("document.querySelectorAll('th[aria-sort]').length") == 1
 
     browser.value("fetch('https://example.org').catch(() => 0)")  # the policy stands, and would be heard
