@@ -101,8 +101,10 @@ class Setting:
         return self.stem(out).with_name(f"{self.run}-{seed}")
 
     def kept_stems(self, results: Path) -> list[Path]:
-        """``<stem>-<seed>`` is where such runs may be kept: in ``reproduce``, as they were run, or in ``results``."""
-        return [self.stem(results / "reproduce"), *([results / self.results] if self.results else [])]
+        """``<stem>-<seed>`` is where such runs may be kept: in ``reproduce``, as they were run, in a folder of the table,
+        or in ``results``."""
+        own = [results / self.table / self.run, *([results / self.results] if self.results else [])]
+        return [self.stem(results / "reproduce"), *own]
 
     def commands(self, seed: int, out: Path | str) -> list[list[str]]:
         """What to call after ``python``, in the repository's root: the task's train.py, then what scores the run."""

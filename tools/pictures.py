@@ -1,0 +1,94 @@
+"""The pictures of a report: curves of a table's runs, and the maps, diagrams and samples that runs left."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tools.compare import figure_of
+from tools.groups import Comparison, Group, common_roles, measure_of
+from tools.ours import Members, data_of, pair_of
+from tools.paper import Table
+from tools.runs import Run
+
+WIDTH = 900  # pixels of an embedded picture, at most
+COLORS = 96  # of a drawn figure: its file is a third of that in all colours
+LEFT = ("figures/*.png", "samples*.png", "**/similarity-*.png", "curves.png")
+"""What training, visualize.py and sample.py leave in a run's folder."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """PNG, and its size in pixels."""
+
+    png: bytes
+    size: tuple[int, int]
+
+
+def curves(members: Members, drawn: set[Path]) -> dict[str, Picture]:
+    """By caption compare.py's figure of each network, a figure for each pair of networks; nothing where all the runs of
+    it are in ``drawn`` already, to which they are added then."""
+    pairs: dict[str, dict[str, Mapping[int, Run]]] = {}
+    for run_id, runs in members.items():
+        run = next(iter(runs.values()))
+        pairs.setdefault(f"{pair_of(run)} on {data_of(run)}", {})[run_id] = runs
+    found: dict[str, Picture] = {}
+    for pair, of in pairs.items():
+        paths = {run.path for runs in of.values() for run in runs.values()}
+        if not paths <= drawn:
+            found |= {f"{what}: {pair}": picture for what, picture in _figures(of).items()}
+        drawn |= paths
+    return found
+
+
+def _figures(members: Members) -> dict[str, Picture]:
+    """None where the runs have no measure or role in common."""
+    every = [run for runs in members.values() for run in runs.values()]
+    try:
+        (measure,) = {measure_of(run) for run in every}
+        roles = common_roles(every, measure)
+    except ValueError:  # several measures, or no role in common
+        return {}
+    groups = [Group(dict(runs), {}, run_id) for run_id, runs in members.items()]
+    compared = Comparison(measure, groups, roles)
+    by_role = {f"Curves, {role}": [role] for role in roles} if compared.has_best else {"Scores": roles}
+    moving = {what: of for what, of in by_role.items() if not all(role == "teacher" and fixed(every) for role in of)}
+    found = {}
+    for what, of in moving.items():
+        png = io.BytesIO()
+        figure_of(replace(compared, roles=of)).savefig(png, dpi=100, format="png")
+        found[what] = small(png, COLORS)
+    return found
+
+
+def fixed(runs: list[Run]) -> bool:
+    """Whether the teacher is not trained in any of these."""
+    return all(run.config.get("task") == "offline_kd" for run in runs)
+
+
+def pictures_of(table: Table, members: Members) -> dict[str, Picture]:
+    """Of the first run of each id what the table shows of it, and what else was drawn of it."""
+    found = {}
+    for run_id, runs in members.items():
+        run = next(iter(runs.values()))
+        shown = [run.path / cell.show for cell in table.cells if cell.run == run_id and cell.show]
+        left = [file for pattern in LEFT[:-1] for file in sorted(run.path.glob(pattern))]
+        for file in dict.fromkeys([*shown, *left]):
+            if file.is_file():
+                found[f"{run_id}, seed {run.seed}: {file.relative_to(run.path)}"] = small(file)
+    return found
+
+
+def small(file: Path | io.BytesIO, colors: int = 256) -> Picture:
+    """A picture no wider than a page shows it, in so many colours."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        picture = image.convert("RGB")
+        picture.thumbnail((WIDTH, picture.height), Image.Resampling.LANCZOS, reducing_gap=None)
+        picture = picture.quantize(colors, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        out = io.BytesIO()
+        picture.save(out, "PNG", optimize=True)
+        return Picture(out.getvalue(), picture.size)
