@@ -32,7 +32,7 @@ import yaml
 
 from core.errors import InputError
 from tools.compare import difference_rows, score_rows
-from tools.findings import differences, gains
+from tools.findings import differences, gains, gains_caption
 from tools.groups import compare_runs
 from tools.ours import first_uses, gather, numbers
 from tools.paper import find_table, load_tables
@@ -150,11 +150,10 @@ def paper_block(folder: Path, spec: Mapping[str, Any]) -> str:
         raise ValueError(f"no run of {spec['table']} is kept")
     shown = [one for one in found if one.by_seed or not spec.get("finished")]
     made = printed(table, scale, shown, first_uses((tables[name], of) for name, of in members.items()))
-    text = f"{made.caption}:\n\n{markdown(made.grid)}" if made else ""
+    assert made is not None  # there is a number
     added = differences(table, scale, found)
-    return (
-        f"{text}\n\nWhat it adds, paired by seed with a 95 % t interval:\n\n{markdown(gains(added))}" if added else text
-    )
+    more = [f"{gains_caption(added)}:\n\n{markdown(gains(added))}"] if added else []
+    return "\n\n".join([f"{made.caption}:\n\n{markdown(made.grid)}", *more])
 
 
 def benchmark_block(folder: Path, spec: Mapping[str, Sequence[str]]) -> str:

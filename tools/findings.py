@@ -176,11 +176,18 @@ def conclusion(every: Sequence[Added]) -> str:
     """What may be said of ADM, and of its attention: by the intervals that hold when corrected."""
     parts = []
     for kind, what in (("ADM", "ADM adds to its baseline"), ("attention", "the attention is what adds")):
-        held = holding([added for added in every if added.kind == kind and added.difference.interval is not None])
+        known = [added for added in every if added.kind == kind and added.difference.interval is not None]
+        held = holding(known)
         better = sum(added.verdict == "gain" for added in held)
-        against = f" and {len(held) - better} against it" if better < len(held) else ""
-        parts.append(f"{what}: {better} for it{against}" if held else f"not shown: that {what}")
-    return f"**By the rule {'; '.join(parts)}.**"
+        against = f", and {len(held) - better} say the contrary" if better < len(held) else ""
+        says = f"{better} of {len(known)} intervals say that {what}{against}"
+        parts.append(says if held else f"it is not shown that {what}")
+    return f"**By the rule, {'; '.join(parts)}.**"
+
+
+def gains_caption(added: Sequence[Added]) -> str:
+    several = f", not corrected for {len(added)} comparisons" if len(added) > 1 else ""
+    return f"What it adds, paired by seed with a 95 % t interval{several}"
 
 
 def gains(added: Sequence[Added]) -> Grid:

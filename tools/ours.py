@@ -129,10 +129,11 @@ def pair_of(run: Run) -> str:
 
 
 def data_of(run: Run) -> str:
-    """The data set's name, of a folder its own."""
-    name = str(run.config.get("data.name") or "folder")
-    root = run.config.get("data.root") or run.config.get("data_root") or ""
-    return (Path(str(root)).name or name) if name == "folder" else name
+    """The data set's name, of a folder its own; "" where the run does not say."""
+    name = run.config.get("data.name", "folder")
+    return str(
+        Path(str(run.config.get("data.root") or run.config.get("data_root") or "")).name if name == "folder" else name
+    )
 
 
 def amount_of(run: Run) -> str:
@@ -152,12 +153,16 @@ def by_role(one: Number) -> str:
     """ "cifar_resnet8 on digits": the network whose number it is, else both."""
     run = next(iter(one.runs.values()))
     role = re.match(r"(?:\w+\.)?(teacher|student)\w*[/.]", one.cell.read or "")
-    return f"{(role and network_of(run, role[1])) or pair_of(run)} on {data_of(run)}"
+    return " on ".join(filter(None, [(role and network_of(run, role[1])) or pair_of(run), data_of(run)]))
 
 
 def by_pair(one: Number) -> str:
-    run = next(iter(one.runs.values()))
-    return f"{pair_of(run)} on {data_of(run)}"
+    return setting_of(next(iter(one.runs.values())))
+
+
+def setting_of(run: Run) -> str:
+    """ "cifar_resnet20 with cifar_resnet8 on digits"."""
+    return " on ".join(filter(None, [pair_of(run), data_of(run)]))
 
 
 @dataclass(frozen=True)

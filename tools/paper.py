@@ -101,8 +101,8 @@ class Setting:
         return self.stem(out).with_name(f"{self.run}-{seed}")
 
     def kept_stems(self, results: Path) -> list[Path]:
-        """``<stem>-<seed>`` is where such runs may be kept: in ``reproduce``, as they were run, in a folder of the table,
-        or in ``results``."""
+        """``<stem>-<seed>`` is where such runs may be kept: in ``reproduce``, as they were run, in the table's own
+        folder, or in ``results``."""
         own = [results / self.table / self.run, *([results / self.results] if self.results else [])]
         return [self.stem(results / "reproduce"), *own]
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from core.files import make_folder, write_atomically
 from tools.compare import figure_of
 from tools.groups import Comparison, Group, common_roles, measure_of
-from tools.ours import Members, data_of, pair_of
+from tools.ours import Members, setting_of
 from tools.paper import Table
 from tools.runs import Run
 
 WIDTH = 900  # pixels of an embedded picture, at most
 COLORS = 96  # of a drawn figure: its file is a third of that in all colours
-LEFT = ("figures/*.png", "samples*.png", "**/similarity-*.png", "curves.png")
-"""What training, visualize.py and sample.py leave in a run's folder."""
+KEPT_WIDTH = 640
+LEFT = ("figures/*.png", "samples*.png", "samples/*.png", "**/similarity-*.png")
+"""What training, visualize.py and sample.py leave in a run's folder beside its curves."""
+MOST = 6  # of one pattern: samples are drawn again and again, the last tell most
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,12 @@ def curves(members: Members, drawn: set[Path]) -> dict[str, Picture]:
     pairs: dict[str, dict[str, Mapping[int, Run]]] = {}
     for run_id, runs in members.items():
         run = next(iter(runs.values()))
-        pairs.setdefault(f"{pair_of(run)} on {data_of(run)}", {})[run_id] = runs
+        pairs.setdefault(setting_of(run), {})[run_id] = runs
     found: dict[str, Picture] = {}
     for pair, of in pairs.items():
         paths = {run.path for runs in of.values() for run in runs.values()}
         if not paths <= drawn:
-            found |= {f"{what}: {pair}": picture for what, picture in _figures(of).items()}
+            found |= {": ".join(filter(None, [what, pair])): picture for what, picture in _figures(of).items()}
         drawn |= paths
     return found
 
@@ -74,20 +78,43 @@ def pictures_of(table: Table, members: Members) -> dict[str, Picture]:
     for run_id, runs in members.items():
         run = next(iter(runs.values()))
         shown = [run.path / cell.show for cell in table.cells if cell.run == run_id and cell.show]
-        left = [file for pattern in LEFT[:-1] for file in sorted(run.path.glob(pattern))]
-        for file in dict.fromkeys([*shown, *left]):
-            if file.is_file():
-                found[f"{run_id}, seed {run.seed}: {file.relative_to(run.path)}"] = small(file)
+        for file in dict.fromkeys([*(file for file in shown if file.is_file()), *left_by(run)]):
+            found[f"{run_id}, seed {run.seed}: {file.relative_to(run.path)}"] = small(file)
     return found
 
 
-def small(file: Path | io.BytesIO, colors: int = 256) -> Picture:
-    """A picture no wider than a page shows it, in so many colours."""
+def left_by(run: Run) -> list[Path]:
+    """The pictures in a run's folder, but for its curves."""
+    return [file for pattern in LEFT for file in sorted(run.path.glob(pattern))[-MOST:]]
+
+
+def keep_pictures(runs: Iterable[Run], folder: Path, names: Iterable[str]) -> list[Path]:
+    """Keeps small copies of what runs drew, of one seed of each, at ``folder/<name>``, where the kept run is found.
+
+    Returns: the files. Raises: InputError, TrainingError where one cannot be written.
+    """
+    kept = []
+    for run, name in zip(runs, names, strict=True):
+        place = folder / name
+        stem = place.name.rpartition("-")[0] or place.name
+        others = (one for one in place.parent.glob(f"{stem}-*") if one.name[len(stem) + 1 :].isdecimal())
+        if any(file for one in others for file in one.rglob("*.png")):
+            continue
+        for file in dict.fromkeys([*left_by(run), *run.path.glob("curves.png")]):
+            target = place / file.relative_to(run.path)
+            make_folder(target.parent)
+            write_atomically(target, partial(Path.write_bytes, data=small(file, COLORS, KEPT_WIDTH).png))
+            kept.append(target)
+    return kept
+
+
+def small(file: Path | io.BytesIO, colors: int = 256, width: int = WIDTH) -> Picture:
+    """A picture no wider than that, in so many colours."""
     from PIL import Image
 
     with Image.open(file) as image:
         picture = image.convert("RGB")
-        picture.thumbnail((WIDTH, picture.height), Image.Resampling.LANCZOS, reducing_gap=None)
+        picture.thumbnail((width, picture.height), Image.Resampling.LANCZOS, reducing_gap=None)
         picture = picture.quantize(colors, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         out = io.BytesIO()
         picture.save(out, "PNG", optimize=True)

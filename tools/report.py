@@ -20,8 +20,8 @@ from statistics import fmean
 from core.errors import InputError
 from core.files import make_folder, write_atomically
 from tools.document import render
-from tools.findings import RULE, Added, counted, differences, gains, once, said
-from tools.ours import Members, Number, amount_of, by_role, data_of, first_uses, gather, numbers, pair_of, reused
+from tools.findings import RULE, Added, counted, differences, gains, gains_caption, once, said
+from tools.ours import Members, Number, amount_of, by_role, first_uses, gather, numbers, reused, setting_of
 from tools.overview import LEGEND, SETTINGS, forest, what_is_missing, what_was_run
 from tools.paper import SCALES, Scale, Table, load_tables
 from tools.pictures import Picture, curves, pictures_of
@@ -144,7 +144,7 @@ def paper_part(
     ``drawn``: the runs whose curves a part before this one shows."""
     recipes = sorted({table.runs[run_id][scale].recipe for run_id in members})
     words = [f"**Proxy**: {', '.join(recipes)} instead of the paper's setting."] if scale == "proxy" else []
-    words += [f"Ours: {'; '.join(ours(members))}."] if members else []
+    words += [f"Ours: {'; '.join(of)}."] if (of := ours(members)) else []
     words += [table.notes] if table.notes else []
     missing = sorted({cell.run for cell in table.cells if cell.run is not None and cell.run not in members})
     words += [f"Not run: {', '.join(missing)}."] if missing else []
@@ -163,7 +163,7 @@ def paper_part(
 def ours(members: Members) -> list[str]:
     """Our networks, data and durations."""
     every = [run for runs in members.values() for run in runs.values()]
-    return list(dict.fromkeys(f"{pair_of(run)} on {data_of(run)} ({amount_of(run)})" for run in every))
+    return list(dict.fromkeys(f"{setting_of(run)} ({amount_of(run)})" for run in every if setting_of(run)))
 
 
 # --- what stands beside the numbers -----------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def as_markdown(report: Report) -> str:
         text.append(f"## {plain(part.title)}\n")
         text += [f"{plain(word, bold=True)}\n" for word in part.words]
         made = {part.printed.caption: part.printed.grid} if part.printed else {}
-        made |= {"What it adds, paired by seed with a 95 % t interval": gains(part.added)} if part.added else {}
+        made |= {gains_caption(part.added): gains(part.added)} if part.added else {}
         for caption, grid in {**made, **part.grids}.items():
             text.append(f"{plain(caption)}:\n\n{table_of(grid)}")
         text += [f"![{plain(caption)}]({file})\n" for caption, file in zip(part.pictures, part.files, strict=True)]
@@ -278,7 +278,13 @@ def as_html(report: Report) -> str:
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters["bold"] = lambda text: Markup(re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text))))
     page.filters["base64"] = lambda png: base64.b64encode(png).decode()
-    page.globals |= {"introduction": INTRODUCTION, "rule": RULE, "legend": LEGEND, "gains": gains}
+    page.globals |= {
+        "introduction": INTRODUCTION,
+        "rule": RULE,
+        "legend": LEGEND,
+        "gains": gains,
+        "gains_caption": gains_caption,
+    }
     page.globals |= {"environments": environments, "commands": commands}
     template = page.from_string(Path(__file__).with_suffix(".html").read_text())
     return template.render(report=report, axes=forest(report.every))
