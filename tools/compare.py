@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.analysis.colors import method_looks
+from core.analysis.looks import method_looks
 from core.errors import InputError
 from core.files import make_folder, save_figure, save_json, write_atomically
 from core.training.command import LineParser, run_command
@@ -153,7 +153,7 @@ def figure_of(compared: Comparison) -> Figure:
 
     Of runs that are evaluated at their end alone (diffusion) the last scores over iterations or sampling steps, with
     error bars: a panel for what stands behind a role's comma ("..., guidance 4"). A method looks the same in every
-    figure (``core.analysis.colors``).
+    figure (``core.analysis.looks``).
     """
     from matplotlib.figure import Figure
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from core.analysis.colors import CONTROLS
+from core.analysis.looks import CONTROLS
 from tools.groups import experiment, method_of
 from tools.ours import Number
 from tools.paper import Scale, Table

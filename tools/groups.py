@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from core.analysis.colors import CONTROLS
+from core.analysis.looks import CONTROLS
 from core.errors import InputError
 from tools.runs import Run
 from tools.stats import Difference, paired

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from core.analysis.colors import ADM, BLUE, CONTROLS, GREEN
+from core.analysis.colors import BLUE, GREEN
+from core.analysis.looks import ADM, CONTROLS
 from tools.findings import KINDS, POINT, Added, counted
 from tools.groups import method_of
 from tools.ours import Members, Number, amount_of, data_of, pair_of

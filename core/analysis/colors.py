@@ -1,16 +1,20 @@
-"""One colour for each role, method and group, in every figure: Okabe and Ito's, which colour-blind readers tell apart."""
+"""One colour for each role and each group, in every figure: Okabe and Ito's, told apart by colour-blind readers too."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#666666",
 )  # fmt: skip
 SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY)
-"""Of groups, terms and other things that have no colour of their own, in their order."""
-ROLES = {"teacher": (BLUE, SKY), "student": (VERMILION, ORANGE)}
-"""Of a role, and of its kind's others (teacher_2, student_ema)."""
+"""Of groups and other things that have no colour of their own, in their order."""
+TERMS = (GREY, GREEN, PURPLE, ORANGE, SKY, "#332288", "#882255")
+"""Of loss terms, which stand beside the roles' colours."""
+SIDES = {"consensus": VERMILION, "divergence": BLUE}
+"""ADM's two: what trains the student, and what the teacher."""
+ROLES = {"teacher": (BLUE, SKY, "#332288"), "student": (VERMILION, ORANGE, "#882255")}
+"""Of teacher, teacher_2, teacher_3; of student, student_2, student_3."""
+RIVALS = (GREEN, GREY, "#332288")
+"""Of the networks of other runs, beside a teacher and a student."""
 
 
 def series_color(number: int) -> str:
@@ -21,47 +25,11 @@ def series_color(number: int) -> str:
 def role_color(role: str) -> str:
     """A network's: the same whatever else is drawn."""
     kind, _, more = role.partition("_")
-    if kind in ROLES:
-        return ROLES[kind][1 if more else 0]
-    return PURPLE  # a network that a method adds
+    if kind not in ROLES or (more and not more.isdecimal()):
+        return PURPLE  # what a method adds, or a student's moving average
+    return ROLES[kind][(int(more) - 1 if more else 0) % len(ROLES[kind])]
 
 
 def rival_color(number: int) -> str:
-    """That of a network of another run that stands beside a teacher and a student, counted from 0."""
-    return (GREEN, PURPLE, GREY)[number % 3]
-
-
-# --- methods ----------------------------------------------------------------------------------------------------------
-
-STYLES = ("-", "--", "-.", ":")
-METHODS = {
-    "vanilla": (GREY, "s", "-"),
-    "dml": (BLUE, "o", "-"), "kd": (BLUE, "o", "-"), "pd": (BLUE, "o", "-"), "mse": (BLUE, "o", "-"),
-    "kdcl": (SKY, "^", "--"), "dkd": (SKY, "^", "--"), "afd": (SKY, "^", "--"),
-    "switokd": (GREEN, "v", "-."), "diswot": (GREEN, "v", "-."), "afid": (GREEN, "v", "-."),
-    "shake": ("#222222", "P", ":"), "norm": ("#222222", "P", ":"),
-}  # fmt: skip
-"""Colour, marker and line of a method alone. With ADM it keeps its line, and has ADM's colour and marker."""
-ADM, CONTROLS = (VERMILION, "D"), {"uniform": (ORANGE, "<"), "shuffled": (PURPLE, "X")}
-
-
-def method_look(method: str, control: str | None = None) -> dict[str, str]:
-    """Colour, marker and line style, as matplotlib names them, of a method ("dml", "dml+adm").
-
-    ``control``: "uniform" or "shuffled", of ADM with its attention replaced.
-    """
-    base, _, added = method.partition("+")
-    color, marker, style = METHODS.get(base, ("#222222", "*", "-"))
-    if added:
-        color, marker = CONTROLS.get(control or "", ADM)
-    return {"color": color, "marker": marker, "linestyle": style}
-
-
-def method_looks(methods: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]:
-    """The look of each (method, control) of a figure; those of one method differ by hollow markers, then by line."""
-    looks: list[dict[str, str]] = []
-    for number, named in enumerate(methods):
-        look, again = method_look(*named), methods[:number].count(named)
-        look["linestyle"] = STYLES[(STYLES.index(look["linestyle"]) + again // 2) % len(STYLES)]
-        looks.append(look | ({"markerfacecolor": "white"} if again % 2 else {}))
-    return looks
+    """Of the other run at a place, counted from 0."""
+    return RIVALS[number % len(RIVALS)]

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from written import write_evaluation, write_run
 
-from core.analysis.colors import METHODS, method_look, method_looks
+from core.analysis.looks import METHODS, method_look, method_looks
 from tools import pictures, reproduce
 from tools.compare import figure_of
 from tools.groups import compare_runs
