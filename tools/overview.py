@@ -24,8 +24,8 @@ SETTINGS: Mapping[Scale, str] = {"paper": "the setting of the paper", "proxy": "
 
 def what_was_run(parts: Iterable[tuple[Table, Scale, Members]]) -> Grid:
     """A line for each pair of networks on some data: how many runs, of which seeds, on what, for which tables."""
-    found: dict[tuple[str, ...], dict[object, tuple[Run, int]]] = {}
-    tables: dict[tuple[str, ...], dict[str, None]] = {}
+    found: dict[tuple[str, str, str], dict[object, tuple[Run, int]]] = {}
+    tables: dict[tuple[str, str, str], dict[str, None]] = {}
     for table, scale, members in parts:
         for seed, run in ((seed, run) for runs in members.values() for seed, run in runs.items()):
             key = (SETTINGS[scale], pair_of(run), data_of(run))
@@ -126,11 +126,11 @@ class Axis:
 
 def forest(every: Sequence[Added]) -> list[Axis]:
     """Measures in percent on one axis, any other on one of its own in each table."""
-    groups: dict[tuple[str, ...], list[Added]] = {}
+    groups: dict[tuple[str, str], list[Added]] = {}
     for added in every:
         measure, table = added.one.measure, added.table.label
-        words = ("in points of percent",) if added.percent else (f"{table}: {measure}",)
-        groups.setdefault((SETTINGS[added.scale], *words), []).append(added)
+        words = "in points of percent" if added.percent else f"{table}: {measure}"
+        groups.setdefault((SETTINGS[added.scale], words), []).append(added)
     axes = []
     for (scale, words), group in groups.items():
         limit = limit_of(group)
@@ -156,7 +156,7 @@ def bar(added: Added, limit: float) -> Bar:
     color, shape = CONTROLS[control] if control else ADM if method.endswith("+adm") else (BLUE, "o")
     color, shape = (GREEN, "s") if added.kind == "attention" else (color, shape)
     mean = added.sign * (added.difference.mean or 0.0)
-    low, high = sorted(added.sign * end for end in added.difference.interval or (added.difference.mean,) * 2)
+    low, high = sorted(added.sign * end for end in added.difference.interval or (added.difference.mean or 0.0,) * 2)
 
     def place(value: float) -> float:
         return round(50 + 50 * max(-1.0, min(1.0, value / limit)), 1)

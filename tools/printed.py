@@ -43,6 +43,11 @@ class Printed:
     rows: Sequence[tuple[str, str, Sequence[Shown | None]]]
 
     @property
+    def compared(self) -> bool:
+        """Whether the paper prints anything of it."""
+        return any(cell.paper for _, _, cells in self.rows for cell in cells if cell)
+
+    @property
     def grid(self) -> Grid:
         """The table as lines of text."""
 

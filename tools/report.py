@@ -157,7 +157,10 @@ def paper_part(
     pictures |= curves(members, drawn) if found else {}
     added = differences(table, scale, found)
     table_of = printed(table, scale, found, first)
-    return Part(table, scale, words, found, table_of, added, attention(members), members, pictures, first)
+    own = {
+        run_id: runs for run_id, runs in members.items() if any(first[r.path][0] == table.label for r in runs.values())
+    }
+    return Part(table, scale, words, found, table_of, added, attention(own), members, pictures, first)
 
 
 def ours(members: Members) -> list[str]:

@@ -248,6 +248,7 @@ class Browser:
         return got["result"]
 
     def open(self, address: str) -> None:
+        self.events.clear()
         self("Page.navigate", url=address)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self.message())
@@ -311,6 +312,25 @@ def test_the_page_on_a_phone(place: Path, browser: Browser) -> None:
 
     browser.value("fetch('https://example.org').catch(() => 0)")  # the policy stands, and would be heard
     assert any("Content Security Policy" in str(complaint) for complaint in browser.complaints)
+
+
+def test_the_page_of_what_the_repository_keeps(tmp_path: Path, browser: Browser) -> None:
+    assert reproduce.main(["report", f"--runs={tmp_path / 'none'}", f"--out={tmp_path / 'out'}"]) == 0
+    page = tmp_path / "out/report.html"
+    assert page.stat().st_size <= 1.5e6
+    text = page.read_text()
+    assert text.count("<img ") == text.count('<img loading="lazy"') > 10 and "<script" not in text
+    assert "https://" not in text.partition("<body>")[0]
+    for width in (390, 1200):
+        browser("Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=width < 500)
+        browser.open(page.as_uri())
+        assert browser.complaints == []
+        assert browser.value("document.scrollingElement.scrollWidth <= innerWidth")
+        first = browser.value("document.body.innerText.slice(0, 2000)")
+        said = ("at proxy scale", "By the rule", "ADM less its control", "What is missing", "Nothing is finished for")
+        assert all(words in first for words in said)
+        columns = browser.value("getComputedStyle(document.querySelector('.paper thead')).display")
+        assert columns == ("none" if width == 390 else "table-header-group")
 
 
 def test_what_a_cell_or_a_command_says_is_shown_as_it_is(place: Path) -> None:
