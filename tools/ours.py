@@ -145,7 +145,7 @@ def amount_of(run: Run) -> str:
     if steps := config.get("train_cfg.max_iters") or config.get("fit.steps") or config.get("rounds.steps"):
         told.append(f"{steps} iterations{' a round' if config.get('rounds.steps') else ''}")
     elif summary.get("epoch"):
-        told.append(f"{summary['epoch']:g} epochs")
+        told.append(f"{summary['epoch']:g} epoch{'' if summary['epoch'] == 1 else 's'}")
     return ", ".join(told)
 
 

@@ -79,8 +79,9 @@ def what_is_missing(tables: Iterable[Table], found: Mapping[tuple[str, Scale], S
         empty = [one for one in numbers if not one.by_seed]
         single = [one for one in numbers if len(one.by_seed) == 1]
         if numbers:
-            tables_of = f"Of the {len(numbers)} numbers of the tables below, {SETTINGS[scale]}"
-            told.append(f"{tables_of}: {len(empty)} are not run, {len(single)} have one seed.")
+            where = "At proxy scale" if scale == "proxy" else "In the paper's setting"
+            of = f"{where}, of {len(numbers)} numbers of the tables below"
+            told.append(f"{of}, {len(empty)} are not run and {len(single)} have one seed.")
     nothing = [table.label for table in every if not any((table.name, scale) in found for scale in SCALES)]
     if nothing:
         told.append(f"Nothing is finished for {_together(nothing)}.")

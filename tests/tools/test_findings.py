@@ -79,7 +79,7 @@ def test_runs_that_tables_share_count_once_and_are_marked(tables: dict[str, Tabl
     assert shown["table02"][1] == "73.950 / 60.583 ± 0.629 (3), of Table 1"
     assert shown["table02"][3] == "74.500 / not run" and shown["table02"][4].startswith("- / 61.657")
     lines = overview.what_was_run((table, "proxy", members) for table, members in gathered)
-    assert [line[1:6] for line in lines[1:]] == [["cifar_resnet8", "digits", "40 images each, 1 epochs", "9", "0 to 2"]]
+    assert [line[1:6] for line in lines[1:]] == [["cifar_resnet8", "digits", "40 images each, 1 epoch", "9", "0 to 2"]]
     assert lines[1][-1] == "Table 1, 2"
 
 
@@ -102,6 +102,12 @@ def test_ours_are_named_where_they_are_one(tmp_path: Path, students: dict[str, s
     else:
         both = {"DML": "resnet20 with resnet8 on digits", "DML+ADM": "resnet20 with vgg8 on digits"}
         assert where.columns == both and not where.all
+
+
+def test_runs_may_be_kept_in_the_tables_own_folder(tables: dict[str, Table], tmp_path: Path) -> None:
+    write(tmp_path / "results/table01/dml-7", 7, 50.0, "dml")
+    members, _ = gather(tables["table01"], "proxy", tmp_path / "runs", tmp_path / "results")
+    assert list(members["dml"]) == [0, 1, 2, 7]
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------------
