@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -72,15 +72,31 @@ def fixed(runs: list[Run]) -> bool:
     return all(run.config.get("task") == "offline_kd" for run in runs)
 
 
-def pictures_of(table: Table, members: Members) -> dict[str, Picture]:
-    """Of the first run of each id what the table shows of it, and what else was drawn of it."""
-    found = {}
+def pictures_of(
+    table: Table, members: Members, shown: Set[Path], drawn: set[Path]
+) -> tuple[dict[str, Picture], list[str]]:
+    """By caption, of the first run of each id what the table shows of it, and what no table shows.
+
+    ``shown``: what some table shows; ``drawn``: what stands before this table, to which its own is added then.
+    Returns: and what of it stands before.
+    """
+    found, before = {}, []
     for run_id, runs in members.items():
         run = next(iter(runs.values()))
-        shown = [run.path / cell.show for cell in table.cells if cell.run == run_id and cell.show]
-        for file in dict.fromkeys([*(file for file in shown if file.is_file()), *left_by(run)]):
-            found[f"{run_id}, seed {run.seed}: {file.relative_to(run.path)}"] = small(file)
-    return found
+        own = [file for file in shown_by(table, run_id, run) if file.is_file()]
+        for file in dict.fromkeys([*own, *(file for file in left_by(run) if file not in shown)]):
+            caption = f"{run_id}, seed {run.seed}: {file.relative_to(run.path)}"
+            if file not in drawn:
+                found[caption] = small(file)
+            elif file in own:
+                before.append(caption)
+            drawn.add(file)
+    return found, before
+
+
+def shown_by(table: Table, run_id: str, run: Run) -> list[Path]:
+    """The pictures that a table takes from a run."""
+    return [run.path / cell.show for cell in table.cells if cell.run == run_id and cell.show]
 
 
 def left_by(run: Run) -> list[Path]:

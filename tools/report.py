@@ -12,7 +12,7 @@ import io
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +24,7 @@ from tools.findings import RULE, Added, counted, differences, gains, gains_capti
 from tools.ours import Members, Number, amount_of, by_role, first_uses, gather, numbers, reused, setting_of
 from tools.overview import LEGEND, SETTINGS, forest, what_is_missing, what_was_run
 from tools.paper import SCALES, Scale, Table, load_tables
-from tools.pictures import Picture, curves, pictures_of
+from tools.pictures import Picture, curves, pictures_of, shown_by
 from tools.printed import Printed, printed
 from tools.stats import Grid, markdown, mean_std
 
@@ -112,36 +112,39 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What the tables have in common."""
+
+    first: Mapping[Path, tuple[str, str]]
+    """Where each run is counted first."""
+    shown: Set[Path]
+    """The pictures that some table shows."""
+    drawn: set[Path]
+    """The pictures, and the runs whose curves, that the parts so far have."""
+
+
 def make_report(tables: Mapping[str, Table], runs: Path, results: Path) -> Report:
     """Raises: InputError where nothing is run."""
-    gathered = {
-        (table.name, scale): gather(table, scale, runs, results) for scale in SCALES for table in tables.values()
-    }
-    first = first_uses((tables[name], members) for (name, _), (members, _) in gathered.items())
+    gathered = {(name, scale): gather(tables[name], scale, runs, results) for scale in SCALES for name in tables}
+    found = [(tables[name], members) for (name, _), (members, _) in gathered.items()]
+    every = ((table, run_id, run) for table, members in found for run_id in members for run in members[run_id].values())
+    shared = Shared(first_uses(found), {picture for one in every for picture in shown_by(*one)}, set())
     parts: list[Part] = []
     left: list[str] = []  # why runs of tables of which nothing is finished do not count
-    drawn: set[Path] = set()
-    for table in tables.values():
-        made = [paper_part(table, scale, *gathered[table.name, scale], first, drawn) for scale in SCALES]
+    for name, table in tables.items():
+        made = [paper_part(table, scale, *gathered[name, scale], shared) for scale in SCALES]
         parts += [part for part in made if part is not None]
         if not any(made):
-            left += [f"{table.label}, {why}" for scale in SCALES for why in gathered[table.name, scale][1]]
+            left += [f"{table.label}, {why}" for scale in SCALES for why in gathered[name, scale][1]]
     if not parts:
         raise InputError("; ".join([f"no run of the paper's tables in {runs} or {results}: reproduce.py run", *left]))
     missing = what_is_missing(tables.values(), {(part.table.name, part.scale): part.numbers for part in parts})
     return Report(parts, [*missing, *([f"Left out: {'; '.join(left)}."] if left else [])])
 
 
-def paper_part(
-    table: Table,
-    scale: Scale,
-    members: Members,
-    left: Sequence[str],
-    first: Mapping[Path, tuple[str, str]],
-    drawn: set[Path],
-) -> Part | None:
-    """What was run for a table at one scale, None where nothing is finished. ``left``: why other runs do not count;
-    ``drawn``: the runs whose curves a part before this one shows."""
+def paper_part(table: Table, scale: Scale, members: Members, left: Sequence[str], shared: Shared) -> Part | None:
+    """What was run for a table at one scale, None where nothing is finished. ``left``: why other runs do not count."""
     recipes = sorted({table.runs[run_id][scale].recipe for run_id in members})
     words = [f"**Proxy**: {', '.join(recipes)} instead of the paper's setting."] if scale == "proxy" else []
     words += [f"Ours: {'; '.join(of)}."] if (of := ours(members)) else []
@@ -151,16 +154,15 @@ def paper_part(
     words += [f"Left out: {'; '.join(left)}."] if left else []
     words += sorted({f"Not run, {cell.column}: {cell.why}" for cell in table.cells if cell.run is None})
     found = numbers(table, scale, members) if members else []
-    pictures = pictures_of(table, members)
-    if not found and not pictures:
+    pictures, before = pictures_of(table, members, shared.shown, shared.drawn)
+    if not found and not pictures and not before:
         return None
-    pictures |= curves(members, drawn) if found else {}
-    added = differences(table, scale, found)
-    table_of = printed(table, scale, found, first)
-    own = {
-        run_id: runs for run_id, runs in members.items() if any(first[r.path][0] == table.label for r in runs.values())
-    }
-    return Part(table, scale, words, found, table_of, added, attention(own), members, pictures, first)
+    words += [f"Its pictures stand before: {'; '.join(before)}."] if before else []
+    pictures |= curves(members, shared.drawn) if found else {}
+    first = shared.first
+    own = {name: runs for name, runs in members.items() if any(first[r.path][0] == table.label for r in runs.values())}
+    made = printed(table, scale, found, first), differences(table, scale, found), attention(own)
+    return Part(table, scale, words, found, *made, members, pictures, first)
 
 
 def ours(members: Members) -> list[str]:

@@ -163,6 +163,26 @@ def test_what_stands_beside_the_numbers(place: Path) -> None:
     assert list(sizes.values()).count((900, 15)) == 2
 
 
+def test_a_picture_stands_once_where_it_is_shown(place: Path) -> None:
+    figure = """
+figure: {}
+title: maps
+task: classification
+metric: {{name: picture}}
+runs: {{dml: {{same_as: table01/dml}}}}
+columns: [maps]
+rows: [{{name: DML, cells: [{{column: maps, paper: null, run: dml, show: figures/maps.png}}]}}]
+"""
+    for number in (1, 2):
+        (place / f"tables/figure{number:02d}.yaml").write_text(figure.format(number))
+    text = (made(place) / "report.md").read_text()
+    parts = {part.partition(",")[0]: part for part in text.split("\n## ")}
+    maps = {name: part.count("figures/maps.png](") for name, part in parts.items() if "maps.png" in part}
+    assert maps == {"Table 1": 1, "Figure 1": 1, "Figure 2": 0}
+    assert "dml+adm, seed 0: figures/maps.png](" in parts["Table 1"]
+    assert "Its pictures stand before: dml, seed 0: figures/maps.png." in parts["Figure 2"]
+
+
 def test_the_rounds_of_a_chain_tell_their_similarity(place: Path) -> None:
     for seed, value in ((0, 0.5), (1, 0.75)):
         folder = place / f"results/kept/adm-{seed}"
