@@ -18,7 +18,7 @@ from tools.runs import Run
 WIDTH = 900  # pixels of an embedded picture, at most
 COLORS = 96  # of a drawn figure: its file is a third of that in all colours
 KEPT_WIDTH = 640
-LEFT = ("figures/*.png", "samples*.png", "samples/*.png", "**/similarity-*.png")
+LEFT = ("figures/*.png", "**/samples.png", "**/trajectory-*.png", "**/similarity-*.png")
 """What training, visualize.py and sample.py leave in a run's folder beside its curves."""
 MOST = 6  # of one pattern: samples are drawn again and again, the last tell most
 

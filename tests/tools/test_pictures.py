@@ -65,13 +65,15 @@ def test_kept_runs_keep_small_copies_of_what_one_seed_drew(tmp_path: Path) -> No
         noise = np.random.default_rng(seed).integers(0, 255, (300, 1500, 3), np.uint8)
         Image.fromarray(noise).save(path / "figures/maps.png")
         Image.fromarray(noise).save(path / "curves.png")
+        (path / "samples").mkdir()
+        Image.fromarray(noise[:20, :20]).save(path / "samples/samples.png")
     results = tmp_path / "results"
     assert reproduce.main(["keep", str(tmp_path / "runs"), "--to", "mine", f"--results={results}"]) == 0
     assert sorted(p.relative_to(results / "mine").as_posix() for p in results.rglob("*.png")) == [
-        "dml-0/curves.png", "dml-0/figures/maps.png",
+        "dml-0/curves.png", "dml-0/figures/maps.png", "dml-0/samples/samples.png",
     ]  # fmt: skip
     with Image.open(results / "mine/dml-0/figures/maps.png") as image:
         assert image.size == (pictures.KEPT_WIDTH, 128)
     kept = read_run(results / "mine/dml-0")
-    assert kept.finished and [file.name for file in pictures.left_by(kept)] == ["maps.png"]
+    assert kept.finished and [file.name for file in pictures.left_by(kept)] == ["maps.png", "samples.png"]
     assert [run.seed for run in map(read_run, (results / "mine/dml-0", results / "mine/dml-1"))] == [0, 1]
