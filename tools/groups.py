@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from core.analysis.looks import CONTROLS
 from core.errors import InputError
 from tools.runs import Run
 from tools.stats import Difference, paired
@@ -109,6 +110,12 @@ def measure_of(run: Run) -> str:
         raise InputError(f"{run.path} holds no evaluation to compare (of a diffusion run: evaluate.py writes it)")
     of_images = held[: len(image_scores(run))]
     return next((measure for measure in [*MEASURES, *of_images] if measure in held), "top1")
+
+
+def method_of(run: Run) -> tuple[str, str | None]:
+    """The method, and of ADM the control in the place of its attention: ("dml+adm", "uniform")."""
+    given = (run.config.get("adm.control"), run.config.get("adm.attention"))  # older runs of diffusion say the second
+    return str(run.config.get("method", "run")), next((word for word in given if word in CONTROLS), None)
 
 
 def named(measure: str) -> str:

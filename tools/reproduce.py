@@ -29,6 +29,7 @@ from core.training.command import LineParser, run_command
 from tools import report
 from tools.ours import finished_runs
 from tools.paper import PAPER, ROOT, SCALES, Setting, find_table, load_tables
+from tools.pictures import keep_pictures
 from tools.plan import Place, Plan, known_jobs, make_job, make_place, select
 from tools.processes import Job, conclude, gpus, make_executor, readable, run_jobs, slots, state, submit
 from tools.runs import KEPT, Run, keep, read_runs, seeds_of
@@ -203,7 +204,10 @@ def keep_runs(options: argparse.Namespace) -> int:
     if not options.to or Path(options.to).is_absolute() or ".." in Path(options.to).parts:
         raise InputError(f"--to {options.to!r} names no folder in {options.results}")
     folder = options.results / options.to
-    print(f"{folder / KEPT}: kept {', '.join(keep(runs, folder))}")
+    names = keep(runs, folder)
+    pictures = keep_pictures(runs, folder, names)
+    drawn = f"; {counted(pictures, 'picture')} of them, small" if pictures else ""
+    print(f"{folder / KEPT}: kept {', '.join(names)}{drawn}")
     return 0
 
 
