@@ -21,6 +21,7 @@ from classification.networks.pretrained import keeps_head, load_weights, normali
 from core.errors import InputError, first_line
 from core.images import EXTENSIONS
 from core.training.checkpoint import read_state
+from core.training.kept import refuse_kept
 from core.training.run import read_config
 from core.weights import read_metadata
 
@@ -174,6 +175,7 @@ def command_of(run: Path, task: Task = ONLINE) -> Command:
     """
     file = run / "config.yaml"
     if not file.is_file():
+        refuse_kept(run)
         raise InputError(f"{run} is no run folder: it has no config.yaml" if run.is_dir() else f"no run folder {run}")
     if (said := read_config(file).get("task", ONLINE.name)) != task.name:
         raise InputError(f"{run} is a run of {said}: use the tools in {said}/tools")

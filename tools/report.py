@@ -22,6 +22,7 @@ from core.files import make_folder, write_atomically
 from tools.compare import figure_of
 from tools.document import render
 from tools.groups import Comparison, Group, common_roles, measure_of
+from tools.hardware import differing_hardware, processor
 from tools.ours import Number, gather, grids, numbers
 from tools.paper import SCALES, Scale, Table, load_tables
 from tools.runs import Run
@@ -98,6 +99,7 @@ def paper_part(table: Table, scale: Scale, runs: Path, results: Path) -> tuple[P
     missing = sorted({cell.run for cell in table.cells if cell.run is not None and cell.run not in members})
     words += [f"Not run: {', '.join(missing)}."] if missing else []
     words += [f"Left out: {'; '.join(left)}."] if left else []
+    words += differing_hardware(members)
     words += sorted({f"Not run, {cell.column}: {cell.why}" for cell in table.cells if cell.run is None})
     found = numbers(table, scale, members) if members else []
     pictures = pictures_of(table, members)
@@ -191,7 +193,7 @@ def environments(members: Members) -> list[str]:
         commit = f"commit {(start.get('commit') or 'unknown')[:10]}{'*' if start.get('uncommitted_changes') else ''}"
         torch = start.get("versions", {}).get("torch", "?")
         versions = f"torch {torch}, Python {start.get('python', '?')}"
-        found[f"{commit}, {versions}, {start.get('device_name', '?')}, {start.get('threads', '?')} threads"] += 1
+        found[f"{commit}, {versions}, {processor(start)}, {start.get('threads', '?')} threads"] += 1
     return [f"{told}: {count} run{'s' if count > 1 else ''}" for told, count in found.items()]
 
 

@@ -26,12 +26,13 @@ from typing import Any
 from core.errors import InputError
 from core.ranges import Seed, range_of
 from core.training.command import LineParser, run_command
+from core.training.kept import KEPT
 from tools import report
 from tools.ours import finished_runs
 from tools.paper import PAPER, ROOT, SCALES, Setting, find_table, load_tables
 from tools.plan import Place, Plan, known_jobs, make_job, make_place, select
 from tools.processes import Job, conclude, gpus, make_executor, readable, run_jobs, slots, state, submit
-from tools.runs import KEPT, Run, keep, read_runs, seeds_of
+from tools.runs import Run, keep, read_runs, seeds_of
 from tools.stats import columns
 
 OUT = Path("runs/reproduce")
