@@ -1,4 +1,4 @@
-"""On what runs were trained, and whether that alone may tell them apart: one command has other digits on another CPU."""
+"""On what runs were trained: one command has other digits on another kind of processor."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def differing_hardware(groups: Mapping[str, Mapping[Any, Run]]) -> list[str]:
         mixed += [label] if len(places) > 1 else []
     told = []
     if len(counts.keys() - {UNKNOWN}) > 1 or len(kinds) > 1:
-        parts = ", ".join(f"{place} ({count} run{'' if count == 1 else 's'})" for place, count in counts.items())
+        parts = ", ".join(
+            f"{place} ({count} run{'' if count == 1 else 's'})" for place, count in sorted(counts.items())
+        )
         told.append(f"Different hardware, which moves results beyond what seeds do: {parts}.")
         told[-1] += f" Averaged over several: {'; '.join(mixed)}." if mixed else ""
     if unknown:

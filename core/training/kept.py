@@ -18,8 +18,8 @@ def refuse_kept(path: Path | str) -> None:
             begin = "" if folder == path else path.relative_to(folder).as_posix()
             if any(name == begin or not begin or name.startswith(f"{begin}/") for name in _names(file)):
                 raise InputError(
-                    f"{path} is a kept result, and weights are not kept: {file} has its numbers, which tools/compare.py "
-                    "reads, and its command, which trains it anew"
+                    f"{path} is a kept result, and weights are not kept: {file} has its numbers, "
+                    "which tools/compare.py reads, and its command, which trains it anew"
                 )
             return
 

@@ -36,7 +36,7 @@ def trained(path: Path, seed: int, *starts: dict[str, Any], method: str = "dml",
         ([[], [AVX2]], ["1 of these 2"]),
         (
             [[AVX2], [AVX512]],
-            ["A CPU, AVX2, 1 thread (1 run), A CPU, AVX512, 1 thread (1 run). Averaged over several: a"],
+            ["AVX2, 1 thread (1 run), A CPU, AVX512, 1 thread (1 run). Averaged over several: a"],
         ),
         ([[AVX2], [{**AVX2, "threads": 2}]], ["AVX2, 2 threads (1 run)"]),
         ([[AVX2, AVX512], [AVX2]], ["AVX2, 1 thread (2 runs), A CPU, AVX512, 1 thread (1 run)"]),  # resumed elsewhere
