@@ -301,6 +301,8 @@ def check(name: str, folder: Path, unchecked: bool) -> str:
     """The hash of a data set. Raises: InputError where it must be that of results/ and is not."""
     proxy = PROXIES[name]
     files = sorted(file for part in proxy.parts for file in folder.glob(part) if file.is_file())
+    if not files:
+        raise InputError(f"{folder} holds no {' nor '.join(proxy.parts)}: move it away and make it anew by --from")
     digest = hashlib.sha256()
     for file in shown(files, "checking"):
         digest.update(f"{file.relative_to(folder).as_posix()}\0{content_hash(file)}\n".encode())

