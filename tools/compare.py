@@ -5,7 +5,8 @@
 
 Takes run folders, folders of them, and what `results/` keeps. Runs that differ in nothing but their seed make a group.
 Prints the tables; `--out` also writes them (`compare.md`), all numbers (`compare.json`) and the curves (`compare.png`).
-Of a diffusion run it takes what evaluate.py wrote beside it, a column for each number of sampling steps.
+Of a diffusion run it takes what evaluate.py wrote beside it, a column for each number of sampling steps. Where the runs
+come from different hardware, or from different commits, it says so.
 """
 
 from __future__ import annotations
