@@ -24,7 +24,7 @@ from core.errors import InputError
 from core.files import make_folder, save_figure, save_json, write_atomically
 from core.training.command import LineParser, run_command
 from tools.groups import PERCENT, Comparison, Group, compare_runs, lower_is_better, named, score
-from tools.hardware import differing_hardware
+from tools.hardware import differing_hardware, unknown_processors
 from tools.runs import Run, read_runs
 from tools.stats import Grid, markdown, mean_std, spread
 
@@ -86,7 +86,8 @@ def render(compared: Comparison, left_out: Sequence[Run]) -> str:
         parts.append(f"Left out, not finished: {', '.join(str(run.path) for run in left_out)}.")
     if len({run.start.get("commit") for run in compared.runs}) > 1:
         parts.append("These runs come from different commits (see the environment of each).")
-    parts += differing_hardware({group.label: group.runs for group in compared.groups})
+    groups = {group.label: group.runs for group in compared.groups}
+    parts += [*differing_hardware(groups), *unknown_processors(groups)]
     return "\n\n".join(parts)
 
 

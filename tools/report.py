@@ -22,7 +22,7 @@ from core.files import make_folder, write_atomically
 from tools.compare import figure_of
 from tools.document import render
 from tools.groups import Comparison, Group, common_roles, measure_of
-from tools.hardware import differing_hardware, processor
+from tools.hardware import differing_in_pairs, processor, unknown_processors
 from tools.ours import Number, gather, grids, numbers
 from tools.paper import SCALES, Scale, Table, load_tables
 from tools.runs import Run
@@ -99,7 +99,7 @@ def paper_part(table: Table, scale: Scale, runs: Path, results: Path) -> tuple[P
     missing = sorted({cell.run for cell in table.cells if cell.run is not None and cell.run not in members})
     words += [f"Not run: {', '.join(missing)}."] if missing else []
     words += [f"Left out: {'; '.join(left)}."] if left else []
-    words += differing_hardware(members)
+    words += [*differing_in_pairs(members, table.baselines), *unknown_processors(members)]
     words += sorted({f"Not run, {cell.column}: {cell.why}" for cell in table.cells if cell.run is None})
     found = numbers(table, scale, members) if members else []
     pictures = pictures_of(table, members)

@@ -12,7 +12,7 @@ from written import TABLE, write_chain, write_run
 from core.errors import InputError
 from core.training.run import RunFolder, environment
 from tools import compare, reproduce
-from tools.hardware import differing_hardware
+from tools.hardware import differing_hardware, differing_in_pairs, unknown_processors
 from tools.runs import read_run
 
 OLD = {"device": "cpu", "device_name": "x86_64", "threads": 1}
@@ -41,13 +41,30 @@ def trained(path: Path, seed: int, *starts: dict[str, Any], method: str = "dml",
         ([[AVX2], [{**AVX2, "threads": 2}]], ["AVX2, 2 threads (1 run)"]),
         ([[AVX2, AVX512], [AVX2]], ["AVX2, 1 thread (2 runs), A CPU, AVX512, 1 thread (1 run)"]),  # resumed elsewhere
         ([[GPU], [OTHER_GPU]], ["GPU A (1 run), GPU B (1 run)"]),
-        ([[GPU], [OLD]], ["GPU A (1 run), a CPU that is not recorded (1 run)", "1 of these 2"]),
+        ([[GPU], [OLD]], ["a CPU that was not recorded (1 run), GPU A (1 run)", "1 of these 2"]),
     ],
 )
 def test_what_differs_and_what_is_not_known(tmp_path: Path, starts: list[list[Any]], told: list[str]) -> None:
     runs = {seed: read_run(trained(tmp_path / f"a-{seed}", seed, *own)) for seed, own in enumerate(starts)}
-    found = differing_hardware({"a": runs})
+    found = [*differing_hardware({"a": runs}), *unknown_processors({"a": runs})]
     assert len(found) == len(told) and all(part in line for part, line in zip(told, found, strict=True))
+
+
+def test_only_what_is_set_beside_each_other_is_told(tmp_path: Path) -> None:
+    starts = {"dml": [AVX2, AVX2], "adm": [AVX512, AVX512], "kdcl": [GPU, GPU], "kdcl+adm": [GPU, OTHER_GPU]}
+    runs = {
+        label: {seed: read_run(trained(tmp_path / f"{label}-{seed}", seed, start)) for seed, start in enumerate(own)}
+        for label, own in starts.items()
+    }
+    (line,) = differing_in_pairs(runs, {"adm": "dml", "kdcl+adm": "kdcl"})
+    assert "AVX2, 1 thread (2 runs), A CPU, AVX512, 1 thread (2 runs), GPU A (3 runs), GPU B (1 run)." in line
+    assert line.endswith("Averaged over several: kdcl+adm.")
+    (line,) = differing_in_pairs(runs, {"kdcl+adm": "kdcl"})
+    assert "AVX" not in line and "GPU A (3 runs), GPU B (1 run)" in line
+    chain = {"dml": "kdcl", "adm": "dml"}  # of which no two are alike
+    (line,) = differing_in_pairs({label: runs[label] for label in ("dml", "adm")}, chain)
+    assert "AVX2, 1 thread (2 runs), A CPU, AVX512, 1 thread (2 runs)." in line
+    assert differing_in_pairs({label: runs[label] for label in ("dml", "adm", "kdcl")}, {}) == []
 
 
 def test_compare_and_report_say_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
