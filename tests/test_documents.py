@@ -38,6 +38,10 @@ NOT_RUN = {
     "python -m pytest": "the tests themselves",
     "python examples/": "tests/test_examples.py runs each",
     "torchrun --nproc_per_node 2 examples/": "tests/test_examples.py runs each",
+    **{
+        f"python tools/prepare_data.py {name} --from": "tests/tools/test_prepare_data.py makes each"
+        for name in ("tiny-imagenet-32", "cifar10-jpeg", "cifar10-jpeg-2000", "camvid", "cifar10-resnets")
+    },
     "ruff": "`make test` and `make lint` are called as they are",
     "mypy": "`make lint` is called as it is",
     "python classification/tools/visualize.py runs/dml+adm --checkpoint all --boxes": "digits have no boxes; that of "

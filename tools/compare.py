@@ -5,7 +5,8 @@
 
 Takes run folders, folders of them, and what `results/` keeps. Runs that differ in nothing but their seed make a group.
 Prints the tables; `--out` also writes them (`compare.md`), all numbers (`compare.json`) and the curves (`compare.png`).
-Of a diffusion run it takes what evaluate.py wrote beside it, a column for each number of sampling steps.
+Of a diffusion run it takes what evaluate.py wrote beside it, a column for each number of sampling steps. Where the runs
+come from different hardware, or from different commits, it says so.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from core.errors import InputError
 from core.files import make_folder, save_figure, save_json, write_atomically
 from core.training.command import LineParser, run_command
 from tools.groups import PERCENT, Comparison, Group, compare_runs, lower_is_better, method_of, named, score
+from tools.hardware import differing_hardware, unknown_processors
 from tools.runs import Run, read_runs
 from tools.stats import Grid, markdown, mean_std, spread
 
@@ -85,6 +87,8 @@ def render(compared: Comparison, left_out: Sequence[Run]) -> str:
         parts.append(f"Left out, not finished: {', '.join(str(run.path) for run in left_out)}.")
     if len({run.start.get("commit") for run in compared.runs}) > 1:
         parts.append("These runs come from different commits (see the environment of each).")
+    groups = {group.label: group.runs for group in compared.groups}
+    parts += [*differing_hardware(groups), *unknown_processors(groups)]
     return "\n\n".join(parts)
 
 

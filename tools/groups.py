@@ -104,11 +104,15 @@ def score(values: Mapping[str, Any], role: str, measure: str) -> float | None:
 
 
 def measure_of(run: Run) -> str:
-    """What a run is compared by. Raises: InputError for a finished one that holds no evaluation."""
-    held = [key.rpartition("/")[2] for key in (*image_scores(run), *run.last)]
-    if not held and run.finished:
-        raise InputError(f"{run.path} holds no evaluation to compare (of a diffusion run: evaluate.py writes it)")
-    of_images = held[: len(image_scores(run))]
+    """What a run is compared by. Raises: InputError for a finished one that holds no evaluation, naming the command."""
+    of_images = [key.rpartition("/")[2] for key in image_scores(run)]
+    held = [*of_images, *(key.rpartition("/")[2] for key in run.last if "/" in key)]
+    if not held and run.finished:  # only diffusion is evaluated afterwards
+        features = " --features digits" if run.config.get("data.name") == "digits" else ""
+        raise InputError(
+            f"{run.path} is not evaluated, so that there is nothing to compare: "
+            f"first python diffusion/tools/evaluate.py {run.path}{features}"
+        )
     return next((measure for measure in [*MEASURES, *of_images] if measure in held), "top1")
 
 

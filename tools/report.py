@@ -21,6 +21,7 @@ from core.errors import InputError
 from core.files import make_folder, write_atomically
 from tools.document import render
 from tools.findings import RULE, Added, counted, differences, gains, gains_caption, once, said
+from tools.hardware import differing_in_pairs, processor, unknown_processors
 from tools.ours import Members, Number, amount_of, by_role, first_uses, gather, numbers, reused, setting_of
 from tools.overview import LEGEND, SETTINGS, forest, what_is_missing, what_was_run
 from tools.paper import SCALES, Scale, Table, load_tables
@@ -152,6 +153,7 @@ def paper_part(table: Table, scale: Scale, members: Members, left: Sequence[str]
     missing = sorted({cell.run for cell in table.cells if cell.run is not None and cell.run not in members})
     words += [f"Not run: {', '.join(missing)}."] if missing else []
     words += [f"Left out: {'; '.join(left)}."] if left else []
+    words += [*differing_in_pairs(members, table.baselines), *unknown_processors(members)]
     words += sorted({f"Not run, {cell.column}: {cell.why}" for cell in table.cells if cell.run is None})
     found = numbers(table, scale, members) if members else []
     pictures, before = pictures_of(table, members, shared.shown, shared.drawn)
@@ -209,7 +211,7 @@ def environments(members: Members) -> list[str]:
         commit = f"commit {(start.get('commit') or 'unknown')[:10]}{'*' if start.get('uncommitted_changes') else ''}"
         torch = start.get("versions", {}).get("torch", "?")
         versions = f"torch {torch}, Python {start.get('python', '?')}"
-        found[f"{commit}, {versions}, {start.get('device_name', '?')}, {start.get('threads', '?')} threads"] += 1
+        found[f"{commit}, {versions}, {processor(start)}, {start.get('threads', '?')} threads"] += 1
     return [f"{told}: {count} run{'s' if count > 1 else ''}" for told, count in found.items()]
 
 

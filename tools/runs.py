@@ -21,6 +21,7 @@ import yaml
 
 from core.errors import InputError
 from core.files import make_folder, write_atomically
+from core.training.kept import KEPT
 from core.training.run import (
     digest_of,
     flatten,
@@ -31,8 +32,6 @@ from core.training.run import (
     read_signed,
     said_identity,
 )
-
-KEPT = "runs.jsonl"
 
 
 @dataclass(frozen=True, eq=False)

@@ -164,7 +164,7 @@ def test_diffusion_is_compared_by_fid_at_each_number_of_steps(tmp_path: Path, co
     }
     unevaluated = write_chain(tmp_path / "bare", 0, "pd", {4: 1.0})
     (unevaluated / "evaluation-inception.json").unlink()
-    with pytest.raises(InputError, match=r"evaluate\.py writes it"):
+    with pytest.raises(InputError, match=r"is not evaluated.*python diffusion/tools/evaluate\.py \S+bare"):
         compare.main([str(unevaluated)])
 
 

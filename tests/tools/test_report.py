@@ -320,19 +320,6 @@ def test_the_page_on_a_phone(place: Path, browser: Browser) -> None:
     assert browser("Runtime.evaluate", expression=load, awaitPromise=True)["result"]["value"]
     assert "<of two methods>" in browser.value("document.querySelector('h2.part').textContent")
 
-<<<<<<< HEAD
-    assert browser.value(COLUMN.format(1)) == ["73.950", "74.235", "74.500"]
-    browser.value(HEAD.format(2))  # ours: numbers, then what was not run
-    assert [v.split(" ")[0] for v in browser.value(COLUMN.format(2))] == ["60.583", "62.167", "not"]
-    browser.value(HEAD.format(2))
-    assert [v.split(" ")[0] for v in browser.value(COLUMN.format(2))] == ["62.167", "60.583", "not"]
-    browser.value(HEAD.format(0))
-    rows = [f"Student {name}, {method}" for method in ("DML", "DML+ADM", "KDCL")]
-    assert browser.value(COLUMN.format(0)) == rows
-    browser.value(HEAD.format(0))
-    assert browser.value(COLUMN.format(0)) == rows[::-1]
-    assert browser.value("document.querySelectorAll('th[aria-sort]').length") == 1
-=======
     said = browser.value("document.body.innerText.slice(0, 1500)")
     assert "6 runs at proxy scale" in said and "no run in the setting of the paper" in said
     assert "1 of 1 intervals say that ADM adds" in said and "not shown that the attention is what adds" in said
@@ -342,7 +329,6 @@ def test_the_page_on_a_phone(place: Path, browser: Browser) -> None:
     assert len(bars) == 1 and bars[0].startswith("+1.58 (")
     mark = "document.querySelector('.mark').getBoundingClientRect().x"
     assert browser.value(f"{mark} > document.querySelector('.zero').getBoundingClientRect().x")
->>>>>>> i22-5
 
     browser.value("fetch('https://example.org').catch(() => 0)")  # the policy stands, and would be heard
     assert any("Content Security Policy" in str(complaint) for complaint in browser.complaints)
