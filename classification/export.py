@@ -106,7 +106,7 @@ def check(export: Export, experiment: Experiment) -> None:
             raise InputError(f"{what}: give --format {others}")
     if export.inside and not set(export.formats) - set(_FOLDERS):
         raise InputError(
-            f"--with-preprocessing counts for onnx and torch: the folder of {export.formats[0]} says mean and std itself"
+            f"--with-preprocessing counts for onnx and torch: {export.formats[0]}'s folder says mean and std itself"
         )
     if export.folder.exists() and not export.folder.is_dir():
         raise InputError(f"--export {export.folder} is a file: name a folder")
