@@ -6,6 +6,7 @@ Each file is opened again by a process of its own (``classification/reopen.py``)
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -39,6 +40,7 @@ FORMATS = {
 """The formats, and the file by which each is known."""
 TOLERANCE = 1e-4  # of the largest logit
 BILINEAR = 2  # PIL's number of it
+PROCESSOR = "BitImageProcessor"  # transformers' plain one: shorter side, central crop, mean and std
 IMAGES = 64  # on which the reopened files are compared
 _REOPEN = "import sys; from classification.reopen import answer; answer(*sys.argv[1:])"
 _PACKAGES = {
@@ -195,7 +197,12 @@ def crop_share(split: Split) -> float:
         steps += step.transforms if isinstance(step, T.Compose) else []
         if isinstance(step, (T.Resize, T.CenterCrop)):
             sizes[type(step)] = step.size if isinstance(step.size, int) else step.size[0]
-    return round(sizes[T.CenterCrop] / sizes[T.Resize], 3)
+    return floored(sizes[T.CenterCrop] / sizes[T.Resize])
+
+
+def floored(share: float) -> float:
+    """To four digits, downwards: timm divides by it, and rounds down what it resizes to."""
+    return math.floor(share * 1e4) / 1e4
 
 
 def write_timm(network: nn.Module, name: str, about: dict[str, Any], folder: Path) -> None:
@@ -214,7 +221,7 @@ def write_timm(network: nn.Module, name: str, about: dict[str, Any], folder: Pat
 
 def write_transformers(network: nn.Module, about: dict[str, Any], folder: Path) -> None:
     """``config.json`` and ``model.safetensors`` by transformers itself, and ``preprocessor_config.json`` for images."""
-    from transformers import BitImageProcessor  # the plain one: shorter side, central crop, mean and std
+    import transformers
 
     model: Any = deepcopy(model_of(network))
     names, side = about["class_names"], about["input_size"][1]
@@ -224,7 +231,8 @@ def write_transformers(network: nn.Module, about: dict[str, Any], folder: Path) 
     resized = {"shortest_edge": round(side / about["crop_pct"])}
     normalisation = {"image_mean": about["mean"], "image_std": about["std"]}
     form: dict[str, Any] = {"size": resized, "crop_size": {"height": side, "width": side}, "resample": BILINEAR}
-    BitImageProcessor(**form, **normalisation, do_convert_rgb=True).save_pretrained(folder)
+    processor = getattr(transformers, PROCESSOR)(**form, **normalisation, do_convert_rgb=True)
+    processor.save_pretrained(folder)
 
 
 def write_graphs(model: nn.Module, export: Export, shape: Sequence[int], about: dict[str, Any], folder: Path) -> None:
