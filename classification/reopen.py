@@ -45,7 +45,7 @@ def open_transformers(folder: Path) -> Classifier:
     classify = _of_torch(lambda pixels: model(pixels).logits)
 
     def see(images: np.ndarray) -> np.ndarray:
-        pixels = list(np.round(images * 255.0).astype(np.uint8))
+        pixels = list(images * np.float32(255.0))
         shown = processor(pixels, do_resize=False, do_center_crop=False, input_data_format="channels_first")
         return classify(np.stack([np.asarray(image, dtype=np.float32) for image in shown["pixel_values"]]))
 
