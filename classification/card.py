@@ -67,7 +67,7 @@ def _header(export: Export, experiment: Experiment, report: Mapping[str, Any], t
         if f"{export.role}/{score}" in report["values"]
     ]  # fmt: skip
     header = ModelCardData(
-        library_name="timm" if "timm" in export.formats else "pytorch",
+        library_name=next((name for name in ("timm", "transformers") if name in export.formats), "pytorch"),
         pipeline_tag="image-classification",
         tags=["image-classification", "knowledge-distillation", *sorted(export.formats)],
         model_name=title,
@@ -85,6 +85,8 @@ def _use(export: Export) -> list[str]:
         f'(logits,) = session.run(["logits"], {{"{export.input_name}": images}})  # float32 [batch, C, H, W], {takes}',
         "torch": 'import torch\n\nmodel = torch.export.load("FOLDER/model.pt2").module()\n'
         f"logits = model(images)  # float32 [batch, C, H, W], {takes}",
+        "transformers": "from transformers import pipeline\n\n"
+        'classify = pipeline("image-classification", "FOLDER")  # takes a PIL image, or a path',
     }
     return [f"```python\n{lines[format]}\n```" for format in export.formats]
 
