@@ -99,8 +99,8 @@ def of_experiment(experiment: Experiment, role: str, device: str) -> Classifier:
     distiller, datasets = experiment.distiller.to(device), experiment.datasets
     if role not in distiller.scored_roles:
         raise unknown("role", role, distiller.scored_roles)
-    alone = distiller.takes_one or role in distiller.averages  # which then runs what it needs
-    optional = [*(distiller.networks if alone else ()), *distiller.averages]
+    alone = distiller.takes_one or role in distiller.moving_averages  # which then runs what it needs
+    optional = [*(distiller.networks if alone else ()), *distiller.moving_averages]
     without = [other for other in optional if other != role]
     transform = evaluation_transform(experiment.command.config.data, datasets.image_size)
     return Classifier(datasets.class_names, transform, lambda images: distiller.outputs(images, without)[role].logits)
