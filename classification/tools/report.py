@@ -36,8 +36,8 @@ from core.analysis.calibration import draw_reliability
 from core.analysis.curves import draw_curves
 from core.errors import InputError
 from core.files import make_folder, save_json, write_atomically
-from core.training.checkpoint import find_checkpoint
 from core.training.average import SUFFIX
+from core.training.checkpoint import find_checkpoint
 from core.training.command import DONE, add_device, device_of, parse, run_command, tool_parser
 from core.training.distiller import Batch
 from core.training.run import flatten, read_config
