@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from classification.config import Command
+from classification.data import DataConfig
 from classification.experiment import Experiment
 from classification.export import Export, description
 from core.files import plain
 from core.training.run import read_json
 
 LICENCE = "license:  # to fill in before it is published: an identifier, as apache-2.0 or cc-by-nc-4.0\n"
+SEEN = ("augmentation", "auto_augment", "color_jitter", "re_prob", "re_mode", "mixup", "cutmix", "mixup_prob")
+"""What of the data's options says how training saw an image."""
 MOST_CLASSES = 50  # that are listed one by one
 
 
@@ -119,6 +122,11 @@ def _method(command: Command) -> str:
     if with_adm:
         said["adm"] = asdict(config.adm)
     fit: dict[str, Any] = {key: getattr(config.fit, key) for key in ("epochs", "steps", "precision")}
+    fit |= {key: value for key in ("clip", "ema_decay", "patience") if (value := getattr(config.fit, key)) is not None}
+    usual = DataConfig()
+    changed = {key: value for key in SEEN if (value := getattr(config.data, key)) != getattr(usual, key)}
+    said |= {"augmentation": changed} if changed else {}
+    said |= {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
     said |= {"optimizer": asdict(config.optimizer), "schedule": asdict(config.schedule), "fit": fit}
     said |= {"batch_size": config.batch_size, "seed": config.seed}
     return f"```yaml\n{yaml.safe_dump(plain(said), sort_keys=False).strip()}\n```"
