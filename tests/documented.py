@@ -104,6 +104,8 @@ def make_world(world: Path) -> None:
     for folder in ("data/cifar10-jpeg", "imagenet"):
         make_images(world / folder, classes=10)
     (world / "data/cifar10-jpeg-2000").symlink_to("cifar10-jpeg")
+    (world / "photos").symlink_to("imagenet")
+    (world / "photo.png").symlink_to("imagenet/val/n000/0.png")
     for folder in ("generated", "images", "data/cifar10-png", "samples", "real"):  # of the digits classifier's size
         make_images(world / folder, classes=10, split="", size=8)
     make_images(world / "data/camvid/leftImg8bit", classes=1)

@@ -55,6 +55,7 @@ SHORT = {
     " --data.classes 3 --data.download false --fit.precision fp32",
     r"/cifar100\.yaml(?!.* --data\.root data/)": "--data.image_size 8",
     r"/imagenet\.yaml(?!.* --data\.root data/)": "--data.image_size 64",
+    r"own_data\.yaml": "--data.validation 0",
     r"--data\.classes 100": "--data.classes 10 --data.image_size 8",
     r"classification/tools/evaluate\.py.* cifar10$": "--data.name digits --data.image_size 32",
     r"(classification|offline_kd)/tools/report\.py": "--no-latency --images 1 --device cpu",

@@ -4,8 +4,9 @@
     python classification/tools/evaluate.py --weights resnet20.pth --network cifar_resnet20 --data.name cifar10
 
 `--export FOLDER --format timm,onnx,torch` writes a network as others open it, with a model card: timm's config.json and
-model.safetensors, model.onnx, model.pt2. The latter two take `pixel_values`, float [batch, 3, H, W], normalised, at the
-evaluated size, any number of them; by `--with-preprocessing` it is `image`, RGB in [0, 1]. Out: `logits`, [batch, K].
+model.safetensors, model.onnx, model.pt2; of networks of transformers also that library's folder. ONNX and .pt2 take
+`pixel_values`, float [batch, 3, H, W], normalised, at the evaluated size, any number of them; by `--with-preprocessing`
+it is `image`, RGB in [0, 1]. Out: `logits`, [batch, K].
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     add(
         "--export", type=str, default=None, help="write a network, with a model card, to this new folder (see --format)"
     )
-    add("--format", type=str, default=None, help="of the export: some of timm,onnx,torch, as timm,onnx")
+    add("--format", type=str, default=None, help="of the export: some of timm,onnx,torch,transformers, as timm,onnx")
     add(
         "--export_role",
         type=str,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from classification.config import ONLINE, Task, task_of
 from classification.data import DataConfig, DataSets
+from classification.distiller import ClassificationDistiller
 from classification.evaluation import evaluate
 from classification.experiment import Experiment, command_of, images_at, restore
 from classification.figures import draw_changes, draw_classes
@@ -35,6 +36,7 @@ from core.analysis.calibration import draw_reliability
 from core.analysis.curves import draw_curves
 from core.errors import InputError
 from core.files import make_folder, save_json, write_atomically
+from core.training.average import SUFFIX
 from core.training.checkpoint import find_checkpoint
 from core.training.command import DONE, add_device, device_of, parse, run_command, tool_parser
 from core.training.distiller import Batch
@@ -141,7 +143,7 @@ def measured(path: Path, label: str, experiment: Experiment, folder: Path, split
 
     def watch(outputs: Outputs, batch: Batch) -> None:
         said.setdefault("index", []).append(batch["index"].cpu())
-        for role in distiller.output_roles:  # as Scores takes the first guess
+        for role in distiller.scored_roles:  # as Scores takes the first guess
             logits = outputs[role].logits
             said.setdefault(role, []).append(logits.topk(min(5, logits.shape[1]), dim=1).indices[:, 0].cpu())
 
@@ -150,11 +152,12 @@ def measured(path: Path, label: str, experiment: Experiment, folder: Path, split
     order = torch.cat(said.pop("index")).argsort()
     predicted = {role: torch.cat(parts)[order] for role, parts in said.items()}
     views = distiller.views(images_at(images, 1).to(device))
-    macs = {role: count(lambda role=role: distiller.networks[role](views[role])).macs for role in distiller.configs}  # type: ignore[misc]
+    macs = {role: count(lambda role=role: distiller.networks[role](views[role])).macs for role in costed(distiller)}  # type: ignore[misc]
     sizes = {
-        role: sum(t.numel() * t.element_size() for t in distiller.networks[role].state_dict().values())
-        for role in distiller.configs
+        role: sum(t.numel() * t.element_size() for t in distiller.networks[role].state_dict().values()) for role in macs
     }
+    for name in distiller.moving_averages:  # the same network by other weights
+        macs[name], sizes[name] = (of[name.removesuffix(SUFFIX)] for of in (macs, sizes))
     config = flatten(read_config(path / "config.yaml"))
     report = as_report(experiment, split, source, device, found)
     return Measured(path, label, experiment, report, found, predicted, images.targets, config, macs, sizes)
@@ -166,7 +169,12 @@ def time_networks(run: Measured) -> None:
     positions = [i % len(split) for i in range(max(BATCHES))]
     images = images_at(split, positions).to(next(distiller.parameters()).device)
     views = distiller.views(images)
-    run.latency = measure({role: distiller.networks[role] for role in distiller.configs}, views)
+    run.latency = measure({role: distiller.networks[role] for role in costed(distiller)}, views)
+
+
+def costed(distiller: ClassificationDistiller) -> list[str]:
+    """The roles whose networks cost something of their own: not the averages'."""
+    return [role for role in distiller.configs if role in distiller.networks]
 
 
 def draw(found: Findings, options: Any) -> dict[str, dict[str, bytes]]:
