@@ -41,7 +41,7 @@ def differing_in_pairs(groups: Groups, baselines: Mapping[str, str]) -> list[str
     """As ``differing_hardware``, of runs that are averaged or whose difference from a baseline is taken, alone."""
     differing: dict[str, Mapping[Any, Run]] = {}
     for label in groups:
-        pair = {name: groups[name] for name in (baselines.get(label, ""), label) if name in groups}
+        pair = {name: groups[name] for name in (baselines.get(label, label), label) if name in groups}
         differing |= pair if differing_hardware(pair) else {}
     return differing_hardware(differing)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import os
 import shutil
 import sys
 import tarfile
@@ -279,7 +280,7 @@ def save(name: str, files: Files, out: Path, unchecked: bool) -> str:
             build(files, folder)
             found.append(check(name, folder, unchecked))
 
-        write_atomically(out, write)
+        write_atomically(out, write, flush=lambda _: os.sync())
         return found[0]
     if there := next((out / file for file in files if (out / file).exists()), None):
         raise InputError(f"{there} is there already: move it away, or choose another --out")

@@ -10,7 +10,7 @@ import pytest
 from written import TABLE, write_chain, write_run
 
 from core.errors import InputError
-from core.training.run import RunFolder, environment
+from core.training.run import environment
 from tools import compare, reproduce
 from tools.hardware import differing_hardware, differing_in_pairs, unknown_processors
 from tools.runs import read_run
@@ -98,11 +98,3 @@ def test_a_diffusion_run_that_is_not_evaluated_says_what_to_run(tmp_path: Path) 
     (bare / "summary.json").write_text(json.dumps({"status": "finished", "last": ended}))
     with pytest.raises(InputError, match=rf"^{bare} is not evaluated.* python diffusion/tools/evaluate\.py {bare}$"):
         compare.main([str(scored), str(bare)])
-
-
-@pytest.mark.parametrize(("method", "name"), [("dml+adm", "dml"), ("dml", "dml"), ("kd+adm", "kd"), ("kdcl", "kd")])
-def test_the_term_of_mutual_learning_is_shown_by_its_name(tmp_path: Path, method: str, name: str) -> None:
-    run = RunFolder(tmp_path / "run", {"method": method})
-    assert [run.shown(key) for key in ("student/kd", "teacher_2/kd", "student/ce", "kd")] == [
-        f"student/{name}", f"teacher_2/{name}", "student/ce", "kd"
-    ]  # fmt: skip
