@@ -15,6 +15,7 @@ from core.errors import TrainingError
 from core.files import write_atomically
 from core.training.checkpoint import name_and_prune, require_finite
 from core.training.command import Stop
+from core.training.lines import start_line
 from core.training.recorder import Recorder
 from core.training.run import RunFolder
 from core.training.seed import random_state, restore_random_state, seed_everything
@@ -76,7 +77,15 @@ class RunHook(Hook):
             log_every=self.cfg.run.log_every, keep=self.cfg.run.keep, select=self.cfg.run.select, track=track,
         )  # fmt: skip
         self._random = self.recorder.restore(self._loaded, runner.iter, self.rank)
-        self.recorder.start(runner.iter)
+        wrapper = self.cfg.optim_wrapper
+        mixed = {"bfloat16": "bf16"}.get(wrapper.get("dtype"), "fp16")
+        precision = mixed if wrapper.get("type") == "AmpOptimWrapper" else "fp32"
+        sizes = {"training images": len(runner.train_dataloader.dataset)}
+        if runner.val_loop is not None:
+            sizes["evaluated images"] = len(runner.val_loop.dataloader.dataset)
+        names = {role: about["name"] for role, about in self.summary["networks"].items()}
+        about = start_line(bare(runner.model).networks, names, sizes, device, precision, self.processes)
+        self.recorder.start(runner.iter, about)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         if not self._started:  # not earlier: the loaders draw their own seeds when they start

@@ -16,6 +16,7 @@ from . import checkpoint as checkpoints
 from .average import Averages, averaged_role
 from .command import Stop
 from .distiller import Batch, Distiller, Progress
+from .lines import start_line
 from .precision import native_precision
 from .recorder import Recorder
 from .run import RunFolder
@@ -122,6 +123,7 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None = None,
     select: str | None = None,
     summary: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, int] | None = None,
     progress_bar: bool = True,
 ) -> dict[str, Any]:
     """Trains to the end, or resumes a run that was cut off, exactly; returns what ``summary.json`` says.
@@ -132,6 +134,7 @@ def fit(
         evaluate: -> values to log; called in evaluation mode. None: no evaluation and no ``best``.
         select: the evaluated value whose maximum makes ``best``.
         summary: what to say in ``summary.json`` besides.
+        sizes: of the data, by what they count ("training images"): said at the start.
     Raises: TrainingError for a NaN loss (naming network, term and step) or a full disk; InputError for a wrong config.
     """
     from accelerate.utils import gather_object
@@ -164,7 +167,9 @@ def fit(
     saved_at, factor = step, None
     batches = chain.from_iterable(repeat(data))
     distiller.train()
-    recorder.start(step)
+    names = {role: about.get("name", "") for role, about in (summary or {}).get("networks", {}).items()}
+    device, precision, processes = accelerator.device, accelerator.mixed_precision, accelerator.num_processes
+    recorder.start(step, start_line(distiller.networks, names, sizes or {}, device, precision, processes))
     with Stop().listening() as stop, recorder.bar:
         while step < total_steps and not recorder.has_waited(step, config.patience, interval):
             now = schedule(step / epoch_length)

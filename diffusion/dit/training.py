@@ -59,6 +59,7 @@ def train(config: DiTTrainingConfig) -> int:
             "seed": config.seed,
             "networks": {role: {"parameters": count(network)} for role, network in distiller.networks.items()},
         },
+        sizes={"training images": len(data.labels), "classes": data.classes},
         progress_bar=config.progress_bar,
     )
     accelerator.end_training()
@@ -139,6 +140,7 @@ def export(distiller: DiTDistiller, data: LabelledData, run: RunFolder) -> dict[
         for role, network in averages.items():
             folder = run.path / "export" / f"step-{distiller.step:08d}" / role
             save_dit(folder, network, step=distiller.step, latent_scale=data.latent_scale)
+            run.log(f"step {distiller.step}: {role}'s average is in {folder}")
     return {}
 
 

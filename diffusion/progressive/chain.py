@@ -65,7 +65,9 @@ def train(config: ProgressiveConfig) -> int:
     run.write_environment(str(accelerator.device))
     started = time.perf_counter()
     labels: list[int | str] = [BASE, *config.students] if teacher is None else [*config.students]
-    for label in labels:
+    for number, label in enumerate(labels, 1):
+        name = "base network" if label == BASE else f"{label}-step student"
+        run.log(f"round {number} of {len(labels)}: {name}")
         folder = _round(config, resolved, images, label, teacher)
         if folder is None:
             return INTERRUPTED
@@ -189,6 +191,7 @@ def _round(
             "round": label,
             "parameters": count(distiller.networks[role]),
         },
+        sizes={"training images": len(images)},
         progress_bar=config.progress_bar,
     )
     if result["status"] != "finished":

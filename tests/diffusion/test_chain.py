@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import CPU, ROOT, assert_same, assert_same_runs, metrics, train_whole
+from runs import CPU, ROOT, assert_same, assert_same_runs, check_log, metrics, train_whole
 from runs import stop_at as stop_at_step
 
 pytest.importorskip("diffusers")
@@ -91,6 +91,9 @@ def test_a_chain_from_noise_to_one_step(whole: Path, command: Command) -> None:
     assert all(row["adm/active"] == 1 for row in rows["round-0001"])
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["students"]["1"] == str(whole / "round-0001/student") and summary["method"] == "pd+adm"
+    for name in ROUNDS:
+        check_log(whole / name, f"{'teacher' if name == 'base' else 'student'} (", "48 training images")
+    assert "round 2 of 4: 4-step student" in (whole / "log.txt").read_text()
     code, _, said = command(arguments(whole))
     assert code == 0 and "is finished" in said
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from runs import (
     Gradients,
     assert_same,
     assert_same_runs,
+    check_log,
     gradients_of,
     in_two_processes,
     metrics,
@@ -97,7 +99,10 @@ def online(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_exports_are_the_averages_and_load(whole: Path, online: Path) -> None:
     from diffusion.dit.sampling import load_dit_student
 
+    check_log(whole, "teacher (fixed, ", "80 training images, 10 classes")
     for run, roles in ((whole, {"student"}), (online, {"teacher", "student"})):
+        for step, role in itertools.product(STEPS, roles):
+            assert f"{role}'s average is in {export(run, step, role)}" in (run / "log.txt").read_text()
         assert [p.name for p in sorted((run / "export").iterdir())] == [f"step-{n:08d}" for n in STEPS]
         weights, state = read_checkpoint(run / "checkpoints/last")
         assert weights.keys() == roles  # a fixed teacher is not written again

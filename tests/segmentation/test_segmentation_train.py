@@ -16,7 +16,7 @@ import torch
 import yaml
 from mmengine.config import Config
 from mmseg.apis import inference_model, init_model
-from runs import ROOT, assert_same, assert_same_runs, in_two_processes, lines, read, train_whole
+from runs import ROOT, assert_same, assert_same_runs, check_log, in_two_processes, lines, read, train_whole
 from street import CONFIGS, DEEPLAB, SHORT, SIZE, TINY, arguments, make_street, stop_at
 
 from segmentation.hooks import RunHook
@@ -42,6 +42,7 @@ def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) 
     code, said, log = train(command)
     assert code == 0, log
     assert said == ""  # stdout is for results
+    check_log(out, "teacher ResNet", "student ResNet", "evaluated images", stderr=log)
     files = {path.name for path in out.iterdir()}
     assert files == {
         "config.py", "config.yaml", "run.lock", "environment.json", "metrics.jsonl", "log.txt", "curves.png",
