@@ -94,7 +94,7 @@ class ClassificationDistiller(Distiller):
     @property
     def scored_roles(self) -> list[str]:
         """Whatever gives logits in evaluation: ``output_roles``, and the averages."""
-        return [*self.output_roles, *self.averages]
+        return [*self.output_roles, *self.moving_averages]
 
     @property
     def takes_one(self) -> bool:
@@ -103,14 +103,14 @@ class ClassificationDistiller(Distiller):
 
     def network(self, role: str) -> nn.Module:
         """The network or the average of this role."""
-        return self.averages[role] if role in self.averages else self.networks[role]
+        return self.moving_averages[role] if role in self.moving_averages else self.networks[role]
 
     def add_average(self, role: str) -> nn.Module:
         """A new place for the average of a network's weights, for a run that has ended; returns it."""
         name = averaged_role(role)
-        self.averages[name] = copy.deepcopy(self.networks[role]).requires_grad_(False)
+        self.moving_averages[name] = copy.deepcopy(self.networks[role]).requires_grad_(False)
         self.configs[name], self.normalisation[name] = self.configs[role], self.normalisation[role]
-        return self.averages[name]
+        return self.moving_averages[name]
 
     def views(self, images: Tensor, roles: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Raw images ``[B, C, H, W]`` or, a view for each role, ``[B, V, C, H, W]``, uint8 -> normalised, by role.
@@ -156,7 +156,7 @@ class ClassificationDistiller(Distiller):
         try:
             networks = {role: network for role, network in self.networks.items() if role not in without}
             outputs = self.method(networks, self.views(images, list(networks)))
-            for name, average in self.averages.items():
+            for name, average in self.moving_averages.items():
                 if name not in without:
                     role = name.removesuffix(SUFFIX)
                     together = {role: average} if self.takes_one else {**self.networks, role: average}
@@ -178,7 +178,7 @@ class ClassificationDistiller(Distiller):
     def _logits_of(self, batches: Iterable[Batch]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         device = next(self.parameters()).device
         for batch in batches:
-            outputs = self.outputs(batch["image"].to(device, non_blocking=True), self.averages.keys())
+            outputs = self.outputs(batch["image"].to(device, non_blocking=True), self.moving_averages.keys())
             yield {role: o.logits for role, o in outputs.items()}, batch["target"].to(device, non_blocking=True)
 
     def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:

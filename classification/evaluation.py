@@ -73,7 +73,7 @@ def evaluate(
     device = accelerator.device if accelerator is not None else next(distiller.parameters()).device
     roles = distiller.scored_roles if roles is None else roles
     can_leave_out = distiller.method.separable and distiller.adm is None
-    optional = [*(distiller.networks if can_leave_out else ()), *distiller.averages]
+    optional = [*(distiller.networks if can_leave_out else ()), *distiller.moving_averages]
     without = [role for role in optional if role not in roles]
     scores = {role: Scores(device) for role in roles}
     calibrations = {role: Calibration(device=device) for role in roles}

@@ -246,5 +246,5 @@ def load_checkpoint(distiller: ClassificationDistiller, checkpoint: Path) -> Non
     except Exception as error:  # a damaged pickle can raise anything
         reason = first_line(error)
         raise InputError(f"cannot read {file} (missing, incomplete or of another run): {reason}") from error
-    if missing := [key for key in missing if not key.startswith(("networks.", "averages."))]:
+    if missing := [key for key in missing if not key.startswith(("networks.", "moving_averages."))]:
         raise InputError(f"{file} lacks {missing[0]}: it is of another run")

@@ -93,8 +93,8 @@ def predict(
     split = Streamed(images, images.targets, torch.arange(len(images.files)), transform, transform)
     workers = worth_workers(len(split), config.workers)
     loader = StreamLoader(split, EVALUATION_BATCH, train=False, workers=workers, device=device, skipped=skipped)
-    alone = distiller.takes_one or role in distiller.averages  # which then runs what it needs
-    optional = [*(distiller.networks if alone else ()), *distiller.averages]
+    alone = distiller.takes_one or role in distiller.moving_averages  # which then runs what it needs
+    optional = [*(distiller.networks if alone else ()), *distiller.moving_averages]
     without = [other for other in optional if other != role]
     for batch in loader:
         logits = distiller.outputs(batch["image"], without)[role].logits.float()

@@ -92,7 +92,7 @@ def train(command: Command) -> int:
         config=config.fit,
         run=run,
         accelerator=accelerator,
-        evaluate=lambda: {**known, **scores([*learning, *distiller.averages])},
+        evaluate=lambda: {**known, **scores([*learning, *distiller.moving_averages])},
         select=f"{student}/top1",
         summary={
             "selected_on": selected_on,

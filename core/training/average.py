@@ -22,7 +22,7 @@ class Averages:
     """timm's ``ModelEmaV3`` of each student that is trained (of all that is trained, where there is no student).
 
     Floating-point buffers, as BatchNorm's statistics, are averaged like weights, others copied (timm's rule). The
-    averages are in ``distiller.averages``, on the networks' device; without ``fit.ema_decay`` there is none.
+    averages are in ``distiller.moving_averages``, on the networks' device; without ``fit.ema_decay`` there is none.
     """
 
     def __init__(self, distiller: Distiller, config: FitConfig) -> None:
@@ -38,7 +38,7 @@ class Averages:
         decay, warmup = config.ema_decay, config.ema_warmup
         self.all = {role: ModelEmaV3(distiller.networks[role], decay, use_warmup=warmup) for role in roles}
         for role, average in self.all.items():
-            distiller.averages[averaged_role(role)] = average.module.requires_grad_(False)
+            distiller.moving_averages[averaged_role(role)] = average.module.requires_grad_(False)
 
     def update(self, step: int) -> None:
         """Moves them towards the networks as they are after so many steps; after the first they are its. No host sync.

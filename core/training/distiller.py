@@ -43,7 +43,7 @@ class Distiller(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.averages = nn.ModuleDict()
+        self.moving_averages = nn.ModuleDict()
         """The moving averages of networks by their own roles (``student_ema``); see ``average.Averages``."""
 
     networks: nn.ModuleDict
@@ -61,7 +61,7 @@ class Distiller(nn.Module):
     def train(self, mode: bool = True) -> Distiller:
         """As any module's, but that the averages stay in evaluation mode: they are never trained."""
         super().train(mode)
-        self.averages.eval()
+        self.moving_averages.eval()
         return self
 
     def before_step(self, batch: Batch, progress: Progress) -> Batch:

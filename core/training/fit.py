@@ -225,6 +225,10 @@ def durations(config: FitConfig, steps_per_epoch: int | None) -> tuple[int, int]
     return total, config.evaluate_every or steps_per_epoch or total
 
 
+_NETWORKS = ("networks.", "moving_averages.")
+"""How the names of a distiller's state begin that belong to a network, which has a file of its own."""
+
+
 def _save(
     recorder: Recorder, step: int, distiller: Distiller, parts: dict[str, Any], accelerator: Any, keep: int, best: bool
 ) -> None:
@@ -234,16 +238,16 @@ def _save(
         "step": step, **recorder.state(),
         **{name: None if part is None else part.state_dict() for name, part in parts.items()},
         # Weights, buffers and extra state (torch's get_extra_state) that belong to no network: adapters, heads.
-        "extra": {k: v for k, v in distiller.state_dict().items() if not k.startswith(("networks.", "averages."))},
+        "extra": {k: v for k, v in distiller.state_dict().items() if not k.startswith(_NETWORKS)},
     }  # fmt: skip
     if recorder.run.main:
         weights = {
             r: (model_of(distiller.networks[r]).state_dict(), distiller.metadata(r)) for r in distiller.trained()
         }
         for role in list(weights):
-            if (name := averaged_role(role)) in distiller.averages:
+            if (name := averaged_role(role)) in distiller.moving_averages:
                 said = {**weights[role][1], "role": name}
-                weights[name] = model_of(distiller.averages[name]).state_dict(), said
+                weights[name] = model_of(distiller.moving_averages[name]).state_dict(), said
         checkpoints.save_checkpoint(recorder.run.checkpoints, step, weights, state, best=best, keep=keep)
     accelerator.wait_for_everyone()
 
@@ -262,7 +266,7 @@ def _load(recorder: Recorder, distiller: Distiller, parts: dict[str, Any], accel
     weights, state = found
     for role in distiller.trained():
         model_of(distiller.networks[role]).load_state_dict(weights[role])
-    for name, average in distiller.averages.items():
+    for name, average in distiller.moving_averages.items():
         model_of(average).load_state_dict(weights[name])
     distiller.load_state_dict(state["extra"], strict=False)
     for name, part in parts.items():

@@ -112,7 +112,7 @@ def test_a_step_of_it_reads_no_value_from_the_device(tmp_path: Path) -> None:
     with Watch():
         averages.update(1)
         averages.update(2)
-    assert list(distiller.averages) == ["student_ema"] and not read_values
+    assert list(distiller.moving_averages) == ["student_ema"] and not read_values
 
 
 def test_its_file_says_what_it_is(run: Path) -> None:
