@@ -25,6 +25,7 @@ from core.errors import InputError, first_line, notice
 from core.images import EXTENSIONS
 from core.training.average import averaged_role
 from core.training.checkpoint import read_state
+from core.training.kept import refuse_kept
 from core.training.run import read_config
 from core.weights import read_metadata
 
@@ -205,6 +206,7 @@ def command_of(run: Path, task: Task = ONLINE) -> Command:
     """
     file = run / "config.yaml"
     if not file.is_file():
+        refuse_kept(run)
         raise InputError(f"{run} is no run folder: it has no config.yaml" if run.is_dir() else f"no run folder {run}")
     if (said := read_config(file).get("task", ONLINE.name)) != task.name:
         raise InputError(f"{run} is a run of {said}: use the tools in {said}/tools")

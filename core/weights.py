@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, first_line, notice
-from .files import files_hash
+from .files import files_hash, how_to_make
 
 # What people call the moving average of the weights and the weights themselves, the first that is there counts.
 _AVERAGES = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema", "ema_model", "net_ema")
@@ -69,7 +69,7 @@ def read_state_dict(file: str | Path) -> dict[str, Tensor]:
     """
     path = split_key(file)[0]
     if not path.is_file():
-        raise InputError(f"no weight file {path}")
+        raise InputError(f"no weight file {path}{how_to_make(path)}")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.errors import InputError, first_line, notice
-from core.files import make_folder
+from core.files import how_to_make, make_folder
 from core.images import image_files, open_image
 from core.weights import read_torch
 from diffusion import proxies
@@ -188,7 +188,7 @@ class InFolder(Dataset):
 
     def __init__(self, folder: str | Path) -> None:
         if not Path(folder).is_dir():
-            raise InputError(f"no folder of images {folder}")
+            raise InputError(f"no folder of images {folder}{how_to_make(folder)}")
         found = (f for f in image_files(folder) if f.lower().endswith((".png", ".jpg", ".jpeg")))
         self.files = [os.path.join(os.path.realpath(folder), file) for file in found]
         if not self.files:

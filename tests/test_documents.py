@@ -38,6 +38,10 @@ NOT_RUN = {
     "python -m pytest": "the tests themselves",
     "python examples/": "tests/test_examples.py runs each",
     "torchrun --nproc_per_node 2 examples/": "tests/test_examples.py runs each",
+    **{
+        f"python tools/prepare_data.py {name} --from": "tests/tools/test_prepare_data.py makes each"
+        for name in ("tiny-imagenet-32", "cifar10-jpeg", "cifar10-jpeg-2000", "camvid", "cifar10-resnets")
+    },
     "ruff": "`make test` and `make lint` are called as they are",
     "mypy": "`make lint` is called as it is",
     "python classification/tools/visualize.py runs/dml+adm --checkpoint all --boxes": "digits have no boxes; that of "
@@ -53,6 +57,7 @@ SHORT = {
     r"/imagenet\.yaml(?!.* --data\.root data/)": "--data.image_size 64",
     r"--data\.classes 100": "--data.classes 10 --data.image_size 8",
     r"classification/tools/evaluate\.py.* cifar10$": "--data.name digits --data.image_size 32",
+    r"(classification|offline_kd)/tools/report\.py": "--no-latency --images 1 --device cpu",
     r"offline_kd/tools/score\.py": "--seeds 2 --batch_size 4 --data.image_size 8 --device cpu",
     r"segmentation/tools/train\.py": "--data-root street --cfg-options train_cfg.max_iters=2 " + " ".join(TINY),
     r"train\.py progressive": "--data.name digits --data.limit 64 --network.width 8 --network.multipliers [1,1]"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, notice
+from core.files import how_to_make
 from core.images import EXTENSIONS, broken_image, check_file, class_folders, image_files, is_image_name, open_image
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ def find_split(root: str, names: Sequence[str], content: str) -> Path:
     if not folder.is_dir():
         raise InputError(
             f"data folder {folder} does not exist: set --data.root to a folder of classes, or with train and val in it"
+            f"{how_to_make(folder)}"
         )
     for name in names:
         for path in (folder / name, folder / f"{name}.tar"):
@@ -192,7 +194,7 @@ def find_split(root: str, names: Sequence[str], content: str) -> Path:
                 return path
     raise InputError(
         f"no {content} images in {folder}: expected {' or '.join(str(folder / name) for name in names)} "
-        "with a folder for each class"
+        f"with a folder for each class{how_to_make(folder)}"
     )
 
 

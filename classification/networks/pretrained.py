@@ -18,8 +18,10 @@ from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
 from classification.networks.state import OtherClasses, load_state
 from classification.networks.vgg import VGG
 from core.errors import InputError
+from core.files import how_to_make
 from core.training.average import SUFFIX
 from core.training.checkpoint import BEST, LAST, goal, read_state
+from core.training.kept import refuse_kept
 from core.weights import read_metadata, read_state_dict, split_key, weights_hash
 
 
@@ -41,7 +43,8 @@ def find_weights(place: str | Path, role: str, architecture: str) -> Path:
     if split_key(place)[0].is_file():
         return place
     if not place.is_dir():
-        raise InputError(f"no weight file {place}")
+        refuse_kept(place)
+        raise InputError(f"no weight file {place}{how_to_make(place)}")
     last = goal(place / "checkpoints" / LAST)
     folder = last if last.is_dir() else place
     if (folder / "state.pt").is_file():

@@ -21,7 +21,7 @@ from classification.card import model_card
 from classification.config import ONLINE, Command, Task, TrainConfig
 from classification.data import DataConfig
 from classification.distiller import NetworkConfig
-from classification.evaluation import evaluate
+from classification.evaluation import Evaluation, evaluate
 from classification.experiment import Experiment, build, command_of, restore
 from classification.export import FORMATS, Export, check, parse_formats, write
 from classification.methods.base import MethodOptions
@@ -154,7 +154,15 @@ def weights_command(options: Any) -> Command:
 
 def evaluate_split(experiment: Experiment, split: str, source: dict[str, Any], device: str) -> dict[str, Any]:
     """One pass in float32; returns what is written as JSON."""
-    distiller, images = experiment.distiller, experiment.split(split)
+    found = evaluate(experiment.distiller, experiment.evaluation_loader(experiment.split(split)))
+    return as_report(experiment, split, source, device, found)
+
+
+def as_report(
+    experiment: Experiment, split: str, source: dict[str, Any], device: str, found: Evaluation
+) -> dict[str, Any]:
+    """What is written as JSON of an evaluation of a split."""
+    distiller = experiment.distiller
     networks = {}
     for role, (mean, std) in distiller.normalisation.items():
         parameters = sum(p.numel() for p in distiller.network(role).parameters())
@@ -166,9 +174,9 @@ def evaluate_split(experiment: Experiment, split: str, source: dict[str, Any], d
         **source,
         "data": asdict(experiment.command.config.data),
         "split": split,
-        "images": len(images),
+        "images": len(experiment.split(split)),
         "networks": networks,
-        "values": evaluate(distiller, experiment.evaluation_loader(images)).values,
+        "values": found.values,
         "environment": environment(device),
     }
 

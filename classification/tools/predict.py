@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from core.errors import InputError
 from core.files import write_atomically
 from core.training.command import DONE, LineParser, device_of, run_command
+from core.training.kept import refuse_kept
 
 if TYPE_CHECKING:
     from classification.config import Task
@@ -83,6 +84,7 @@ def run(options: argparse.Namespace, task: Task | None = None) -> int:
     if Path(options.model).is_dir():
         experiment = open_run(Path(options.model), options.checkpoint, given, task or ONLINE)
     else:
+        refuse_kept(options.model)
         options.data = DataConfig(**{"name": "folder", **given})
         experiment = open_weights(weights_command(options), options.weights, "name" in given)
     role = options.role or main_role(experiment.distiller.output_roles)

@@ -30,7 +30,7 @@ from core.analysis.calibration import draw_reliability
 from core.analysis.curves import draw_curves
 from core.analysis.maps import box_share, cam, draw_maps, pair_maps, relative_cam
 from core.errors import InputError
-from core.files import make_folder, save_figure, save_json
+from core.files import how_to_make, make_folder, save_figure, save_json
 from core.images import EXTENSIONS
 from core.training.checkpoint import find_checkpoint, numbered, step_of
 from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
@@ -194,7 +194,7 @@ def box_table_of(file: Path, size: int) -> dict[str, list[float]]:
     """``{"train/n01443537/0": [x0, y0, x1, y1]}``, x1 and y1 exclusive. Raises: InputError naming the line."""
     corners = ("x0", "y0", "x1", "y1")
     if not file.is_file():
-        raise InputError(f"no box file {file}")
+        raise InputError(f"no box file {file}{how_to_make(file)}")
     table: dict[str, list[float]] = {}
     with open(file, newline="") as opened:
         reader = csv.reader(opened, delimiter="\t")

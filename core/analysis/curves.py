@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import save_figure
+from .colors import SIDES, TERMS, role_color
 
 Line = Mapping[str, Any]
 Series = tuple[list[float], list[float]]  # x, y
@@ -117,7 +118,8 @@ def _loss_panels(training: Sequence[Line], x: str) -> list[Panel]:
         if role != "attention" and term not in SCORES and points[0]:
             losses.setdefault(role, {})[term] = points
     terms = sorted({term for by_term in losses.values() for term in by_term})
-    colors = {term: f"C{i % 10}" for i, term in enumerate(terms)}  # a term has one colour in all panels
+    others = [term for term in terms if term not in SIDES]
+    colors = SIDES | {term: TERMS[i % len(TERMS)] for i, term in enumerate(others)}  # of a term, in all panels
     panels = []
     for role, by_term in losses.items():
         title, curves = f"training loss: {role}", []
@@ -149,22 +151,21 @@ def _score_panels(evaluation: Sequence[Line], x: str) -> list[Panel]:
             for split, lines in _by_split(evaluation).items()
             if key == term and (points := _series(lines, f"{role}/{term}", x))[0]
         }
-        roles, splits = (list(dict.fromkeys(key[i] for key in scores)) for i in (0, 1))
+        splits = list(dict.fromkeys(split for _, split in scores))
         curves = []
         for (role, split), points in scores.items():
             label = f"{role} {split}".strip() + f": last {points[1][-1]:.2f}, best {best(points[1]):.2f}"
-            color, style = f"C{roles.index(role) % 10}", STYLES[splits.index(split) % len(STYLES)]
+            color, style = role_color(role), STYLES[splits.index(split) % len(STYLES)]
             curves.append(_curve(points, label, color, style))
         if curves:
             panels.append(Panel(title, unit, curves))
     return panels
 
 
-_SIDES = {"consensus": "C0", "divergence": "C3"}
-_EXTREMES = {f"{side}_{of}": (side if of == "max" else "", _SIDES[side]) for side in _SIDES for of in ("max", "min")}
+_EXTREMES = {f"{side}_{of}": (side if of == "max" else "", SIDES[side]) for side in SIDES for of in ("max", "min")}
 _ATTENTION = {  # title -> unit, name of the statistic -> label and colour
     "extremes of the attention": ("smallest and largest weight", _EXTREMES),
-    "variance of the attention": ("variance over locations", {f"{k}_variance": (k, c) for k, c in _SIDES.items()}),
+    "variance of the attention": ("variance over locations", {f"{k}_variance": (k, c) for k, c in SIDES.items()}),
     "similarity of the maps": ("mean cosine S", {"similarity": ("", "0.2")}),
 }
 

@@ -145,7 +145,7 @@ def draw_maps(
         for row, picture in enumerate(values.cpu().permute(0, 2, 3, 1).numpy()):
             axes[row, column].imshow(picture, extent=(0, width, height, 0))
     for row, text in enumerate(labels or []):
-        axes[row, 0].set_ylabel(text, fontsize=9)
+        axes[row, 0].set_ylabel(text, fontsize=9, parse_math=False)  # a class may be called $a$
     if legend:
         look: dict[str, Any] = {"edgecolor": "0.4", "linewidth": 0.5}
         patches = [Patch(facecolor=f"#{bytes(color).hex()}", label=name, **look) for name, color in legend.items()]

@@ -176,7 +176,8 @@ class Recorder:
 
     def _line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         self.run.metric({"kind": kind, "step": step, **self._epoch(step), **values})
-        self.track({f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}, step)
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self.track({f"{kind}/{self.run.shown(name)}": value for name, value in numbers.items()}, step)
 
     def _say(self, step: int, values: Mapping[str, Any]) -> None:
         """A training line: on the bar where there is one, else on the terminal; always in ``log.txt``."""

@@ -129,6 +129,12 @@ class RunFolder:
         if self.main:
             _append(self.metrics_file, json.dumps(plain(values, finite=True)))
 
+    def shown(self, key: str) -> str:
+        """What people see for a key of ``metrics.jsonl``: DML's own term stands there as "kd", as any imitation's."""
+        role, slash, term = key.rpartition("/")
+        dml = str(self.config.get("method", "")).partition("+")[0] == "dml"
+        return f"{role}{slash}dml" if dml and slash and term == "kd" else key
+
     def metrics_size(self) -> int:
         """Bytes of ``metrics.jsonl``, which are on the disk then: a checkpoint remembers them."""
         if not self.metrics_file.exists():
@@ -179,7 +185,8 @@ class RunFolder:
         if self.main:
             from ..analysis.curves import draw_curves
 
-            if metrics := read_metrics(self.metrics_file):
+            if lines := read_metrics(self.metrics_file):
+                metrics = [{self.shown(key): value for key, value in line.items()} for line in lines]
                 try:
                     draw_curves(metrics, self.path / "curves.png")
                 except (InputError, TrainingError) as error:  # no picture ends a run

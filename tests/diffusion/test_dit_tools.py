@@ -99,6 +99,9 @@ def test_every_iteration_is_scored_with_and_without_guidance(
         saved = tmp_path / f"png/{student.folder.parent.name}-student-guidance-{row['guidance']:g}/00039.png"
         assert np.array_equal(np.asarray(Image.open(saved)), images[39, 0].numpy())
     assert "FD-digits, guidance 4" in out and "CS-digits, no guidance" in out
+    for row in report["rows"]:  # told as it is found
+        under = "no guidance" if row["guidance"] == 1 else "guidance 4"
+        assert f"{row['network']}, {under}: FD-digits {row['FD-digits']:.4f}\n" in out
     assert len({row["FD-digits"] for row in report["rows"]}) == 4
 
 
