@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from runs import lines, said_while_training, without_times
 from torch import Tensor, nn
 
+from core.progress import progress_bar
 from core.training import recorder as recorders
 from core.training.lines import start_line, time_left, training_line
 from core.training.recorder import Recorder
@@ -93,3 +95,18 @@ def test_lines_say_what_they_are_given() -> None:
     said = start_line(networks, {"student": "tiny"}, sizes, torch.device("cpu"), "no", 2)
     wanted = "teacher (fixed, 2,000 parameters), student tiny (2 parameters); 50,000 training images, 10 test images; "
     assert said == f"{wanted}cpu, fp32; 2 processes of {torch.get_num_threads()} thread(s)"
+
+
+def test_a_long_phase_is_one_line_off_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for count, shown in ((999, True), (5000, False), (5000, True)):
+        with progress_bar(count, "decoding", shown=shown) as bar:
+            bar.update(count)
+    assert capsys.readouterr().err == "decoding: 5,000 images\n"
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with progress_bar(5000, "decoding") as bar:
+        time.sleep(1.1)
+        bar.update(5000)
+    assert "5000/5000" in terminal.getvalue() and "5,000" not in terminal.getvalue()
