@@ -15,7 +15,6 @@ from core.errors import TrainingError
 from core.files import write_atomically
 from core.training.checkpoint import name_and_prune, require_finite
 from core.training.command import Stop
-from core.training.lines import start_line
 from core.training.recorder import Recorder
 from core.training.run import RunFolder
 from core.training.seed import random_state, restore_random_state, seed_everything
@@ -83,9 +82,7 @@ class RunHook(Hook):
         sizes = {"training images": len(runner.train_dataloader.dataset)}
         if runner.val_loop is not None:
             sizes["evaluated images"] = len(runner.val_loop.dataloader.dataset)
-        names = {role: about["name"] for role, about in self.summary["networks"].items()}
-        about = start_line(bare(runner.model).networks, names, sizes, device, precision, self.processes)
-        self.recorder.start(runner.iter, about)
+        self.recorder.start(runner.iter, bare(runner.model).networks, self.summary["networks"], sizes, precision)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         if not self._started:  # not earlier: the loaders draw their own seeds when they start

@@ -151,12 +151,14 @@ def check_log(run: Path, *words: str, stderr: str | None = None) -> None:
 
     Args: ``words``, what its start says besides; ``stderr``, where it was kept: it says each of these lines once.
     """
-    rows = lines(run, "train")
+    from core.training.run import RunFolder, read_config
+
+    rows, see = lines(run, "train"), RunFolder(run, read_config(run / "config.yaml")).shown
     shown = said_while_training(run)
     assert [row["step"] for row in shown] == sorted({1, *(row["step"] for row in rows)})
     by_step = {row["step"]: row for row in shown}
     for row in rows:
-        wanted = {name: value for name, value in row.items() if "/" in name or name in ("step", "lr")}
+        wanted = {see(name): value for name, value in row.items() if "/" in name or name in ("step", "lr")}
         assert by_step[row["step"]] == pytest.approx(wanted, rel=0.01, abs=1e-12)
     text = (run / "log.txt").read_text()
     (start,) = (line for line in text.splitlines() if " parameters)" in line)

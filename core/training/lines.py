@@ -13,21 +13,22 @@ LEFT_OUT = ("lr", "images_per_second")  # said behind the losses
 
 def start_line(
     networks: Mapping[str, torch.nn.Module],
-    names: Mapping[str, str],
+    about: Mapping[str, Mapping[str, Any]],
     sizes: Mapping[str, int],
     device: torch.device,
     precision: str,
     processes: int,
 ) -> str:
-    """What trains on what and where: networks by role, their names where they have one, data sizes by what they count.
+    """What trains on what and where.
 
-    Values of ``precision`` are accelerate's too: "no" is fp32.
+    Args: the networks by role; what ``summary.json`` says ``about`` each, of which "name" is read where there is one;
+        the sizes of the data by what they count; ``precision`` may be accelerate's "no", fp32.
     """
     said = []
     for role, network in networks.items():
         fixed = "" if any(p.requires_grad for p in network.parameters()) else "fixed, "
         count = sum(p.numel() for p in network.parameters())
-        said.append(f"{' '.join(filter(None, (role, names.get(role))))} ({fixed}{count:,} parameters)")
+        said.append(f"{' '.join(filter(None, (role, about.get(role, {}).get('name'))))} ({fixed}{count:,} parameters)")
     where = f"{torch.cuda.get_device_name(device)} ({device})" if device.type == "cuda" else str(device)
     parts = (
         ", ".join(said),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .checkpoint import BEST, numbered, point, prune, step_of
-from .lines import time_left, training_line
+from .lines import start_line, time_left, training_line
 from .meters import Clock, LossBuffer, peak_memory
 from .run import RunFolder, read_metrics
 from .seed import random_state
@@ -77,12 +77,22 @@ class Recorder:
         self.run.log(f"resuming from {self.unit} {step} ({self.run.checkpoints})")
         return own["random"] if len(processes) == self.processes else None
 
-    def start(self, step: int, about: str) -> None:
-        """Before the first step that is taken now: says what (``about``) and where, shows the bar, starts the clock."""
+    def start(
+        self,
+        step: int,
+        networks: Mapping[str, torch.nn.Module],
+        about: Mapping[str, Mapping[str, Any]],
+        sizes: Mapping[str, int],
+        precision: str,
+    ) -> None:
+        """Before the first step that is taken now: says what trains where, shows the bar, starts the clock.
+
+        Args: the steps that are done; the others as of ``start_line``.
+        """
         from tqdm import tqdm
 
         self.run.write_environment(str(self.device))
-        self.run.log(about)
+        self.run.log(start_line(networks, about, sizes, self.device, precision, self.processes))
         board = ", tensorboard/" if (self.run.path / "tensorboard").exists() else ""
         self.run.log(f"these lines go into {self.run.path / 'log.txt'}; beside it {FILES}{board}")
         hidden = None if self.progress_bar and self.run.main else True
@@ -181,6 +191,7 @@ class Recorder:
 
     def _say(self, step: int, values: Mapping[str, Any]) -> None:
         """A training line: on the bar where there is one, else on the terminal; always in ``log.txt``."""
+        values = {self.run.shown(name): value for name, value in values.items()}
         said, now = training_line(values, peak_memory(self.device)), time.perf_counter()
         self._said = now
         place = f"{self.unit} {step}/{self.total}"

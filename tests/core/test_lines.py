@@ -35,7 +35,7 @@ def record(path: Path, steps: int = 5, log_every: int = 4, progress_bar: bool = 
         run, torch.device("cpu"), 1, mean=alone, gather=lambda own: [own], advice="", total=steps,
         log_every=log_every, keep=1, progress_bar=progress_bar,
     )  # fmt: skip
-    recorder.start(0, "what trains (2 parameters); 7 training images")
+    recorder.start(0, {"student": nn.Linear(1, 1)}, {}, {"training images": 7}, "bf16")
     with recorder.bar:
         for step in range(1, steps + 1):
             recorder.losses.observe({"student/ce": torch.tensor(float(step)), "adm/similarity": torch.tensor(0.5)})
@@ -58,7 +58,7 @@ def test_off_a_terminal_there_is_a_line_at_the_first_step_and_each_log_point(
     assert [(row["step"], row["student/ce"]) for row in lines(run)] == [(4, 2.5), (5, 5.0)]  # means as if none looked
     log = [line[20:] for line in (run / "log.txt").read_text().splitlines()]
     assert capsys.readouterr().err.splitlines() == log
-    assert log[0] == "what trains (2 parameters); 7 training images" and len(log) == 5
+    assert log[0].startswith("student (2 parameters); 7 training images; cpu, bf16; 1 process of ") and len(log) == 5
 
 
 def test_on_a_terminal_the_bar_says_it_and_no_line_besides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_on_a_terminal_the_bar_says_it_and_no_line_besides(tmp_path: Path, monke
     run = record(tmp_path / "run")
     said = terminal.getvalue()
     assert "5/5" in said and "student ce 5  adm similarity 0.5  lr 0.1" in said.rpartition("\r")[2]
-    assert "step 4/5" not in said and said.count("what trains") == 1
+    assert "step 4/5" not in said and said.count("7 training images") == 1
     assert [row["step"] for row in said_while_training(run)] == [1, 4, 5]
     terminal.truncate(0)
     record(tmp_path / "lines", progress_bar=False)
@@ -92,7 +92,7 @@ def test_lines_say_what_they_are_given() -> None:
     assert time_left(185.4) == "0:03:05 left" and time_left(90_000) == "1 day, 1:00:00 left"
     networks = {"teacher": nn.Linear(1, 1000).requires_grad_(False), "student": nn.Linear(1, 1)}
     sizes = {"training images": 50_000, "test images": 10}
-    said = start_line(networks, {"student": "tiny"}, sizes, torch.device("cpu"), "no", 2)
+    said = start_line(networks, {"student": {"name": "tiny"}}, sizes, torch.device("cpu"), "no", 2)
     wanted = "teacher (fixed, 2,000 parameters), student tiny (2 parameters); 50,000 training images, 10 test images; "
     assert said == f"{wanted}cpu, fp32; 2 processes of {torch.get_num_threads()} thread(s)"
 

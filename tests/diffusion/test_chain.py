@@ -289,3 +289,26 @@ def test_help_and_unknown_commands(command: Command) -> None:
     assert code == 0 and "progressive" in printed
     code, _, error = command(["progresive"])
     assert code == 2 and "did you mean 'progressive'?" in error
+
+
+def test_pictures_of_a_tracked_chain_change_nothing_in_it(whole: Path, tmp_path: Path) -> None:
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    train_whole(main, arguments(out, "--fit.trackers", "[tensorboard]"))
+    for name, steps, frames in (("base", (4, 5), 17), ("round-0004", (4,), 5), ("round-0001", (4, 5), 2)):
+        assert_same_runs(whole / name, out / name)
+        assert not (whole / name / "figures").exists()  # without a tracker nobody asked for pictures
+        role = "teacher" if name == "base" else "student"
+        wanted = {f"samples-{role}-{step:08d}.png" for step in steps} | {f"trajectory-{role}.gif"}
+        assert {file.name for file in (out / name / "figures").iterdir()} == wanted
+        (folder,) = (out / name / "tensorboard").iterdir()
+        board = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+        shown = board.Images(f"evaluation/{role}/samples")
+        assert [event.step for event in shown] == list(steps)
+        picture = Image.open(out / name / f"figures/samples-{role}-{steps[-1]:08d}.png")
+        assert picture.size == (shown[-1].width, shown[-1].height) == (8 * 9 - 1, 2 * 9 - 1)
+        assert Image.open(out / name / f"figures/trajectory-{role}.gif").n_frames == frames
+        assert board.Scalars(f"train/{role}/mse")
+    assert board.Scalars("train/adm/similarity")

@@ -24,6 +24,7 @@ from diffusion.dit.convert import save_dit
 from diffusion.dit.data import LabelledConfig, load_labelled
 from diffusion.dit.sampling import DiTStudent, load_dit_student
 from diffusion.metrics import Extractor, InMemory, features_of, scores, statistics
+from diffusion.pictures import tile
 from diffusion.tools import evaluate, sample, visualize
 from diffusion.tools.runs import find_students
 
@@ -307,7 +308,7 @@ def test_pictures_are_a_row_a_class(run: Path, tmp_path: Path, shell: Shell) -> 
     student = load_dit_student(run / "export/step-00000100/student")
     images = student.sample(range(6), 5, classes=[7, 7, 7, 2, 2, 2], guidance=3.0, sampler="ddim", steps=4)
     grid = torch.from_numpy(np.array(Image.open(tmp_path / "figures/samples-00000100-guidance-3.png")))
-    assert torch.equal(grid, sample.tile(images, 3))
+    assert torch.equal(grid, tile(images, 3))
 
     code, _, err = shell(sample.main, [str(run), "--device", "cpu", "--rows", "20", "--sampling_steps", "2"])
     assert code == 0, err

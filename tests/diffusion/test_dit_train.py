@@ -446,3 +446,20 @@ def test_two_processes_train_as_one(tmp_path: Path, teacher: Path) -> None:
 
 if __name__ == "__main__":
     work(Path(sys.argv[1]), sys.argv[2])
+
+
+def test_pictures_of_a_tracked_run_change_nothing_in_it(online: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train_once(tmp_path / "run", *ONLINE, "--fit.trackers", "[tensorboard]")
+    assert_same_runs(online, run)
+    (folder,) = (run / "tensorboard").iterdir()
+    board = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    for role in ("teacher", "student"):
+        shown = board.Images(f"evaluation/{role}/samples")
+        assert [event.step for event in shown] == list(STEPS)
+        assert len({event.encoded_image_string for event in shown}) == len(STEPS)  # as the network stands then
+        for step in STEPS:
+            assert (run / f"figures/samples-{role}-{step:08d}.png").is_file()
+        assert (run / f"figures/trajectory-{role}.gif").is_file() and board.Scalars(f"train/{role}/mse")
+    assert board.Scalars("train/adm/similarity")
