@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-MANY = 1000
+MANY = 2000
 """Of what there are fewer takes no time worth a line."""
 
 

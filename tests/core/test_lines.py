@@ -100,7 +100,7 @@ def test_lines_say_what_they_are_given() -> None:
 def test_a_long_phase_is_one_line_off_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for count, shown in ((999, True), (5000, False), (5000, True)):
+    for count, shown in ((1999, True), (5000, False), (5000, True)):
         with progress_bar(count, "decoding", shown=shown) as bar:
             bar.update(count)
     assert capsys.readouterr().err == "decoding: 5,000 images\n"
