@@ -33,7 +33,8 @@ def save_samples(states: Sequence[Tensor], folder: Path, role: str, step: int) -
     last = len(states) - 1
     chosen = [states[round(k * last / min(last, FRAMES))] for k in range(min(last, FRAMES) + 1)]
     # NaN of weights that have diverged: fit stops at the checkpoint that follows.
-    frames = [tile(to_uint8(z[:, : 3 if z.shape[1] >= 3 else 1].float().nan_to_num().cpu()), COLUMNS) for z in chosen]
+    shown = [to_uint8(z[:, : 3 if z.shape[1] >= 3 else 1].float().nan_to_num().cpu()) for z in chosen]
+    frames = [enlarged(tile(images, COLUMNS)) for images in shown]
     figures = make_folder(folder / "figures")
     picture = Image.fromarray(frames[-1].numpy())
     write_atomically(figures / f"samples-{role}-{step:08d}.png", lambda file: picture.save(file, "PNG"))
@@ -48,10 +49,13 @@ def tile(images: Tensor, columns: int) -> Tensor:
     return cells.permute(0, 3, 1, 4, 2).reshape(rows * (height + 1), columns * (width + 1), 3)[:-1, :-1]
 
 
-def save_gif(frames: Sequence[Tensor], file: Path, shortest: int = 64) -> None:
+def enlarged(picture: Tensor, shortest: int = 64) -> Tensor:
+    """``[h, w, 3]`` with each pixel repeated, so that the shorter side has about ``shortest``."""
+    factor = max(1, shortest // min(picture.shape[:2]))
+    return picture.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+
+
+def save_gif(frames: Sequence[Tensor], file: Path) -> None:
     """A frame of a fifth of a second for each image uint8 ``[h, w, 3]``, the last one for two seconds."""
-    factor = max(1, shortest // min(frames[0].shape[:2]))
-    first, *others = (
-        Image.fromarray(frame.repeat_interleave(factor, 0).repeat_interleave(factor, 1).numpy()) for frame in frames
-    )
+    first, *others = (Image.fromarray(enlarged(frame).numpy()) for frame in frames)
     first.save(file, save_all=True, append_images=others, duration=[200] * len(others) + [2000], loop=0, format="GIF")

@@ -308,7 +308,7 @@ def test_pictures_of_a_tracked_chain_change_nothing_in_it(whole: Path, tmp_path:
         shown = board.Images(f"evaluation/{role}/samples")
         assert [event.step for event in shown] == list(steps)
         picture = Image.open(out / name / f"figures/samples-{role}-{steps[-1]:08d}.png")
-        assert picture.size == (shown[-1].width, shown[-1].height) == (8 * 9 - 1, 2 * 9 - 1)
+        assert picture.size == (shown[-1].width, shown[-1].height) == (3 * (8 * 9 - 1), 3 * (2 * 9 - 1))
         assert Image.open(out / name / f"figures/trajectory-{role}.gif").n_frames == frames
         assert board.Scalars(f"train/{role}/mse")
     assert board.Scalars("train/adm/similarity")
