@@ -112,6 +112,7 @@ def train(command: Command) -> int:
                 for role in fixed
             },
         },
+        sizes={"training images": images, **{f"{name} images": len(split) for name, split in splits.items()}},
         progress_bar=config.progress_bar,
     )
     accelerator.end_training()

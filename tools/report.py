@@ -14,11 +14,13 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 from core.errors import InputError
 from core.files import make_folder, write_atomically
+from core.progress import progress_bar
 from tools.document import render
 from tools.findings import RULE, Added, counted, differences, gains, gains_caption, once, said
 from tools.hardware import differing_in_pairs, processor, unknown_processors
@@ -127,17 +129,23 @@ class Shared:
 
 def make_report(tables: Mapping[str, Table], runs: Path, results: Path) -> Report:
     """Raises: InputError where nothing is run."""
-    gathered = {(name, scale): gather(tables[name], scale, runs, results) for scale in SCALES for name in tables}
+    gathered: dict[tuple[str, Scale], tuple[Members, list[str]]] = {}
+    with progress_bar(len(tables) * len(SCALES), "reading runs", "table", many=1) as bar:
+        for scale, name in product(SCALES, tables):
+            gathered[name, scale] = gather(tables[name], scale, runs, results)
+            bar.update()
     found = [(tables[name], members) for (name, _), (members, _) in gathered.items()]
     every = ((table, run_id, run) for table, members in found for run_id in members for run in members[run_id].values())
     shared = Shared(first_uses(found), {picture for one in every for picture in shown_by(*one)}, set())
     parts: list[Part] = []
     left: list[str] = []  # why runs of tables of which nothing is finished do not count
-    for name, table in tables.items():
-        made = [paper_part(table, scale, *gathered[name, scale], shared) for scale in SCALES]
-        parts += [part for part in made if part is not None]
-        if not any(made):
-            left += [f"{table.label}, {why}" for scale in SCALES for why in gathered[name, scale][1]]
+    with progress_bar(len(tables), "drawing", "table", many=1) as bar:
+        for name, table in tables.items():
+            made = [paper_part(table, scale, *gathered[name, scale], shared) for scale in SCALES]
+            parts += [part for part in made if part is not None]
+            if not any(made):
+                left += [f"{table.label}, {why}" for scale in SCALES for why in gathered[name, scale][1]]
+            bar.update()
     if not parts:
         raise InputError("; ".join([f"no run of the paper's tables in {runs} or {results}: reproduce.py run", *left]))
     missing = what_is_missing(tables.values(), {(part.table.name, part.scale): part.numbers for part in parts})

@@ -20,7 +20,9 @@ from classification.data.policy import PLAIN, Erasing, Policy, auto_augmenter, m
 from classification.data.sources import Arrays, Augmentation, Held, Source, Split, Streamed, sources
 from classification.data.subsets import choose, stratified
 from core.errors import InputError, notice, unknown
+from core.progress import progress_bar
 from core.ranges import Count, NonNegative, Pixels, Range, Seed, Share, Unit, check_ranges
+from core.training.run import is_main_process
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -303,12 +305,10 @@ def pixels(image: Image) -> Tensor:
 
 def _decode_all(source: _Sized, indices: Tensor, size: int, workers: int) -> Arrays:
     """Decodes the images at `indices` once."""
-    from tqdm import tqdm
-
     split = Streamed(source, source.targets[indices], indices, pixels, pixels)
     images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8)
     workers = worth_workers(len(indices), workers)
-    with tqdm(total=len(indices), desc="decoding", unit="image", disable=None, leave=False) as bar:
+    with progress_bar(len(indices), "decoding", shown=is_main_process()) as bar:
         loader = StreamLoader(split, CHUNK, train=False, workers=workers)
         for rows, batch in zip(images.split(CHUNK), loader, strict=True):
             rows.copy_(batch["image"])

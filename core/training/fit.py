@@ -8,6 +8,7 @@ from itertools import chain, repeat
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError, unknown
 from ..ranges import Count, Positive, Share, check_ranges
@@ -20,7 +21,7 @@ from .precision import native_precision
 from .recorder import Recorder
 from .run import RunFolder
 from .schedule import Schedule
-from .seed import restore_random_state
+from .seed import random_state, restore_random_state
 from .step import batch_length, share_buffers, train_step
 
 
@@ -122,6 +123,8 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None = None,
     select: str | None = None,
     summary: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    pictures: Callable[[int], Mapping[str, Tensor]] | None = None,
     progress_bar: bool = True,
 ) -> dict[str, Any]:
     """Trains to the end, or resumes a run that was cut off, exactly; returns what ``summary.json`` says.
@@ -132,6 +135,9 @@ def fit(
         evaluate: -> values to log; called in evaluation mode. None: no evaluation and no ``best``.
         select: the evaluated value whose maximum makes ``best``.
         summary: what to say in ``summary.json`` besides.
+        sizes: of the data, by what they count ("training images"): said at the start.
+        pictures: after so many steps -> what the networks make, uint8 ``[h, w, 3]`` by ``<role>/<what>``; called by
+            the main process at each evaluation, in evaluation mode, where there is a tracker.
     Raises: TrainingError for a NaN loss (naming network, term and step) or a full disk; InputError for a wrong config.
     """
     from accelerate.utils import gather_object
@@ -164,7 +170,8 @@ def fit(
     saved_at, factor = step, None
     batches = chain.from_iterable(repeat(data))
     distiller.train()
-    recorder.start(step)
+    about = (summary or {}).get("networks", {})
+    recorder.start(step, dict(distiller.networks.items()), about, sizes or {}, accelerator.mixed_precision)
     with Stop().listening() as stop, recorder.bar:
         while step < total_steps and not recorder.has_waited(step, config.patience, interval):
             now = schedule(step / epoch_length)
@@ -190,6 +197,7 @@ def fit(
                     values = evaluate()
                     distiller.train()
                     best = recorder.evaluated(step, values)
+                _show(distiller, pictures, accelerator, step)
                 _save(recorder, step, distiller, parts, accelerator, config.keep, best)
                 recorder.draw()
                 saved_at = step
@@ -204,6 +212,23 @@ def fit(
         tracker.finish()
     accelerator.trackers.clear()
     return result
+
+
+def _show(
+    distiller: Distiller, pictures: Callable[[int], Mapping[str, Tensor]] | None, accelerator: Any, step: int
+) -> None:
+    """Hands an evaluation's pictures to the trackers that take some; changes nothing in the training."""
+    if pictures is None or not accelerator.is_main_process or not accelerator.trackers:
+        return
+    state = random_state()
+    distiller.eval()
+    drawn = {f"evaluation/{name}": picture[None].numpy() for name, picture in pictures(step).items()}
+    distiller.train()
+    restore_random_state(state)
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images(drawn, step=step, **form)
 
 
 def durations(config: FitConfig, steps_per_epoch: int | None) -> tuple[int, int]:

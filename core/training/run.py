@@ -168,12 +168,13 @@ class RunFolder:
         if self.main:
             print(message, file=sys.stderr)
 
-    def log(self, message: str) -> None:
-        """A line on the terminal (clear of the progress bar) and in ``log.txt``."""
+    def log(self, message: str, *, shown: bool = True) -> None:
+        """A line in ``log.txt`` and, unless it is not ``shown``, on the terminal (clear of the progress bar)."""
         if self.main:
             from tqdm import tqdm
 
-            tqdm.write(message, file=sys.stderr)
+            if shown:
+                tqdm.write(message, file=sys.stderr)
             self._log(message)
 
     def _log(self, message: str) -> None:

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.files import make_folder
+from core.progress import progress_bar
 from core.training.command import DONE, parse, run_command
-from core.training.run import environment, identity_of, save_signed_json
+from core.training.run import environment, identity_of, is_main_process, save_signed_json
 from diffusion import metrics
 from diffusion.data import DataConfig, load_images
 from diffusion.dit.data import LabelledConfig, load_labelled
@@ -153,12 +154,14 @@ def sampled_features(
     own = own_share(options.samples)
     chunk = -(-CHUNK // options.batch_size) * options.batch_size
     parts = []
-    for first in range(0, len(own), chunk):
-        indices = own[first : first + chunk]
-        images = draw(indices)
-        if options.save is not None:
-            save_images(images, indices, Path(options.save) / folder)
-        parts.append(extractor(images))
+    with progress_bar(len(own), f"sampling {folder}", shown=is_main_process()) as bar:
+        for first in range(0, len(own), chunk):
+            indices = own[first : first + chunk]
+            images = draw(indices)
+            if options.save is not None:
+                save_images(images, indices, Path(options.save) / folder)
+            parts.append(extractor(images, shown=False))
+            bar.update(len(indices))
     return {key: gather_shares(torch.cat([part[key] for part in parts]), options.samples) for key in parts[0]}
 
 
