@@ -1,4 +1,4 @@
-"""How a method is drawn, the same in every figure: a colour, a marker and a line."""
+"""How a method is drawn, the same in every figure: a colour, a marker and a line; and the marker of a network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from .colors import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
 STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+"""Of things in their order: what tells them apart without their colours."""
 METHODS = {
     "vanilla": (GREY, "s", "-"),
     "dml": (BLUE, "o", "-"), "kd": (BLUE, "o", "-"), "pd": (BLUE, "o", "-"), "mse": (BLUE, "o", "-"),
@@ -38,3 +40,8 @@ def method_looks(methods: Sequence[tuple[str, str | None]]) -> list[dict[str, st
         look["linestyle"] = STYLES[(STYLES.index(look["linestyle"]) + again // 2) % len(STYLES)]
         looks.append(look | ({"markerfacecolor": "white"} if again % 2 else {}))
     return looks
+
+
+def role_marker(role: str) -> str:
+    """A network's, beside its colour (``role_color``): teachers round, students square, what a method adds pointed."""
+    return {"teacher": "o", "student": "s"}.get(role.partition("_")[0], "^")
