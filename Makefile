@@ -27,16 +27,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: env  ## training alone, DML, DML+ADM and its control on real handwritten digits; a table and two figures
 	@$(MAKE) --no-print-directory -j 2 $(RUNS)
-	@$(BIN)/python classification/tools/visualize.py $(OUT)/dml+adm-0 --images 2 > $(OUT)/visualize.txt
+	@$(BIN)/python classification/tools/visualize.py $(OUT)/dml+adm-0 --images 2 > /dev/null
 	@echo
 	@$(BIN)/python tools/compare.py $(RUNS) --baseline dml --brief --out $(OUT)
 	@echo "Where teacher and student agree and differ: $(OUT)/dml+adm-0/figures/maps.png"
 
-# A run's lines go beside its folder: two at a time would mix theirs.
-$(RUNS): $(OUT)/%:
-	@mkdir -p $(OUT)
+$(RUNS): $(OUT)/%:  # its lines are in log.txt: two runs at a time would mix theirs
 	@OMP_NUM_THREADS=1 $(BIN)/python classification/tools/train.py $(QUICK) --seed $(lastword $(subst -, ,$*)) --out $@ \
-	  --method $(or $($(firstword $(subst -, ,$*))),$(firstword $(subst -, ,$*))) > $@.txt 2>&1 || { cat $@.txt; exit 1; }
+	  --method $(or $($(firstword $(subst -, ,$*))),$(firstword $(subst -, ,$*))) --progress_bar false > /dev/null
 	@echo "$*: done"
 
 lint: env  ## ruff and mypy

@@ -146,7 +146,7 @@ def test_every_command_and_block_is_accounted_for() -> None:
     scripts, said = set(map(str, entry_points())), set()
     for name, blocks in documents().items():
         for block in blocks:
-            assert block.language in ("bash", "python", "mermaid"), (
+            assert block.language in ("bash", "python", "mermaid", "bibtex"), (
                 f"{name}: a block of {block.language!r} is run by no test"
             )
             for command in command_lines(block.text) if block.language == "bash" else ():
@@ -200,11 +200,12 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     from classification.networks import create_network
 
-    loop, load = blocks("README.md")
+    loop, prepare, load = blocks("README.md")
     monkeypatch.syspath_prepend(adm_on_path(tmp_path))
     x, target = torch.randn(2, 3, 64, 64), torch.tensor([1, 2])
     student, teacher = torchvision.models.resnet18(num_classes=4), timm.create_model("resnet34", num_classes=4)
     scope = {"student": student, "teacher": teacher, "x": x, "target": target, "loss": torch.zeros(())}
+    exec(prepare, scope)
     exec(loop, scope)
     assert "no adapter needed" in capsys.readouterr().out
     scope["loss"].backward()
