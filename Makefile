@@ -33,9 +33,9 @@ quickstart: env  ## training alone, DML, DML+ADM and its control on real handwri
 	@echo "Where teacher and student agree and differ: $(OUT)/dml+adm-0/figures/maps.png"
 
 $(RUNS): $(OUT)/%:  # its lines are in log.txt: two runs at a time would mix theirs
-	@OMP_NUM_THREADS=1 $(BIN)/python classification/tools/train.py $(QUICK) --seed $(lastword $(subst -, ,$*)) --out $@ \
-	  --method $(or $($(firstword $(subst -, ,$*))),$(firstword $(subst -, ,$*))) --progress_bar false > /dev/null
-	@echo "$*: done"
+	@said=$$(OMP_NUM_THREADS=1 $(BIN)/python classification/tools/train.py $(QUICK) --seed $(lastword $(subst -, ,$*)) --out $@ \
+	  --method $(or $($(firstword $(subst -, ,$*))),$(firstword $(subst -, ,$*))) --progress_bar false 2>&1) \
+	  && echo "$*: $${said##*epoch}" || { echo "$$said"; exit 1; }
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .

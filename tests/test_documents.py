@@ -31,6 +31,9 @@ from documented import (
 )
 from runs import adm_on_path
 
+from tools.groups import compare_runs
+from tools.runs import read_runs
+
 # What is not called, by its beginning, and why not. Anything else that a document says is run.
 NOT_RUN = {
     "pip install": "installs",
@@ -220,6 +223,17 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     exec(load, scope)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(scope["student"].eval()(images), trained.eval()(images))
+
+
+def test_the_first_screen_of_the_readme_says_what_kept_runs_say() -> None:
+    runs = [run for run in read_runs([ROOT / "results/quickstart"]) if run.config["seed"] in range(4)]
+    over_vanilla, over_dml = (compare_runs(runs, None, baseline).versus for baseline in ("vanilla", "dml"))
+    text = " ".join((ROOT / "README.md").read_text().partition("## ")[0].split())
+    (control,) = (group for group, _ in over_dml if "uniform" in group)
+    (adm,) = {group for group, _ in over_dml} - {"vanilla", control}
+    for found in (over_vanilla["dml", "student"], over_dml[adm, "student"], over_dml[control, "student"]):
+        assert found.told(1) in text, f"README.md does not say {found.told(1)}"
+    assert len(text.split("```")[0].split()) < 250, "the first screen is one screen"
 
 
 def test_contributing(tmp_path: Path) -> None:

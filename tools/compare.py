@@ -99,14 +99,15 @@ def brief(compared: Comparison) -> list[str]:
     seeds = max(len(group.runs) for group in compared.groups)
     beside = f"; difference from {compared.baseline} (95 % interval)" if compared.baseline else ""
     lines = [f"Last {named(compared.measure)}, mean of {seeds} seed{'s' if seeds > 1 else ''}{beside}"]
-    width = max(len(group.label) for group in compared.groups)
+    names = {group.label: group.label.replace(" adm.control=none", "") for group in compared.groups}
+    width = max(map(len, names.values()))
     for role in roles:
         lines.append(f"{role}:")
         for group in compared.groups:
             mean, _ = mean_std(compared.scores(group, role).values())
             found = compared.versus.get((group.label, role))
             told = f"  {found.told()}  {found.verdict(str(compared.baseline))}" if found is not None else ""
-            lines.append(f"  {group.label.ljust(width)}  {'-' if mean is None else f'{mean:.2f}'}{told}")
+            lines.append(f"  {names[group.label].ljust(width)}  {'-' if mean is None else f'{mean:.2f}'}{told}")
     return lines
 
 
