@@ -33,12 +33,13 @@ def method_look(method: str, control: str | None = None) -> dict[str, str]:
 
 
 def method_looks(methods: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]:
-    """The look of each (method, control) of a figure; those of one method differ by hollow markers, then by line."""
+    """The look of each (method, control) of a figure; where it comes again, with a hollow marker, then another line."""
     looks: list[dict[str, str]] = []
-    for number, named in enumerate(methods):
-        look, again = method_look(*named), methods[:number].count(named)
-        look["linestyle"] = STYLES[(STYLES.index(look["linestyle"]) + again // 2) % len(STYLES)]
-        looks.append(look | ({"markerfacecolor": "white"} if again % 2 else {}))
+    of_each = [method_look(*named) for named in methods]
+    for number, look in enumerate(of_each):
+        again = of_each[:number].count(look)
+        line = STYLES[(STYLES.index(look["linestyle"]) + again // 2) % len(STYLES)]
+        looks.append(look | {"linestyle": line} | ({"markerfacecolor": "white"} if again % 2 else {}))
     return looks
 
 
