@@ -30,7 +30,7 @@ def panel(figure: Figure, title: str) -> Axes:
     return found
 
 
-def training(count: int) -> list[dict[str, float | str]]:
+def training(count: int) -> list[dict[str, object]]:
     """Lines as diffusion's and SwitOKD's training log them, the rate a cosine."""
     return [
         {"kind": "train", "step": i, "lr": 0.05 * (1 + math.cos(math.pi * i / count)), "student/mse": 10.0 ** -(i % 4)}
