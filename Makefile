@@ -16,7 +16,7 @@ uniform := kd+adm --adm.control uniform
 RUNS := $(foreach seed,$(SEEDS),$(foreach method,$(METHODS),$(OUT)/$(method)-$(seed)))
 # One thread each, two at a time; what a run says is in its log.txt
 RUN = @said=$$(OMP_NUM_THREADS=1 $(BIN)/python $(1) --out $@ 2>&1) \
-  && echo "$(notdir $@): epoch$${said\#\#*epoch}" || { echo "$$said"; exit 1; }
+  && echo "$(notdir $@): $${said\#\#*$$'\n'}" || { echo "$$said"; exit 1; }
 STAMP := $(VENV)/.installed
 
 .PHONY: help env quickstart test lint test-slow test-gpu bench clean $(OUT)/teacher $(RUNS)
