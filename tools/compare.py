@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"not one run is finished ({names}): --partial takes them as far as they are")
     compared = compare_runs(runs, options.measure, options.baseline)
     text = render(compared, left_out)
-    print(text)
+    print("\n".join(brief(compared)) if options.brief else text)
     if options.out is not None:
         folder = make_folder(Path(options.out))
         save_json(as_json(compared, left_out), folder / "compare.json")
@@ -61,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     option("--baseline", help="a method, or a group's label: paired differences from it, at equal settings")
     option("--measure", help="what is compared, as top5 or IS; top1, mIoU or the FID unless given")
     option("--out", metavar="FOLDER", help="where to write compare.json, compare.md and compare.png")
+    option("--brief", action="store_true", help="print a line for each group of its students, and not the tables")
     option("--partial", action="store_true", help="take unfinished runs too, as far as they are")
     return parser
 
@@ -90,6 +91,24 @@ def render(compared: Comparison, left_out: Sequence[Run]) -> str:
     groups = {group.label: group.runs for group in compared.groups}
     parts += [*differing_hardware(groups), *unknown_processors(groups)]
     return "\n\n".join(parts)
+
+
+def brief(compared: Comparison) -> list[str]:
+    """A line for each group: its students' last score, the difference from the baseline and what may be said of it."""
+    roles = [role for role in compared.roles if role.startswith("student")] or compared.roles
+    seeds = max(len(group.runs) for group in compared.groups)
+    beside = f"; difference from {compared.baseline} (95 % interval)" if compared.baseline else ""
+    lines = [f"Last {named(compared.measure)}, mean of {seeds} seed{'s' if seeds > 1 else ''}{beside}"]
+    names = {group.label: group.label.replace(" adm.control=none", "") for group in compared.groups}
+    width = max(map(len, names.values()))
+    for role in roles:
+        lines.append(f"{role}:")
+        for group in compared.groups:
+            mean, _ = mean_std(compared.scores(group, role).values())
+            found = compared.versus.get((group.label, role))
+            told = f"  {found.told()}  {found.verdict(str(compared.baseline))}" if found is not None else ""
+            lines.append(f"  {names[group.label].ljust(width)}  {'-' if mean is None else f'{mean:.2f}'}{told}")
+    return lines
 
 
 def when(values: Mapping[str, Any]) -> str:

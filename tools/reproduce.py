@@ -5,7 +5,7 @@
     python tools/reproduce.py run table01 --scale proxy --seeds 0 1 2 --jobs 2
     python tools/reproduce.py status
     python tools/reproduce.py report
-    python tools/reproduce.py keep runs/quickstart/dml-0 runs/quickstart/dml-1 --to mine
+    python tools/reproduce.py keep runs/quickstart/kd-0 runs/quickstart/kd-1 --to mine
 
 The same command again skips what is finished and resumes what was cut off. `--dry-run` prints the commands alone.
 """

@@ -2,8 +2,8 @@
 
 ``results/<experiment>/runs.jsonl`` keeps a run a line: its ``config.yaml``, ``environment.json``, ``summary.json``, the
 evaluations of its ``metrics.jsonl`` and what evaluations wrote beside them, each under the name of its file. A kept run
-goes by the path that its folder would have there: the line ``dml-0`` of ``results/quickstart/runs.jsonl`` is
-``results/quickstart/dml-0`` for every tool, and ``results/quickstart`` stands for all of them.
+goes by the path that its folder would have there: the line ``kd-0`` of ``results/quickstart/runs.jsonl`` is
+``results/quickstart/kd-0`` for every tool, and ``results/quickstart`` stands for all of them.
 """
 
 from __future__ import annotations

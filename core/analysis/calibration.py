@@ -118,5 +118,5 @@ def _draw_histogram(axis: Any, calibration: Calibration) -> None:
     axis.bar(centre.numpy(), (count / total).numpy(), width, color="0.6", edgecolor="white", linewidth=0.6)
     axis.axvline(mean_confidence, color=PURPLE, label=f"mean confidence {100 * mean_confidence:.1f} %")
     axis.axvline(accuracy, color=GREEN, linestyle="--", label=f"accuracy {100 * accuracy:.1f} %")
-    axis.legend(fontsize="small", loc="upper left")
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.4), ncols=2, frameon=False)
     axis.set_xlabel(f"confidence (%), {int(total):,} samples, {calibration.bins} bins")

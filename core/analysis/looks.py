@@ -1,4 +1,4 @@
-"""How a method is drawn, the same in every figure: a colour, a marker and a line."""
+"""How a method is drawn, the same in every figure: a colour, a marker and a line; and the marker of a network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from .colors import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
 STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+"""Of things in their order: what tells them apart without their colours."""
 METHODS = {
     "vanilla": (GREY, "s", "-"),
     "dml": (BLUE, "o", "-"), "kd": (BLUE, "o", "-"), "pd": (BLUE, "o", "-"), "mse": (BLUE, "o", "-"),
@@ -31,10 +33,16 @@ def method_look(method: str, control: str | None = None) -> dict[str, str]:
 
 
 def method_looks(methods: Sequence[tuple[str, str | None]]) -> list[dict[str, str]]:
-    """The look of each (method, control) of a figure; those of one method differ by hollow markers, then by line."""
+    """The look of each (method, control) of a figure; where it comes again, with a hollow marker, then another line."""
     looks: list[dict[str, str]] = []
-    for number, named in enumerate(methods):
-        look, again = method_look(*named), methods[:number].count(named)
-        look["linestyle"] = STYLES[(STYLES.index(look["linestyle"]) + again // 2) % len(STYLES)]
-        looks.append(look | ({"markerfacecolor": "white"} if again % 2 else {}))
+    of_each = [method_look(*named) for named in methods]
+    for number, look in enumerate(of_each):
+        again = of_each[:number].count(look)
+        line = STYLES[(STYLES.index(look["linestyle"]) + again // 2) % len(STYLES)]
+        looks.append(look | {"linestyle": line} | ({"markerfacecolor": "white"} if again % 2 else {}))
     return looks
+
+
+def role_marker(role: str) -> str:
+    """A network's, beside its colour (``role_color``): teachers round, students square, what a method adds pointed."""
+    return {"teacher": "o", "student": "s"}.get(role.partition("_")[0], "^")

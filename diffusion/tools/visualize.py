@@ -19,6 +19,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from core.adm import consensus_attention
+from core.analysis.colors import BLUE
 from core.errors import InputError
 from core.files import save_figure, save_json
 from core.training.command import DONE, parse, run_command
@@ -204,8 +205,8 @@ def draw(images: Tensor, maps: Tensor, rows: Sequence[Mapping[str, Any]], timest
     from matplotlib.figure import Figure
 
     times, count = len(maps), len(images)
-    figure = Figure(figsize=(0.85 * (times + 1) + 1.0, 0.95 * count + 2.6), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[0.95 * count + 0.2, 2.4])
+    figure = Figure(figsize=(0.85 * (times + 1) + 1.0, 0.95 * count + 2.9), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[0.95 * count + 0.2, 2.7])
     above, below = parts
     axes = above.subplots(count, times + 1, squeeze=False)
     low, high = maps.min().item(), maps.max().item()
@@ -217,18 +218,18 @@ def draw(images: Tensor, maps: Tensor, rows: Sequence[Mapping[str, Any]], timest
         axes[0, k + 1].set_title(f"t = {row['t']}", fontsize="x-small")
     for axis in axes.flatten():
         axis.axis("off")
-    above.colorbar(shown, ax=axes, label="S", shrink=0.8)
+    above.colorbar(shown, ax=axes, label="similarity S (cosine)", shrink=0.8)
     axis = below.subplots()
     t = [row["t"] for row in rows]
-    axis.plot(t, [row["mean"] for row in rows], marker="o", markersize=3, label="mean")
+    axis.plot(t, [row["mean"] for row in rows], color=BLUE, marker="o", markersize=3, label="mean")
     axis.fill_between(
-        t, [row["minimum"] for row in rows], [row["maximum"] for row in rows], alpha=0.2, linewidth=0,
+        t, [row["minimum"] for row in rows], [row["maximum"] for row in rows], color=BLUE, alpha=0.2, linewidth=0,
         label="mean of the images' extremes",
     )  # fmt: skip
     axis.axvline(0.4 * timesteps, color="0.4", linestyle="--", linewidth=1, label="0.4 T")
-    axis.set(xlabel="t", ylabel="similarity S")
+    axis.set(xlabel="time t of the noise", ylabel="similarity S (cosine)")
     axis.grid(alpha=0.3, linewidth=0.6)
-    axis.legend(fontsize="x-small")
+    below.legend(*axis.get_legend_handles_labels(), fontsize="x-small", loc="outside lower center", ncols=3)
     save_figure(figure, file)
 
 

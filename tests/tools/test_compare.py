@@ -82,6 +82,17 @@ def test_paired_differences_are_a_t_test(runs: list[Path], tmp_path: Path, comma
     assert difference["interval"] == pytest.approx([interval.low, interval.high])
 
 
+def test_brief_says_a_line_for_each_group(runs: list[Path], tmp_path: Path, command: Any) -> None:
+    said = command(*runs, "--baseline", "dml", "--brief", "--out", tmp_path / "out").splitlines()
+    assert said[:4] == [
+        "Last top-1, mean of 3 seeds; difference from dml (95 % interval)",
+        "student:",
+        "  dml      60.58",
+        "  dml+adm  62.17  +1.58 (+0.29 to +2.88)  higher than dml",
+    ]
+    assert len(said) <= 8 and "95 % interval" in (tmp_path / "out/compare.md").read_text()
+
+
 def test_a_difference_is_claimed_only_where_its_interval_leaves_out_zero(tmp_path: Path, command: Any) -> None:
     def compared(name: str, differences: list[float]) -> str:
         paths = []

@@ -19,7 +19,10 @@ def test_a_method_looks_the_same_in_every_figure() -> None:
     drawn = [("vanilla", None), ("dml", None), ("dml+adm", None), ("dml+adm", "uniform"), ("dml+adm", "shuffled")]
     alone = method_looks(drawn)
     assert len({look["color"] for look in alone}) == len({look["marker"] for look in alone}) == 5
-    assert method_looks([("kd", None), *drawn])[1:] == alone
+    assert method_looks([("kdcl", None), *drawn])[1:] == alone
+    online = ["vanilla", "dml", "kdcl", "switokd", "shake", "afd", "afid"]
+    every = method_looks([(method + added, None) for method in online for added in ("", "+adm")])
+    assert len({str(look) for look in every}) == len(every)
     assert method_look("kd+adm")["color"] == method_look("dml+adm")["color"]
     again = method_looks([("dml+adm", None)] * 4)
     assert len({str(look) for look in again}) == 4 and len({look["color"] for look in again}) == 1
