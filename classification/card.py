@@ -144,7 +144,7 @@ def _figures(report: Mapping[str, Any]) -> str:
     from scipy.stats import binomtest
 
     values, images = report["values"], report["images"]
-    rows = ["| role | top-1 % | 95 % interval | top-5 % | NLL nats | ECE % |", "|---|---|---|---|---|---|"]
+    rows = ["| role | top-1 % | 95 % interval (Wilson) | top-5 % | NLL nats | ECE % |", "|---|---|---|---|---|---|"]
     for role in [key.removesuffix("/top1") for key in values if key.endswith("/top1")]:
         top1, top5, nll, ece = (values[f"{role}/{score}"] for score in ("top1", "top5", "nll", "ece"))
         low, high = binomtest(round(top1 / 100 * images), images).proportion_ci(method="wilson")

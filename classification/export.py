@@ -94,9 +94,17 @@ def parse_formats(text: str) -> tuple[str, ...]:
     return names
 
 
+def check_folder(folder: Path) -> None:
+    """Raises: InputError for a folder that is not empty, or a file in its place."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--export {folder} is a file: name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"--export {folder} is not empty: name a new folder, or delete it first")
+
+
 def check(export: Export, experiment: Experiment) -> None:
-    """Raises: InputError for what cannot be written: an unknown role, a network that the format does not know, a folder
-    that is not empty, a package that is missing."""
+    """Raises: InputError for what cannot be written: an unknown role, a network that the format does not know, a
+    package that is missing."""
     roles = experiment.distiller.normalisation
     if export.role not in roles:
         raise unknown("role", export.role, roles)
@@ -110,10 +118,6 @@ def check(export: Export, experiment: Experiment) -> None:
         raise InputError(
             f"--with-preprocessing counts for onnx and torch: {export.formats[0]}'s folder says mean and std itself"
         )
-    if export.folder.exists() and not export.folder.is_dir():
-        raise InputError(f"--export {export.folder} is a file: name a folder")
-    if export.folder.is_dir() and any(export.folder.iterdir()):
-        raise InputError(f"--export {export.folder} is not empty: name a new folder, or delete it first")
     for extra, packages in (_PACKAGES[format] for format in export.formats if format in _PACKAGES):
         for package in packages:
             try:
@@ -159,6 +163,8 @@ def write(export: Export, experiment: Experiment, split: str, card: str) -> dict
             model = whole if export.inside else whole.network
             write_graphs(model, export, images.shape[1:], about, folder)
         (folder / "README.md").write_text(card)
+        for file in folder.iterdir():  # safetensors lets nobody else read what it writes
+            file.chmod((folder / "README.md").stat().st_mode)
         for format, logits in reopened(folder, inputs).items():
             difference = (logits - expected).abs().max().item() / largest
             if not difference <= TOLERANCE:

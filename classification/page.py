@@ -14,6 +14,7 @@ from classification.findings import Compared, Findings, Measured
 from classification.outcomes import LEVEL, Pairing
 from core.analysis.attention import KEYS
 from core.files import plain
+from core.training.checkpoint import BEST, LAST
 from core.training.run import flatten
 
 MOST_CONFUSIONS = 12
@@ -58,6 +59,13 @@ def as_html(found: Findings, pictures: Mapping[str, Mapping[str, bytes]]) -> str
     title = f"{main.label}: {found.networks[found.role].label} by {main.config.get('method')}"
     kept = [s for s in sections if s.grids or s.pictures or s.texts]
     return template.render(title=title, sections=kept)
+
+
+def _checkpoint(run: Measured) -> str:
+    """Its step, and whether it is the run's last or best."""
+    step = run.report["checkpoint"]
+    names = [name for name in (LAST, BEST) if (run.path / "checkpoints" / name).resolve().name == step]
+    return f"{step} ({' and '.join(names)})" if names else step
 
 
 def headline(found: Findings) -> list[str]:
@@ -125,7 +133,7 @@ def glance(found: Findings) -> Grid:
 
     rows = {
         "network": [n.label for n in networks],
-        "checkpoint": [n.run.report["checkpoint"] for n in networks],
+        "checkpoint": [_checkpoint(n.run) for n in networks],
         "top-1 (%)": [f"{n.value('top1'):.2f}" for n in networks],
         "95 % interval, bootstrap over images": [
             f"{low:.2f} to {high:.2f}" for low, high in map(found.interval, found.networks)

@@ -152,7 +152,9 @@ def common_roles(runs: Sequence[Run], measure: str) -> list[str]:
     common = set.intersection(*by_run)
     if not common:
         told = "; ".join(f"{run.path}: {', '.join(sorted(r)) or 'none'}" for run, r in zip(runs, by_run, strict=True))
-        raise InputError(f"the runs have no role in common with a {named(measure)} ({told})")
+        raise InputError(
+            f"the runs have no role in common with a {named(measure)} ({told}): name those that train the same one"
+        )
     order = {"teacher": 0, "student": 1}
     return sorted(common, key=lambda role: (order.get(role.partition("_")[0], 2), len(role), role))
 

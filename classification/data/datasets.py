@@ -80,7 +80,8 @@ class DataConfig:
         validation: Share of the training images held out for validation, in [0, 1); stratified, drawn by `split_seed`.
         classes: Only the first so many classes, in the data set's order. Empty: all.
         per_class: Only so many training images of each class, drawn by `split_seed`. Empty: all.
-        workers: Processes that decode images, for data not held in memory; 0 decodes in the main process.
+        workers: Processes that decode images, for data not held in memory, as many as there are CPUs at most; 0 decodes
+            in the main process.
         split_seed: Seed of the validation split and of the `per_class` subset.
         noise: Share of the training images, in [0, 1), whose labels are drawn anew, uniformly over all classes (Table
             21); the run folder's `label_noise.safetensors` tells which. Validation and test labels stay true.

@@ -10,6 +10,7 @@ size (short last batch), the mean of their mean losses is the mean over the glob
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -192,7 +193,7 @@ class StreamLoader(EpochLoader):
         self.loader = torch.utils.data.DataLoader(
             _Samples(split, self.train, self.seed, self.views),
             batch_sampler=self.plan,
-            num_workers=workers,
+            num_workers=(workers := min(workers, os.cpu_count() or 1)),  # torch warns of more
             collate_fn=_collate,
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",

@@ -54,6 +54,7 @@ def choose(
             fewest = int(counts.argmin())
             raise InputError(
                 f"data.per_class is {config.per_class}, but class {names[fewest]} has {counts[fewest]} training images"
+                f": give at most {counts[fewest]}"
             )
         number = config.per_class
         train = train[stratified(train_targets[train], lambda count: number, config.split_seed)]

@@ -24,7 +24,7 @@ from classification.data import DataConfig
 from classification.distiller import NetworkConfig
 from classification.evaluation import Evaluation, evaluate
 from classification.experiment import Experiment, build, command_of, restore
-from classification.export import FORMATS, Export, check, parse_formats, write
+from classification.export import FORMATS, Export, check, check_folder, parse_formats, write
 from classification.methods.base import MethodOptions
 from classification.networks.pretrained import normalisation_of
 from core.analysis.attention import KEYS
@@ -131,6 +131,7 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
             folder = "FOLDER" if options.export in FORMATS else options.export  # as --export onnx once was
             kinds = options.export if options.export in FORMATS else ",".join(FORMATS)
             raise InputError(f"--export names a folder, --format what goes there: --export {folder} --format {kinds}")
+        check_folder(Path(options.export).resolve())
         parse_formats(options.format)
     return options
 

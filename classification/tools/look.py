@@ -35,14 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from classification.data.sources import sources
 
     parser = tool_parser("Says what a folder of images holds, and draws what training sees of it.")
-    parser.add_argument("root", type=str, help="folder with train and val, each with a folder for each class")
+    parser.add_argument(
+        "root", type=str, help="folder with train and val, each with a folder for each class; or of the classes alone"
+    )
     parser.add_argument("--out", type=str, default="look.png", help="the picture")
     parser.add_argument("--data", type=DataConfig, default=DataConfig(name="folder"))
     options = parse(parser, argv)
     config = replace(options.data, root=options.root)
     if config.name not in IN_MEMORY_NAMES:
         train, test = sources(config.name, config.root, config.download)
-        check_images([train, test], config)
+        check_images([train] if test is train else [train, test], config)
     datasets = load_datasets(config)
     print("\n".join(count_lines(datasets)))
     draw(datasets, config, Path(options.out))

@@ -482,7 +482,7 @@ def test_the_export_of_a_full_size_student_loads_with_the_stock_config(tmp_path:
         (["--config", "RUN/config.py", "--checkpoint", "RUN/student.pth"], "of one network alone? name it by --role"),
         (["--config", "RUN/config.py", "--checkpoint", "RUN/config.yaml"], "cannot read "),
         (["--config", "RUN/student_config.py", "--checkpoint", "gone.pth"], "no weight file gone.pth"),
-        (["RUN", "--role", "teacher", "--export", "x", "--rolle"], "unrecognized arguments: --rolle"),
+        (["RUN", "--role", "teacher", "--export", "x", "--rolle"], "unknown option --rolle: did you mean --role?"),
     ],
 )
 def test_wrong_input_to_evaluation_ends_in_one_line(run: Path, shell: Any, command: list[str], message: str) -> None:
