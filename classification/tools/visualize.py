@@ -277,12 +277,11 @@ def draw_box_shares(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             continue
         number = names.index(name)
         role = name.removeprefix("CAM ")
-        look = {"color": series_color(2 + number) if role == name else role_color(role)}
-        look["marker"] = MARKERS[number % len(MARKERS)]
-        axis.plot(x, y, **look, markersize=3.5, linewidth=1.4, label=name)
+        color, marker = series_color(2 + number) if role == name else role_color(role), MARKERS[number % len(MARKERS)]
+        axis.plot(x, y, color=color, marker=marker, markersize=3.5, linewidth=1.4, label=name)
         reach = [196 * share["standard_error"] for share in shares]
         low, high = [a - r for a, r in zip(y, reach, strict=True)], [a + r for a, r in zip(y, reach, strict=True)]
-        axis.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
+        axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     axis.set(
         xlabel=unit, ylabel="share inside the object box (%)", title="bands: 95 % intervals of the distance from chance"
     )

@@ -118,7 +118,9 @@ def test_the_card_says_what_was_evaluated_and_how_it_came_about(run: Path, expor
     assert said["library_name"] == "timm"
     assert said["license"] is None and said["pipeline_tag"] == "image-classification"
     metrics = said["model-index"][0]["results"][0]["metrics"]
-    assert metrics[0]["type"] == "accuracy" and metrics[0]["value"] == pytest.approx(values["student/top1"] / 100, abs=1e-6)
+    assert metrics[0]["type"] == "accuracy" and metrics[0]["value"] == pytest.approx(
+        values["student/top1"] / 100, abs=1e-6
+    )
     for role in ("student", "teacher"):
         row = next(line for line in text.splitlines() if line.startswith(f"| {role} |"))
         cells = [cell.strip() for cell in row.split("|")]
