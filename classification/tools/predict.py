@@ -63,6 +63,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.out is not None and options.out.suffix.lower() not in FORMATS:
         raise InputError(f"--out {options.out}: its name must end in {' or '.join(FORMATS)}")
+    refuse_kept(Path(options.model))
     if not any(Path(place).exists() for place in (options.model, options.model.rpartition("#")[0] or options.model)):
         raise InputError(f"there is no {options.model}: give a run folder, an exported folder or a weight file")
     options.exported = is_exported(Path(options.model))

@@ -133,7 +133,7 @@ def test_what_cannot_be_used_ends_in_one_line(
         ([tmp_path / "bare.onnx"], "does not say which images it takes"),
         ([tmp_path / "broken.pt2"], "cannot open"),
         ([tmp_path / "text"], "cannot open"),
-        ([tmp_path / "missing.onnx", "--network", "test_resnet"], "no weight file"),
+        ([tmp_path / "missing.onnx", "--network", "test_resnet"], "there is no"),
         ([student, "--role", "student"], "belong to a run folder"),
         ([student, "--mean", "0", "0", "0"], "says its own"),
         ([student / "model.onnx", "--data.image_size", "32"], "says itself which images it takes"),
