@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from classification.config import Command
+from classification.data import DataConfig
 from classification.experiment import Experiment
 from classification.export import Export, description
 from core.files import plain
 from core.training.run import read_json
 
 LICENCE = "license:  # to fill in before it is published: an identifier, as apache-2.0 or cc-by-nc-4.0\n"
+SEEN = ("augmentation", "auto_augment", "color_jitter", "re_prob", "re_mode", "mixup", "cutmix", "mixup_prob")
+"""What of the data's options says how training saw an image."""
 MOST_CLASSES = 50  # that are listed one by one
 
 
@@ -67,7 +70,7 @@ def _header(export: Export, experiment: Experiment, report: Mapping[str, Any], t
         if f"{export.role}/{score}" in report["values"]
     ]  # fmt: skip
     header = ModelCardData(
-        library_name="timm" if "timm" in export.formats else "pytorch",
+        library_name=next((name for name in ("timm", "transformers") if name in export.formats), "pytorch"),
         pipeline_tag="image-classification",
         tags=["image-classification", "knowledge-distillation", *sorted(export.formats)],
         model_name=title,
@@ -85,6 +88,8 @@ def _use(export: Export) -> list[str]:
         f'(logits,) = session.run(["logits"], {{"{export.input_name}": images}})  # float32 [batch, C, H, W], {takes}',
         "torch": 'import torch\n\nmodel = torch.export.load("FOLDER/model.pt2").module()\n'
         f"logits = model(images)  # float32 [batch, C, H, W], {takes}",
+        "transformers": "from transformers import pipeline\n\n"
+        'classify = pipeline("image-classification", "FOLDER")  # takes a PIL image, or a path',
     }
     return [f"```python\n{lines[format]}\n```" for format in export.formats]
 
@@ -117,6 +122,11 @@ def _method(command: Command) -> str:
     if with_adm:
         said["adm"] = asdict(config.adm)
     fit: dict[str, Any] = {key: getattr(config.fit, key) for key in ("epochs", "steps", "precision")}
+    fit |= {key: value for key in ("clip", "ema_decay", "patience") if (value := getattr(config.fit, key)) is not None}
+    usual = DataConfig()
+    changed = {key: value for key in SEEN if (value := getattr(config.data, key)) != getattr(usual, key)}
+    said |= {"augmentation": changed} if changed else {}
+    said |= {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
     said |= {"optimizer": asdict(config.optimizer), "schedule": asdict(config.schedule), "fit": fit}
     said |= {"batch_size": config.batch_size, "seed": config.seed}
     return f"```yaml\n{yaml.safe_dump(plain(said), sort_keys=False).strip()}\n```"
@@ -134,7 +144,7 @@ def _figures(report: Mapping[str, Any]) -> str:
     from scipy.stats import binomtest
 
     values, images = report["values"], report["images"]
-    rows = ["| role | top-1 % | 95 % interval | top-5 % | NLL nats | ECE % |", "|---|---|---|---|---|---|"]
+    rows = ["| role | top-1 % | 95 % interval (Wilson) | top-5 % | NLL nats | ECE % |", "|---|---|---|---|---|---|"]
     for role in [key.removesuffix("/top1") for key in values if key.endswith("/top1")]:
         top1, top5, nll, ece = (values[f"{role}/{score}"] for score in ("top1", "top5", "nll", "ece"))
         low, high = binomtest(round(top1 / 100 * images), images).proportion_ci(method="wilson")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,9 @@ from classification.networks.libraries import folder_weights
 from classification.networks.pretrained import find_weights
 from classification.options import NetworkConfig, TrainConfig
 from core.errors import InputError, parse_label
+from core.training import fit
 from core.training.command import config_files, dry_run_wanted, parse, say_ranges, train_parser
+from core.training.precision import settled
 from core.training.run import flatten, read_config
 from core.weights import weights_hash
 
@@ -26,8 +28,20 @@ MAY_CHANGE = ("data.root", "data.download", "data.workers", "fit.device", "fit.k
 # Options that a run's ``config.yaml`` leaves out where they say nothing: runs from before they existed stay the same.
 UNSAID: Mapping[str, Mapping[str, Any]] = {
     "adm": {"feature_targets": "student"},
+    "data": {
+        "test": 0.2,
+        "auto_augment": None,
+        "color_jitter": None,
+        "re_prob": 0.0,
+        "re_mode": "pixel",
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "mixup_prob": 1.0,
+        "mixup_switch_prob": 0.5,
+    },
     "optimizer": {"name": "sgd", "filter_bias_and_bn": False, "layer_decay": None, "options": {}},
     "schedule": {"warmup_steps": 0, "warmup_from": 0.0},
+    "fit": fit.UNSAID,
 }
 
 
@@ -89,11 +103,13 @@ class Command:
             for key in ("noise", "noise_exclude_true", "noise_seed"):
                 del values["data"][key]
         for section, silent in UNSAID.items():
-            for key in [key for key, value in silent.items() if values.get(section, {}).get(key) == value]:
-                del values[section][key]
+            for key, value in silent.items() if section in values else ():
+                if values[section][key] == value:
+                    del values[section][key]
         for network in values["networks"].values():
-            if network["backbone_lr_factor"] is None:
-                del network["backbone_lr_factor"]
+            for key in ("backbone_lr_factor", "size"):
+                if network[key] is None:
+                    del network[key]
         if not self.config.label_smoothing:
             del values["label_smoothing"]
         if own := asdict(self.options):
@@ -137,6 +153,7 @@ def parse_command(argv: Sequence[str] | None = None, prog: str | None = None, ta
     for key in ("config", "task"):
         cfg.pop(key, None)
     config = task.config(**cfg)
+    config = replace(config, fit=settled(config.fit, config.out))
     name, with_adm = parse_label(config.method, task.methods)
     _check_flags(task, name, with_adm, argv)
     if not config.networks:
@@ -179,10 +196,20 @@ def _check_pairs(config: TrainConfig, with_adm: bool) -> None:
                 f"networks.{role}.backbone_lr_factor is of what starts from weights, and {role} starts at random: "
                 f"give --networks.{role}.weights or --networks.{role}.pretrained true, or leave it out"
             )
+    if config.fit.patience is not None and not config.data.validation:
+        raise InputError(
+            "fit.patience without held-out images would choose the run's end by the test images: give "
+            "--data.validation 0.1, or leave it out"
+        )
     if with_adm and config.label_smoothing and config.adm.alpha and config.adm.consensus == "kd":
         raise InputError(
             "adm.consensus kd imitates the teacher and has no label that label_smoothing could smooth: choose "
             "--adm.consensus ce, or leave label_smoothing out"
+        )
+    if with_adm and config.data.mixing and config.adm.beta and config.adm.divergence == "kd":
+        raise InputError(
+            f"adm.divergence kd keeps what a teacher said of each image by its number, and {config.data.mixing} shows "
+            "another mixture each time: choose --adm.divergence ce, or leave it out"
         )
     if with_adm and not (config.adm.alpha or config.adm.beta or config.adm.gamma):
         name = config.method.partition("+")[0]

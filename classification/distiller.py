@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.methods import ADM, Method, Outputs
@@ -22,6 +24,7 @@ from core.adm import ADMConfig
 from core.checks import check_network
 from core.errors import InputError, notice
 from core.parts import as_network
+from core.training.average import SUFFIX, averaged_role
 from core.training.distiller import Batch, Distiller, Losses, Progress
 from core.training.seed import seed_everything
 
@@ -62,7 +65,7 @@ class ClassificationDistiller(Distiller):
         adapted = {
             role: _adapted(role, configs[role].name, network, normalised[role]) for role, network in networks.items()
         }
-        self.networks = nn.ModuleDict(method.prepare(adapted, normalised[next(iter(adapted))]))
+        self.networks = nn.ModuleDict(method.prepare(adapted, normalised))
         if channels_last:
             self.networks.to(memory_format=torch.channels_last)
         self.phases = method.phases(list(self.networks))
@@ -78,6 +81,7 @@ class ClassificationDistiller(Distiller):
         if any(self._in_parts(role) for role in self.networks):
             self.parameter_groups()  # refuses what it must before anything is written
         self.held_out: Iterable[Batch] | None = None
+        self.mixing: Callable[[Batch, Progress], Batch] | None = None  # mixup and cutmix of the training batches
         self._keeps_logits = type(method).after_step is not Method.after_step or self.previous is not None
         self._logits: list[dict[str, Tensor]] = []  # of the parts of this step (of its last phase)
         self._gates: dict[str, Tensor] = {}  # of this step: 1 where any of its parts trains the role
@@ -87,18 +91,49 @@ class ClassificationDistiller(Distiller):
         """What the teachers said in the epoch before, where ADM's divergence imitates it (Eq. 12)."""
         return self.adm.previous if self.adm is not None else None
 
+    @property
+    def scored_roles(self) -> list[str]:
+        """Whatever gives logits in evaluation: ``output_roles``, and the averages."""
+        return [*self.output_roles, *self.moving_averages]
+
+    @property
+    def takes_one(self) -> bool:
+        """Whether the method runs any of its networks alone."""
+        return self.method.separable or type(self.method).forward is Method.forward
+
+    def network(self, role: str) -> nn.Module:
+        """The network or the average of this role."""
+        return self.moving_averages[role] if role in self.moving_averages else self.networks[role]
+
+    def add_average(self, role: str) -> nn.Module:
+        """A new place for the average of a network's weights, for a run that has ended; returns it."""
+        name = averaged_role(role)
+        self.moving_averages[name] = copy.deepcopy(self.networks[role]).requires_grad_(False)
+        self.configs[name], self.normalisation[name] = self.configs[role], self.normalisation[role]
+        return self.moving_averages[name]
+
     def views(self, images: Tensor, roles: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Raw images ``[B, C, H, W]`` or, a view for each role, ``[B, V, C, H, W]``, uint8 -> normalised, by role."""
+        """Raw images ``[B, C, H, W]`` or, a view for each role, ``[B, V, C, H, W]``, uint8 -> normalised, by role.
+
+        Each network has its own size; of equal size and normalisation they share a tensor.
+        """
         made: dict[Any, Tensor] = {}
         result = {}
         for index, role in enumerate(roles or self.networks):
-            key = (self.normalisation[role], index if images.dim() == 5 else 0)
+            key = (self.normalisation[role], self.configs[role].size, index if images.dim() == 5 else 0)
             if key not in made:
-                raw = images[:, index] if images.dim() == 5 else images
-                x = raw.float().mul_(getattr(self, f"scale_{role}")).add_(getattr(self, f"shift_{role}"))
+                raw = (images[:, index] if images.dim() == 5 else images).float()
+                x = self.resized(raw, role).mul_(getattr(self, f"scale_{role}")).add_(getattr(self, f"shift_{role}"))
                 made[key] = x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
             result[role] = made[key]
         return result
+
+    def resized(self, images: Tensor, role: str) -> Tensor:
+        """Images float ``[B, C, H, W]`` in this network's own size: themselves where it has none."""
+        size = self.configs[role].size
+        if size is None or images.shape[-2:] == (size, size):
+            return images
+        return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
     def train(self, mode: bool = True) -> ClassificationDistiller:
         """A network that is not trained stays in evaluation mode: its BatchNorm statistics must not move."""
@@ -113,18 +148,27 @@ class ClassificationDistiller(Distiller):
     def outputs(self, images: Tensor, without: Collection[str] = ()) -> Outputs:
         """Evaluation: what each network says about raw images ``[B, C, H, W]``; nothing moves.
 
-        ``without``: networks to leave out, of a method that is ``separable``.
+        Averages of networks come behind them, by their own roles.
+        ``without``: averages to leave out, and networks of a method that is ``separable``.
         """
         training = self.training
         self.eval()
         try:
             networks = {role: network for role, network in self.networks.items() if role not in without}
-            return self.method(networks, self.views(images, list(networks)))
+            outputs = self.method(networks, self.views(images, list(networks)))
+            for name, average in self.moving_averages.items():
+                if name not in without:
+                    role = name.removesuffix(SUFFIX)
+                    together = {role: average} if self.takes_one else {**self.networks, role: average}
+                    outputs[name] = self.method(together, self.views(images, list(together)))[role]
+            return outputs
         finally:
             self.train(training)
 
     def before_step(self, batch: Batch, progress: Progress) -> Batch:
         self._logits = []
+        if self.mixing is not None:
+            batch = self.mixing(batch, progress)
         if self.method.needs_held_out and progress.starts_epoch:
             if self.held_out is None:
                 raise InputError(f"{type(self.method).__name__} needs held-out images: give --data.validation 0.1")
@@ -134,7 +178,7 @@ class ClassificationDistiller(Distiller):
     def _logits_of(self, batches: Iterable[Batch]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         device = next(self.parameters()).device
         for batch in batches:
-            outputs = self.outputs(batch["image"].to(device, non_blocking=True))
+            outputs = self.outputs(batch["image"].to(device, non_blocking=True), self.moving_averages.keys())
             yield {role: o.logits for role, o in outputs.items()}, batch["target"].to(device, non_blocking=True)
 
     def forward(self, batch: Batch, progress: Progress, phase: Any = None) -> tuple[Losses, dict[str, Tensor]]:
@@ -208,13 +252,14 @@ class ClassificationDistiller(Distiller):
         return groups + [{**usual, **group} for group in self.method.parameter_groups()]
 
     def export(self, role: str) -> nn.Module:
-        return self.method.export(role, self.networks[role])
+        return self.method.export(role, self.network(role))
 
     def metadata(self, role: str) -> dict[str, str]:
         mean, std = (json.dumps(list(values)) for values in self.normalisation[role])
         said = {"role": role, "architecture": self.configs[role].name, "num_classes": str(self.num_classes)}
         note = {"export_note": self.method.export_note} if self.method.export_note else {}
-        return {**said, "mean": mean, "std": std, **note}
+        size = {"size": str(self.configs[role].size)} if self.configs[role].size is not None else {}
+        return {**said, "mean": mean, "std": std, **size, **note}
 
 
 def _adapted(role: str, name: str, network: nn.Module, images: Tensor) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,18 +62,21 @@ def evaluate(
     loader: Iterable[Batch],
     accelerator: Any = None,
     roles: Sequence[str] | None = None,
+    watch: Callable[[Outputs, Batch], object] = lambda outputs, batch: None,
 ) -> Evaluation:
     """Evaluates whatever gives logits on every sample of ``loader``, once, over all processes together.
 
-    ``roles``: only these of ``distiller.output_roles``. The other networks are then not run, unless the method or ADM
+    ``roles``: only these of ``distiller.scored_roles``. The other networks are then not run, unless the method or ADM
     looks at them.
+    ``watch``: is shown the outputs and the batch each time, for whoever needs more than sums.
     Returns: ``<role>/top1``, ``/top5``, ``/ece`` in percent, ``/nll`` in nats, and ``attention/...`` (Table 17) of the
     first pair that has an S (see ``similarities``), with ADM or without, so that both can be compared.
     """
     device = accelerator.device if accelerator is not None else next(distiller.parameters()).device
-    roles = distiller.output_roles if roles is None else roles
+    roles = distiller.scored_roles if roles is None else roles
     can_leave_out = distiller.method.separable and distiller.adm is None
-    without = [role for role in distiller.networks if role not in roles] if can_leave_out else []
+    optional = [*(distiller.networks if can_leave_out else ()), *distiller.moving_averages]
+    without = [role for role in optional if role not in roles]
     scores = {role: Scores(device) for role in roles}
     calibrations = {role: Calibration(device=device) for role in roles}
     attention = AttentionStatistics(device)
@@ -86,6 +89,7 @@ def evaluate(
                 calibrations[role].update(outputs[role].logits, target)
             for similarity in list(similarities(distiller, outputs).values())[:1]:
                 attention.update(similarity)
+            watch(outputs, batch)
     gathered: list[RunningSums] = [*scores.values(), *calibrations.values(), attention]
     if accelerator is not None and accelerator.num_processes > 1:
         for sums in gathered:

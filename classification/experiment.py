@@ -13,14 +13,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from classification.config import ONLINE, Command, Task, parse_command
 from classification.data import DataSets, InMemoryLoader, Split, Streamed, StreamLoader, load_datasets, make_loader
+from classification.data.classes import check_classes
 from classification.data.datasets import IN_MEMORY_NAMES
+from classification.data.mixing import Mixing
 from classification.data.noise import LabelNoise, draw_noise, with_noise
 from classification.data.sources import sources
 from classification.distiller import ClassificationDistiller, build_networks
 from classification.networks.pretrained import keeps_head, load_weights, normalisation_of
-from core.errors import InputError, first_line
+from classification.options import NetworkConfig
+from core.errors import InputError, first_line, notice
 from core.images import EXTENSIONS
+from core.training.average import averaged_role
 from core.training.checkpoint import read_state
+from core.training.kept import refuse_kept
 from core.training.run import read_config
 from core.weights import read_metadata
 
@@ -97,6 +102,8 @@ def build(
     noise = None
     if datasets is None:
         datasets = load_datasets(data)
+    if check:
+        check_classes(datasets, data)
     if data.noise:
         seed = config.seed if data.noise_seed is None else data.noise_seed
         targets = datasets.train.targets
@@ -106,6 +113,11 @@ def build(
     name, with_adm = command.method
     method = command.task.methods[name](command.options, with_adm=with_adm)
     method.smooth_labels(config.label_smoothing)
+    method.mix_labels(data.mixing)
+    if config.fit.ema_decay is not None and not method.takes_average:
+        raise InputError(
+            f"fit.ema_decay averages a network alone, and {name}'s student needs more than itself: leave it out"
+        )
     classes = datasets.num_classes
     pretrained = [r for r, c in networks.items() if c.weights or (c.pretrained and keeps_head(c.name, classes))]
     if check:
@@ -114,6 +126,7 @@ def build(
     own = {r: normalisation_of(c.name) if c.pretrained else {} for r, c in networks.items()}
     said = own | {r: {**({} if networks[r].weights else own[r]), **read_metadata(file)} for r, file in files.items()}
     learning = {role for phase in method.phases(list(networks)) for role in phase} if check else set()
+    networks = {role: _sized(role, c, said[role], datasets.image_size, check) for role, c in networks.items()}
     new_heads: dict[str, int] = {}
     distiller = ClassificationDistiller(
         build_networks(networks, classes, config.seed, files, training=check, learning=learning, new_heads=new_heads),
@@ -129,7 +142,26 @@ def build(
         num_classes=classes,
         channels_last=config.channels_last,
     )
+    if data.mixing:
+        distiller.mixing = Mixing(
+            data.mixup, data.cutmix, data.mixup_prob, data.mixup_switch_prob, num_classes=classes, seed=config.seed
+        )
     return Experiment(command, datasets, distiller, noise, [r for r in pretrained if r not in new_heads], said)
+
+
+def _sized(role: str, config: NetworkConfig, said: Mapping[str, Any], image_size: int, remark: bool) -> NetworkConfig:
+    """A network's config with the size of its own images; unless given, the one with which its weights were trained.
+
+    ``remark``: whether to say it where they are enlarged.
+    """
+    if config.size is None and "size" in said:
+        config = replace(config, size=int(said["size"]))
+    if remark and config.size is not None and config.size > image_size:
+        notice(
+            f"note: networks.{role}.size {config.size} is more than data.image_size {image_size}: its images are "
+            f"enlarged; where the files have more pixels, give --data.image_size {config.size}"
+        )
+    return config
 
 
 def main_role(roles: Iterable[str]) -> str:
@@ -174,6 +206,7 @@ def command_of(run: Path, task: Task = ONLINE) -> Command:
     """
     file = run / "config.yaml"
     if not file.is_file():
+        refuse_kept(run)
         raise InputError(f"{run} is no run folder: it has no config.yaml" if run.is_dir() else f"no run folder {run}")
     if (said := read_config(file).get("task", ONLINE.name)) != task.name:
         raise InputError(f"{run} is a run of {said}: use the tools in {said}/tools")
@@ -194,7 +227,8 @@ def restore(command: Command, checkpoint: Path, datasets: DataSets | None = None
         if (file := checkpoint / f"{role}.safetensors").is_file():  # what it started from is not needed any more
             said = read_metadata(file)
             mean, std = said.get("mean", config.mean), said.get("std", config.std)
-            networks[role] = replace(config, weights=None, pretrained=False, mean=mean, std=std, sha256=None)
+            size = int(said["size"]) if "size" in said else config.size
+            networks[role] = replace(config, weights=None, pretrained=False, mean=mean, std=std, size=size, sha256=None)
     command = replace(command, config=replace(command.config, networks=networks))
     experiment = build(command, check=False, datasets=datasets)
     load_checkpoint(experiment.distiller, checkpoint)
@@ -206,11 +240,13 @@ def load_checkpoint(distiller: ClassificationDistiller, checkpoint: Path) -> Non
     file, state = checkpoint / "state.pt", read_state(checkpoint)
     for role in distiller.trained():
         load_weights(distiller.networks[role], checkpoint / f"{role}.safetensors", training=False)
+        if (file := checkpoint / f"{averaged_role(role)}.safetensors").is_file():
+            load_weights(distiller.add_average(role), file, training=False)
     try:
         extra = state["extra"]
         missing = distiller.load_state_dict(extra, strict=False).missing_keys
     except Exception as error:  # a damaged pickle can raise anything
         reason = first_line(error)
         raise InputError(f"cannot read {file} (missing, incomplete or of another run): {reason}") from error
-    if missing := [key for key in missing if not key.startswith("networks.")]:
+    if missing := [key for key in missing if not key.startswith(("networks.", "moving_averages."))]:
         raise InputError(f"{file} lacks {missing[0]}: it is of another run")

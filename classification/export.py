@@ -1,4 +1,4 @@
-"""A trained network as files that others open: timm's folder, ONNX, and ``torch.export``'s ``.pt2``.
+"""A trained network as files that others open: timm's or transformers' folder, ONNX, ``torch.export``'s ``.pt2``.
 
 Each file is opened again by a process of its own (``classification/reopen.py``) before the folder is put in place.
 """
@@ -6,11 +6,13 @@ Each file is opened again by a process of its own (``classification/reopen.py``)
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -23,20 +25,31 @@ from torch import Tensor, nn
 from classification.data import Split, Streamed
 from classification.experiment import Experiment, images_at
 from classification.networks import CIFAR_NETWORKS, create_network
+from classification.networks.libraries import TRANSFORMERS
 from core.errors import InputError, TrainingError, first_line, unknown
 from core.files import write_atomically
+from core.split import model_of
 from core.training.command import missing_extra
 
-FORMATS = {"timm": "config.json", "onnx": "model.onnx", "torch": "model.pt2"}
+FORMATS = {
+    "timm": "config.json",
+    "onnx": "model.onnx",
+    "torch": "model.pt2",
+    "transformers": "preprocessor_config.json",
+}
 """The formats, and the file by which each is known."""
 TOLERANCE = 1e-4  # of the largest logit
+BILINEAR = 2  # PIL's number of it
+PROCESSOR = "BitImageProcessor"  # transformers' plain one: shorter side, central crop, mean and std
 IMAGES = 64  # on which the reopened files are compared
 _REOPEN = "import sys; from classification.reopen import answer; answer(*sys.argv[1:])"
 _PACKAGES = {
     "timm": ("classification", ("timm", "huggingface_hub", "safetensors")),
     "onnx": ("export", ("onnx", "onnxscript", "onnxruntime")),
+    "transformers": ("export", ("transformers", "safetensors")),
 }
 _PLACES = ("hf-hub:", "hf_hub:", "local-dir:")  # of timm's models that are no names
+_FOLDERS = ("timm", "transformers")  # that say mean and std themselves, each of its own library's networks
 
 
 class Normalised(nn.Module):
@@ -81,22 +94,30 @@ def parse_formats(text: str) -> tuple[str, ...]:
     return names
 
 
+def check_folder(folder: Path) -> None:
+    """Raises: InputError for a folder that is not empty, or a file in its place."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--export {folder} is a file: name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"--export {folder} is not empty: name a new folder, or delete it first")
+
+
 def check(export: Export, experiment: Experiment) -> None:
-    """Raises: InputError for what cannot be written: an unknown role, a network that the format does not know, a folder
-    that is not empty, a package that is missing."""
+    """Raises: InputError for what cannot be written: an unknown role, a network that the format does not know, a
+    package that is missing."""
     roles = experiment.distiller.normalisation
     if export.role not in roles:
         raise unknown("role", export.role, roles)
     name = experiment.distiller.configs[export.role].name
-    if "timm" in export.formats and not _is_timms(name):
-        others = ",".join(known for known in FORMATS if known != "timm")
-        raise InputError(f"--format timm: {export.role} is {name}, which timm does not know: give --format {others}")
-    if export.inside and export.formats == ("timm",):
-        raise InputError("--with-preprocessing counts for onnx and torch: timm's config.json says mean and std itself")
-    if export.folder.exists() and not export.folder.is_dir():
-        raise InputError(f"--export {export.folder} is a file: name a folder")
-    if export.folder.is_dir() and any(export.folder.iterdir()):
-        raise InputError(f"--export {export.folder} is not empty: name a new folder, or delete it first")
+    for library in _FOLDERS:
+        if library in export.formats and not _knows(library, name):
+            others = ",".join(known for known in FORMATS if known not in _FOLDERS or _knows(known, name))
+            what = f"--format {library}: {export.role} is {name}, which {library} does not know"
+            raise InputError(f"{what}: give --format {others}")
+    if export.inside and not set(export.formats) - set(_FOLDERS):
+        raise InputError(
+            f"--with-preprocessing counts for onnx and torch: {export.formats[0]}'s folder says mean and std itself"
+        )
     for extra, packages in (_PACKAGES[format] for format in export.formats if format in _PACKAGES):
         for package in packages:
             try:
@@ -105,7 +126,10 @@ def check(export: Export, experiment: Experiment) -> None:
                 raise missing_extra(error, extra) from error
 
 
-def _is_timms(name: str) -> bool:
+def _knows(library: str, name: str) -> bool:
+    """Whether timm, or else transformers, has a network."""
+    if library == "transformers":
+        return name.startswith(TRANSFORMERS)
     import timm
 
     return name.startswith(_PLACES) or (name not in CIFAR_NETWORKS and timm.is_model(name))
@@ -120,11 +144,12 @@ def write(export: Export, experiment: Experiment, split: str, card: str) -> dict
     distiller = experiment.distiller
     normalisation = distiller.normalisation[export.role]
     whole = Normalised(distiller.export(export.role), *normalisation).cpu().eval()
-    images = images_at(experiment.split(split), IMAGES).float() / 255.0
+    images = distiller.resized(images_at(experiment.split(split), IMAGES).float(), export.role) / 255.0
     with torch.no_grad():
         normalised, expected = whole.normalise(images), whole(images)
     largest = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny).item()
-    inputs = {format: images if export.inside and format != "timm" else normalised for format in export.formats}
+    plain = {"transformers": images} | ({"onnx": images, "torch": images} if export.inside else {})
+    inputs = {format: plain.get(format, normalised) for format in export.formats}
     about = description(export, experiment)
     differences = {}
 
@@ -132,10 +157,14 @@ def write(export: Export, experiment: Experiment, split: str, card: str) -> dict
         folder.mkdir()
         if "timm" in export.formats:
             write_timm(whole.network, distiller.configs[export.role].name, about, folder)
+        if "transformers" in export.formats:
+            write_transformers(whole.network, about, folder)
         if {"onnx", "torch"} & set(export.formats):
             model = whole if export.inside else whole.network
             write_graphs(model, export, images.shape[1:], about, folder)
         (folder / "README.md").write_text(card)
+        for file in folder.iterdir():  # safetensors lets nobody else read what it writes
+            file.chmod((folder / "README.md").stat().st_mode)
         for format, logits in reopened(folder, inputs).items():
             difference = (logits - expected).abs().max().item() / largest
             if not difference <= TOLERANCE:
@@ -150,10 +179,11 @@ def description(export: Export, experiment: Experiment) -> dict[str, Any]:
     """What an image must go through before the network, and what comes out; ONNX and .pt2 hold it as JSON."""
     datasets = experiment.datasets
     mean, std = experiment.distiller.normalisation[export.role]
+    size = experiment.distiller.configs[export.role].size or datasets.image_size
     return {
         "architecture": experiment.distiller.configs[export.role].name,
         "class_names": list(datasets.class_names),
-        "input_size": [len(mean), datasets.image_size, datasets.image_size],
+        "input_size": [len(mean), size, size],
         "crop_pct": crop_share(datasets.test),
         "interpolation": "bilinear",
         "mean": list(mean),
@@ -174,7 +204,12 @@ def crop_share(split: Split) -> float:
         steps += step.transforms if isinstance(step, T.Compose) else []
         if isinstance(step, (T.Resize, T.CenterCrop)):
             sizes[type(step)] = step.size if isinstance(step.size, int) else step.size[0]
-    return round(sizes[T.CenterCrop] / sizes[T.Resize], 3)
+    return floored(sizes[T.CenterCrop] / sizes[T.Resize])
+
+
+def floored(share: float) -> float:
+    """To four digits, downwards: timm divides by it, and rounds down what it resizes to."""
+    return math.floor(share * 1e4) / 1e4
 
 
 def write_timm(network: nn.Module, name: str, about: dict[str, Any], folder: Path) -> None:
@@ -189,6 +224,22 @@ def write_timm(network: nn.Module, name: str, about: dict[str, Any], folder: Pat
     shown = {key: about[key] for key in ("input_size", "crop_pct", "interpolation", "mean", "std")}
     model.pretrained_cfg = {**form, **shown, "crop_mode": "center", "num_classes": model.num_classes}
     save_for_hf(model, str(folder), model_config={"label_names": about["class_names"]}, safe_serialization=True)
+
+
+def write_transformers(network: nn.Module, about: dict[str, Any], folder: Path) -> None:
+    """``config.json`` and ``model.safetensors`` by transformers itself, and ``preprocessor_config.json`` for images."""
+    import transformers
+
+    model: Any = deepcopy(model_of(network))
+    names, side = about["class_names"], about["input_size"][1]
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+    model.save_pretrained(folder)
+    resized = {"shortest_edge": round(side / about["crop_pct"])}
+    normalisation = {"image_mean": about["mean"], "image_std": about["std"]}
+    form: dict[str, Any] = {"size": resized, "crop_size": {"height": side, "width": side}, "resample": BILINEAR}
+    processor = getattr(transformers, PROCESSOR)(**form, **normalisation, do_convert_rgb=True)
+    processor.save_pretrained(folder)
 
 
 def write_graphs(model: nn.Module, export: Export, shape: Sequence[int], about: dict[str, Any], folder: Path) -> None:

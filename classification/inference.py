@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from classification.config import ONLINE, Command, Task
 from classification.data import DataConfig, DataSets, Streamed, StreamLoader, load_datasets
@@ -15,7 +16,6 @@ from classification.data.datasets import worth_workers
 from classification.data.sources import Images
 from classification.data.unseen import evaluation_transform, nameless_datasets
 from classification.experiment import EVALUATION_BATCH, Experiment, build, command_of, restore
-from classification.methods import Method
 from core.errors import InputError, notice, unknown
 from core.training.checkpoint import find_checkpoint
 from core.weights import read_metadata
@@ -30,6 +30,18 @@ class Prediction(NamedTuple):
     file: str
     classes: list[str]
     probabilities: list[float]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Class names, what is done to an RGB image (a function for worker processes), and images so made -> logits.
+
+    ``logits``: a batch of what ``transform`` gives, ``[B, 3, H, W]`` -> ``[B, K]``.
+    """
+
+    class_names: tuple[str, ...]
+    transform: Callable[[Any], Tensor]
+    logits: Callable[[Tensor], Tensor]
 
 
 def open_run(run: Path, checkpoint: str, data: Mapping[str, Any], task: Task = ONLINE) -> Experiment:
@@ -55,6 +67,9 @@ def open_weights(command: Command, file: str, named: bool) -> Experiment:
         return build(command, check=False, datasets=_datasets(config, said))
     if "num_classes" not in said:
         raise InputError(f"{file} does not say how many classes it has: give --data.name (and --data.root)")
+    if config.image_size is None and "size" in said:
+        config = replace(config, image_size=int(said["size"]))
+        command = replace(command, config=replace(command.config, data=config))
     return build(command, check=False, datasets=nameless_datasets(config, int(said["num_classes"])))
 
 
@@ -76,28 +91,34 @@ def _datasets(config: DataConfig, said: Mapping[str, Any]) -> DataSets:
         return found
 
 
-def predict(
-    experiment: Experiment, role: str, images: Images, device: str, skipped: list[InputError]
-) -> Iterator[Prediction]:
-    """A prediction of each image, as evaluation of the same networks prepares and sees it (float32, batches of 256).
+def of_experiment(experiment: Experiment, role: str, device: str) -> Classifier:
+    """A network of a run or of a weight file, on images as evaluation of the same networks prepares and sees them.
 
-    What is wrong with broken images goes to ``skipped``. Raises: InputError for an unknown role.
+    Raises: InputError for an unknown role.
     """
     distiller, datasets = experiment.distiller.to(device), experiment.datasets
-    if role not in distiller.output_roles:
-        raise unknown("role", role, distiller.output_roles)
-    config = experiment.command.config.data
-    transform = evaluation_transform(config, datasets.image_size)
+    if role not in distiller.scored_roles:
+        raise unknown("role", role, distiller.scored_roles)
+    alone = distiller.takes_one or role in distiller.moving_averages  # which then runs what it needs
+    optional = [*(distiller.networks if alone else ()), *distiller.moving_averages]
+    without = [other for other in optional if other != role]
+    transform = evaluation_transform(experiment.command.config.data, datasets.image_size)
+    return Classifier(datasets.class_names, transform, lambda images: distiller.outputs(images, without)[role].logits)
+
+
+@torch.no_grad()
+def predict(
+    classifier: Classifier, images: Images, workers: int, device: str, skipped: list[InputError]
+) -> Iterator[Prediction]:
+    """A prediction of each image (float32, batches of 256). What is wrong with broken images goes to ``skipped``."""
+    transform, names = classifier.transform, classifier.class_names
     split = Streamed(images, images.targets, torch.arange(len(images.files)), transform, transform)
-    workers = worth_workers(len(split), config.workers)
+    workers = worth_workers(len(split), workers)
     loader = StreamLoader(split, EVALUATION_BATCH, train=False, workers=workers, device=device, skipped=skipped)
-    method = distiller.method
-    alone = role in distiller.networks and (method.separable or type(method).forward is Method.forward)
-    without = [other for other in distiller.networks if other != role] if alone else []
     for batch in loader:
-        logits = distiller.outputs(batch["image"], without)[role].logits.float()
+        logits = classifier.logits(batch["image"]).float()
         best = logits.topk(min(MOST, logits.shape[1]), dim=1).indices
         probabilities = logits.softmax(dim=1).gather(1, best)
-        for row in zip(batch["index"].tolist(), best.tolist(), probabilities.tolist(), strict=True):
-            index, classes, values = row
-            yield Prediction(images.names[index], [datasets.class_names[c] for c in classes], values)
+        indices = batch["index"].tolist()
+        for index, classes, values in zip(indices, best.tolist(), probabilities.tolist(), strict=True):
+            yield Prediction(images.names[index], [names[c] for c in classes], values)

@@ -14,7 +14,7 @@ from classification.data import DataConfig
 from classification.optimizer import create, moments, on_a_matrix
 from core.adm import ADMConfig
 from core.errors import InputError
-from core.ranges import Count, Factor, NonNegative, Positive, Seed, Share, check_ranges
+from core.ranges import Count, Factor, NonNegative, Pixels, Positive, Seed, Share, check_ranges
 from core.training.fit import FitConfig
 from core.training.schedule import ScheduleConfig
 
@@ -35,6 +35,8 @@ class NetworkConfig:
         mean: per channel, of images in [0, 1], subtracted before this network; unless given, what the weights were
             trained with where their file (or timm) says so, else the data set's.
         std: per channel, divided by.
+        size: height and width in pixels to which its images are resized, behind the augmentation that all networks
+            share; unless given, what its weight file says, else data.image_size.
         sha256: of the weights, however saved, or of their file; filled in when a run is written down, checked when it
             is read back.
     """
@@ -46,6 +48,7 @@ class NetworkConfig:
     backbone_lr_factor: Positive | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[Positive, ...] | None = None
+    size: Pixels | None = None
     sha256: str | None = None
 
     def __post_init__(self) -> None:

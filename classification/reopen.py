@@ -1,4 +1,4 @@
-"""Exported files opened as whoever gets them opens them: by timm, onnxruntime and torch, without our networks.
+"""Exported files opened as whoever gets them opens them: by their libraries alone, without our networks.
 
 ``classification/export.py`` starts it as a process of its own, with the folder and two ``.npz`` files: the one has an
 array of images float32 ``[N, C, H, W]`` for each format, the other gets its logits ``[N, K]``.
@@ -36,6 +36,22 @@ def open_torch(folder: Path) -> Classifier:
     return _of_torch(torch.export.load(folder / "model.pt2").module())
 
 
+def open_transformers(folder: Path) -> Classifier:
+    """It takes images in [0, 1]: the folder's own image processor normalises them."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    classify = _of_torch(lambda pixels: model(pixels).logits)
+
+    def see(images: np.ndarray) -> np.ndarray:
+        pixels = list(images * np.float32(255.0))
+        shown = processor(pixels, do_resize=False, do_center_crop=False, input_data_format="channels_first")
+        return classify(np.stack([np.asarray(image, dtype=np.float32) for image in shown["pixel_values"]]))
+
+    return see
+
+
 def _of_torch(model: Any) -> Classifier:
     import torch
 
@@ -46,7 +62,12 @@ def _of_torch(model: Any) -> Classifier:
     return classify
 
 
-OPENERS: dict[str, Callable[[Path], Classifier]] = {"timm": open_timm, "onnx": open_onnx, "torch": open_torch}
+OPENERS: dict[str, Callable[[Path], Classifier]] = {
+    "timm": open_timm,
+    "onnx": open_onnx,
+    "torch": open_torch,
+    "transformers": open_transformers,
+}
 
 
 def answer(folder: str, inputs: str, outputs: str) -> None:

@@ -92,7 +92,7 @@ def train(command: Command) -> int:
         config=config.fit,
         run=run,
         accelerator=accelerator,
-        evaluate=lambda: {**known, **scores(learning)},
+        evaluate=lambda: {**known, **scores([*learning, *distiller.moving_averages])},
         select=f"{student}/top1",
         summary={
             "selected_on": selected_on,
@@ -112,6 +112,7 @@ def train(command: Command) -> int:
                 for role in fixed
             },
         },
+        sizes={"training images": images, **{f"{name} images": len(split) for name, split in splits.items()}},
         progress_bar=config.progress_bar,
     )
     accelerator.end_training()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from .errors import InputError, TrainingError, first_line
 
 _PENDING = ".writing"
+_PROXIES = ("tiny-imagenet-32", "cifar10-jpeg", "cifar10-jpeg-2000", "camvid")
 
 
 def files_hash(files: Iterable[Path]) -> str:
@@ -27,8 +29,12 @@ def files_hash(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[Path], object], *, flush: Callable[[Path], object] | None = None
+) -> None:
     """Calls ``write(temporary)`` and renames the file or folder to ``path``. Nothing is left where it fails.
+
+    ``flush``: brings what was written to the disk; unless given, file by file, which takes minutes of 100,000.
 
     Raises: TrainingError where the disk is full or not writable; InputError where a file would take a folder's place,
     or a device's.
@@ -39,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         if not temporary.is_symlink():
-            _sync(temporary)
+            (flush or _sync)(temporary)
         _check_kind(path, temporary)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -80,6 +86,19 @@ def _sync(path: Path) -> None:
     for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
+
+
+def proxy_of(path: Path) -> str | None:
+    """The data of the tables' proxies, or their weights, that a path names, as tools/prepare_data.py calls them."""
+    if re.fullmatch(r"resnet\d+-cifar10\.safetensors", path.name):
+        return "cifar10-resnets"
+    return next((part for part in reversed(path.parts) if part in _PROXIES), None)
+
+
+def how_to_make(path: str | Path) -> str:
+    """For an error about data that are not there: what makes them, if they are the tables' proxies'; else nothing."""
+    name = proxy_of(Path(path))
+    return "" if name is None else f"; tools/prepare_data.py {name} --from DOWNLOAD makes it (docs/proxies.md)"
 
 
 def make_folder(folder: Path, option: str = "") -> Path:

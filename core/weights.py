@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, first_line, notice
-from .files import files_hash
+from .files import files_hash, how_to_make
 
 # What people call the moving average of the weights and the weights themselves, the first that is there counts.
 _AVERAGES = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema", "ema_model", "net_ema")
@@ -69,7 +69,7 @@ def read_state_dict(file: str | Path) -> dict[str, Tensor]:
     """
     path = split_key(file)[0]
     if not path.is_file():
-        raise InputError(f"no weight file {path}")
+        raise InputError(f"no weight file {path}{how_to_make(path)}")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -126,7 +126,7 @@ def _is_state_dict(content: Any) -> bool:
 def weights_hash(files: Iterable[str | Path], *known: str | None) -> str:
     """SHA-256 of the weights in files: of names, types, shapes and values, in whatever order and format they are saved.
 
-    What a file says of ``mean`` and ``std`` counts too, since results follow from it, but no other metadata.
+    What a file says of ``mean``, ``std`` and ``size`` counts too, since results follow from it, but no other metadata.
 
     ``known``: hashes on record, each of the weights or, as published files are known, of the files' bytes; the first
     is then returned instead. Raises: InputError where the weights are others.
@@ -135,8 +135,8 @@ def weights_hash(files: Iterable[str | Path], *known: str | None) -> str:
     files, digest = list(files), hashlib.sha256()
     for file in files:
         state |= read_state_dict(file)
-        if normalisation := {k: v for k, v in sorted(read_metadata(file).items()) if k in ("mean", "std")}:
-            digest.update(f"{normalisation}\n".encode())
+        if before := {k: v for k, v in sorted(read_metadata(file).items()) if k in ("mean", "std", "size")}:
+            digest.update(f"{before}\n".encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -161,7 +161,8 @@ def check_finite(file: str | Path, state: Mapping[str, Tensor], *, training: boo
 
 
 def read_metadata(file: str | Path) -> dict[str, Any]:
-    """What a ``.safetensors`` file of ours says: ``architecture``, ``role``, ``num_classes``, ``mean``, ``std``, ...
+    """What a ``.safetensors`` file of ours says: ``architecture``, ``role``, ``num_classes``, ``mean``, ``std``,
+    ``size``, ...
 
     Empty for a file that says nothing, as any of another format.
     Raises: InputError for one that is missing or cut off, or whose numbers are none.
@@ -178,7 +179,7 @@ def read_metadata(file: str | Path) -> dict[str, Any]:
     for key, least in (("mean", -math.inf), ("std", 0.0)):
         if key in said:
             said[key] = _channels(file, key, said[key], least)
-    for key in ("num_classes", "heads"):
+    for key in ("num_classes", "heads", "size"):
         if key in said and not re.fullmatch(r"[1-9][0-9]{0,8}", said[key]):
             raise InputError(f"{file}: its metadata says {key} {said[key][:40]!r}, which is no number above 0")
     return said

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from core.errors import InputError
+from core.files import how_to_make
 from core.images import EXTENSIONS, image_files, open_image
 from core.ranges import Count, Pixels, check_ranges
 from core.training.order import EpochOrder
@@ -58,7 +59,7 @@ def load_images(config: DataConfig) -> Tensor:
         return read_named(config.name, config.root, config.download)[0][: config.limit].contiguous()
     root = Path(config.root)
     if not root.is_dir():
-        raise InputError(f"data folder {root} does not exist: set --data.root")
+        raise InputError(f"data folder {root} does not exist: set --data.root{how_to_make(root)}")
     files = [root / file for file in sorted(map(Path, image_files(root)))[: config.limit]]
     if not files:
         raise InputError(f"no image ({', '.join(EXTENSIONS)}) in {root} or below it")

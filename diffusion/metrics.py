@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.errors import InputError, first_line, notice
-from core.files import make_folder
+from core.files import how_to_make, make_folder
 from core.images import image_files, open_image
+from core.progress import progress_bar
+from core.training.run import is_main_process
 from core.weights import read_torch
 from diffusion import proxies
 
@@ -148,15 +150,38 @@ class Extractor:
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def __call__(self, source: Tensor | str | Path | Images) -> dict[str, Tensor]:
-        """Features ``[N, C]`` on the CPU, by layer, of images in memory or in a folder. Raises: as ``as_images``."""
+    def __call__(self, source: Tensor | str | Path | Images, *, shown: bool = True) -> dict[str, Tensor]:
+        """Features ``[N, C]`` on the CPU, by layer, of images in memory or in a folder. Raises: as ``as_images``.
+
+        ``shown``: whether to say how far it is.
+        """
         from torch_fidelity.utils import get_featuresdict_from_dataset
 
-        with warnings.catch_warnings():
+        images, cuda = as_images(source), self.device.type == "cuda"
+        with (
+            warnings.catch_warnings(),
+            progress_bar(
+                len(images), f"features of {self.features.extractor}", shown=shown and is_main_process()
+            ) as bar,
+        ):
             warnings.filterwarnings("ignore", message=".*pin.?memory.*")
+            watched = Watched(images, bar)
             # True: no worker processes, which take longer to start than they save
-            cuda = self.device.type == "cuda"
-            return get_featuresdict_from_dataset(as_images(source), self.module, self.batch_size, cuda, True, False)
+            return get_featuresdict_from_dataset(watched, self.module, self.batch_size, cuda, True, False)
+
+
+class Watched(Dataset):
+    """Images that move a bar when they are read."""
+
+    def __init__(self, images: Images, bar: Any) -> None:
+        self.images, self.bar = images, bar
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.bar.update()
+        return self.images[index]
 
 
 class InMemory(Dataset):
@@ -188,7 +213,7 @@ class InFolder(Dataset):
 
     def __init__(self, folder: str | Path) -> None:
         if not Path(folder).is_dir():
-            raise InputError(f"no folder of images {folder}")
+            raise InputError(f"no folder of images {folder}{how_to_make(folder)}")
         found = (f for f in image_files(folder) if f.lower().endswith((".png", ".jpg", ".jpeg")))
         self.files = [os.path.join(os.path.realpath(folder), file) for file in found]
         if not self.files:

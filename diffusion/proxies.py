@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from classification.networks.pretrained import load_weights
 from classification.networks.resnet import ResNet
 from core.errors import InputError
+from core.files import how_to_make
 from core.weights import read_state_dict, split_key
 from diffusion.data import read_named
 
@@ -62,7 +63,7 @@ def load_resnet(depth: int, file: str | Path) -> CifarResNet:
     if not split_key(file)[0].is_file():
         raise InputError(
             f"no weight file {file} for --features resnet{depth}: the CIFAR-10 ResNets are in pretrained_models of "
-            "github.com/akamaster/pytorch_resnet_cifar10; .th or .safetensors"
+            f"github.com/akamaster/pytorch_resnet_cifar10; .th or .safetensors{how_to_make(file)}"
         )
     try:
         state = read_state_dict(file)

@@ -14,6 +14,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from core.errors import InputError
 from core.training.command import dry_run_wanted, parse, train_parser
 from core.training.distiller import Distiller
+from core.training.fit import UNSAID
+from core.training.precision import settled
 from core.training.run import read_config
 from core.training.step import memory_estimate, seconds_a_step
 from core.training.task import gigabytes
@@ -53,6 +55,8 @@ class TrainingConfig:
             values.pop(name, None)
         files, recorded = list(self.teacher_files()), self.out / "config.yaml"
         known = [read_config(recorded).get("teacher_sha256")] if recorded.is_file() else []
+        for name in UNSAID:  # no option of theirs: parse_config refuses it
+            del values["fit"][name]
         values["teacher_sha256"] = weights_hash(files, *known, self.teacher_sha256) if files else None
         return values
 
@@ -70,7 +74,11 @@ def parse_config(kind: type[Config], argv: Sequence[str], prog: str | None = Non
         raise
     dry_run = dry_run_wanted(values.pop("dry_run"), values.pop("time"))
     values.pop("config", None)
+    values["fit"] = settled(values["fit"], values["out"])
     config = kind(**values)
+    for name, nothing in UNSAID.items():
+        if getattr(config.fit, name) != nothing:  # type: ignore[attr-defined]
+            raise InputError(f"--fit.{name} is of image classification and counts for nothing here: leave it out")
     if config.teacher_sha256 is not None and not list(config.teacher_files()):
         raise InputError("--teacher_sha256 is that of a teacher's weights, and there are none: give --teacher")
     for begin, needs in config.idle().items():

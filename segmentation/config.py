@@ -28,6 +28,7 @@ from mmengine.runner.checkpoint import get_external_models
 from mmseg.registry import MODELS
 
 from core.errors import InputError, first_line, unknown
+from core.files import how_to_make
 from core.images import image_files
 from core.training.command import LineParser
 from core.weights import check_finite, read_state_dict, read_torch, split_key, state_dict_of
@@ -222,7 +223,7 @@ def check_images(loader: Any, head: Any) -> None:
     where = f"--data-root {root} must hold {config.data_prefix.img_path}/ and {config.data_prefix.seg_map_path}/"
     for folder in (images, labels):
         if not folder.is_dir():
-            raise InputError(f"no folder {folder}: {where}")
+            raise InputError(f"no folder {folder}: {where}{how_to_make(folder)}")
     image_files(images)  # which refuses what no data set should meet: pipes, links in a circle
     maps = image_files(labels)
     steps = [step for step in config.get("pipeline", ()) if step.type == "LoadAnnotations"]
@@ -231,7 +232,7 @@ def check_images(loader: Any, head: Any) -> None:
     truth = built(f"the data set {config.type}", lambda: NumberedDataset(settings))
     dataset: Any = truth.dataset
     if not len(dataset):
-        raise InputError(f"no image *{dataset.img_suffix} in {images}: {where}")
+        raise InputError(f"no image *{dataset.img_suffix} in {images}: {where}{how_to_make(images)}")
     files = [Path(dataset.get_data_info(i)["seg_map_path"]) for i in range(len(dataset))]
     check_listing(dataset, images, files, [labels / file for file in maps])
     if missing := next((file for file in files if not file.exists()), None):

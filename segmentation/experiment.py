@@ -19,6 +19,7 @@ from torch import nn
 from core.errors import InputError
 from core.files import write_atomically
 from core.training.checkpoint import find_checkpoint
+from core.training.kept import refuse_kept
 from core.training.run import identity_of
 from core.weights import read_torch
 from segmentation.config import PAIR, build, check_images, load_config, read_config, ready_loader
@@ -47,6 +48,7 @@ def restore(
     if run is not None:
         config = f"{run}/config.py"
         if not Path(config).is_file():
+            refuse_kept(run)
             raise InputError(f"{run} is no run folder of segmentation: it has no config.py")
         identity = identity_of(Path(config))  # which says it where the file is not whole
     cfg = read_config(config or "")

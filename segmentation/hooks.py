@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 from mmengine.dist import all_gather_object, all_reduce, get_dist_info
 from mmengine.hooks import Hook
 from torch import Tensor
 
-from core.errors import TrainingError
-from core.files import write_atomically
+from core.errors import InputError, TrainingError
+from core.files import make_folder, write_atomically
 from core.training.checkpoint import name_and_prune, require_finite
 from core.training.command import Stop
 from core.training.recorder import Recorder
@@ -21,7 +22,9 @@ from core.training.seed import random_state, restore_random_state, seed_everythi
 from core.training.step import share_buffers
 from segmentation.distiller import bare
 from segmentation.experiment import as_text, export_network
+from segmentation.figures import SimilarityWatch, comparable, draw
 
+PICTURED = 4  # evaluated images that TensorBoard shows
 ADVICE = "lower the learning rate, clip gradients (--cfg-options optim_wrapper.clip_grad.max_norm=1.0) or train in fp32"
 
 
@@ -52,6 +55,7 @@ class RunHook(Hook):
         self._loaded = loaded
         self._saving: dict[str, Any] = {}
         self._before_evaluation: dict[str, Any] = {}
+        self._watch: SimilarityWatch | None = None
         self._started, self._rate = False, 0.0
 
     def before_train(self, runner: Any) -> None:
@@ -76,7 +80,13 @@ class RunHook(Hook):
             log_every=self.cfg.run.log_every, keep=self.cfg.run.keep, select=self.cfg.run.select, track=track,
         )  # fmt: skip
         self._random = self.recorder.restore(self._loaded, runner.iter, self.rank)
-        self.recorder.start(runner.iter)
+        wrapper = self.cfg.optim_wrapper
+        mixed = {"bfloat16": "bf16"}.get(wrapper.get("dtype"), "fp16")
+        precision = mixed if wrapper.get("type") == "AmpOptimWrapper" else "fp32"
+        sizes = {"training images": len(runner.train_dataloader.dataset)}
+        if runner.val_loop is not None:
+            sizes["evaluated images"] = len(runner.val_loop.dataloader.dataset)
+        self.recorder.start(runner.iter, bare(runner.model).networks, self.summary["networks"], sizes, precision)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         if not self._started:  # not earlier: the loaders draw their own seeds when they start
@@ -107,9 +117,16 @@ class RunHook(Hook):
         self.recorder.clock.pause()
         self._before_evaluation = random_state()
         share_buffers(bare(runner.model))
+        if self.cfg.run.trackers and comparable(bare(runner.model)):
+            self._watch = SimilarityWatch(bare(runner.model))
+
+    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if self._watch is not None:
+            self._watch.update()
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         values = {name: float(value) for name, value in (metrics or {}).items()}
+        self._show(runner)
         restore_random_state(self._before_evaluation)  # so that evaluating changes nothing in the training
         if (select := self.cfg.run.select) not in values:
             raise TrainingError(f"run.select = {select!r} is not evaluated: choose one of {', '.join(values)}")
@@ -117,6 +134,29 @@ class RunHook(Hook):
         self._save(runner, runner.iter, best)
         self.recorder.draw()
         self.recorder.clock.resume()
+
+    def _show(self, runner: Any) -> None:
+        """S and its attentions to the trackers, and what both networks see to TensorBoard."""
+        from PIL import Image
+
+        if self._watch is not None:
+            self._watch.close()
+            all_reduce(self._watch.statistics.sums, op="sum")
+            seen = self._watch.statistics
+            if seen.sums[0] > 0:  # else these heads have another last layer
+                values = {f"evaluation/{name}": value for name, value in seen.compute().items()}
+                self.recorder.track(values, runner.iter)
+            self._watch = None
+        if self.board is None:
+            return
+        file = make_folder(self.run.path / "figures") / f"maps-iter_{runner.iter}.png"
+        try:
+            draw(bare(runner.model), runner.val_dataloader.dataset, PICTURED, file)
+        except InputError as error:  # no picture ends a run
+            self.run.log(f"no picture: {error}")
+            return
+        picture = np.asarray(Image.open(file).convert("RGB"))
+        self.board.add_image("evaluation/maps", picture, runner.iter, dataformats="HWC")
 
     def after_train(self, runner: Any) -> None:
         if self.run.main and runner.iter >= runner.max_iters:

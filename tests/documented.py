@@ -104,8 +104,11 @@ def make_world(world: Path) -> None:
     for folder in ("data/cifar10-jpeg", "imagenet"):
         make_images(world / folder, classes=10)
     (world / "data/cifar10-jpeg-2000").symlink_to("cifar10-jpeg")
+    (world / "photos").symlink_to("imagenet")
+    (world / "photo.png").symlink_to("imagenet/val/n000/0.png")
     for folder in ("generated", "images", "data/cifar10-png", "samples", "real"):  # of the digits classifier's size
         make_images(world / folder, classes=10, split="", size=8)
+    make_images(world / "data/camvid/leftImg8bit", classes=1)
     boxes = [f"val\tn{c:03d}\t{n}\t8\t8\t40\t48\n" for c in range(100) for n in range(2)]
     for folder in (".", "data/tiny-imagenet-32"):
         (world / folder / "boxes.tsv").write_text("split\twnid\timage\tx0\ty0\tx1\ty1\n" + "".join(boxes))

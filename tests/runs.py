@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -122,6 +123,51 @@ def without_times(values: dict[str, Any]) -> dict[str, Any]:
 def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """``lines`` without what the clock says."""
     return [without_times(line) for line in lines(run, kind)]
+
+
+LINE = re.compile(
+    r"(?P<unit>step|iteration) (?P<step>\d+)/(?P<total>\d+)  (?P<losses>.*)  lr (?P<lr>\S+)  (?P<speed>\S+) images/s"
+    r"  (?P<memory>\S+) GiB(?:  (?P<left>\d+:\d\d:\d\d) left)?"
+)
+
+
+def said_while_training(run: Path) -> list[dict[str, Any]]:
+    """The training lines of ``log.txt`` of a run that nothing interrupted, as ``metrics.jsonl`` would have them."""
+    found = []
+    for line in (run / "log.txt").read_text().splitlines():
+        if said := LINE.fullmatch(line[20:]):  # behind date and time
+            values: dict[str, Any] = {"step": int(said["step"]), "lr": float(said["lr"])}
+            for part in said["losses"].split("  "):
+                role, _, terms = part.partition(" ")
+                values |= {f"{role}/{t.split()[0]}": float(t.split()[1]) for t in terms.split(", ")}
+            assert float(said["speed"].replace(",", "")) > 0 and float(said["memory"]) > 0
+            assert bool(said["left"]) == bool(found), line  # the first step says nothing of the rest
+            found.append(values)
+    return found
+
+
+def check_log(run: Path, *words: str, stderr: str | None = None) -> None:
+    """That ``log.txt`` says what trains where, where files lie, and of the first step and each log point what it was.
+
+    Args: ``words``, what its start says besides; ``stderr``, where it was kept: it says each of these lines once.
+    """
+    from core.training.run import RunFolder, read_config
+
+    rows, see = lines(run, "train"), RunFolder(run, read_config(run / "config.yaml")).shown
+    shown = said_while_training(run)
+    assert [row["step"] for row in shown] == sorted({1, *(row["step"] for row in rows)})
+    by_step = {row["step"]: row for row in shown}
+    for row in rows:
+        wanted = {see(name): value for name, value in row.items() if "/" in name or name in ("step", "lr")}
+        assert by_step[row["step"]] == pytest.approx(wanted, rel=0.01, abs=1e-12)
+    text = (run / "log.txt").read_text()
+    (start,) = (line for line in text.splitlines() if " parameters)" in line)
+    (files,) = (line for line in text.splitlines() if "metrics.jsonl (every value)" in line)
+    assert str(run / "log.txt") in files
+    for word in (*words, "training images", "cpu, fp32", "1 process of "):
+        assert word in start, start
+    for line in text.splitlines() if stderr is not None else ():
+        assert stderr.splitlines().count(line[20:]) == 1, line
 
 
 def last_checkpoint(run: Path) -> Any:

@@ -31,6 +31,9 @@ from documented import (
 )
 from runs import adm_on_path
 
+from tools.groups import compare_runs
+from tools.runs import read_runs
+
 # What is not called, by its beginning, and why not. Anything else that a document says is run.
 NOT_RUN = {
     "pip install": "installs",
@@ -38,6 +41,10 @@ NOT_RUN = {
     "python -m pytest": "the tests themselves",
     "python examples/": "tests/test_examples.py runs each",
     "torchrun --nproc_per_node 2 examples/": "tests/test_examples.py runs each",
+    **{
+        f"python tools/prepare_data.py {name} --from": "tests/tools/test_prepare_data.py makes each"
+        for name in ("tiny-imagenet-32", "cifar10-jpeg", "cifar10-jpeg-2000", "camvid", "cifar10-resnets")
+    },
     "ruff": "`make test` and `make lint` are called as they are",
     "mypy": "`make lint` is called as it is",
     "python classification/tools/visualize.py runs/dml+adm --checkpoint all --boxes": "digits have no boxes; that of "
@@ -51,8 +58,10 @@ SHORT = {
     " --data.classes 3 --data.download false --fit.precision fp32",
     r"/cifar100\.yaml(?!.* --data\.root data/)": "--data.image_size 8",
     r"/imagenet\.yaml(?!.* --data\.root data/)": "--data.image_size 64",
+    r"own_data\.yaml": "--data.validation 0",
     r"--data\.classes 100": "--data.classes 10 --data.image_size 8",
     r"classification/tools/evaluate\.py.* cifar10$": "--data.name digits --data.image_size 32",
+    r"(classification|offline_kd)/tools/report\.py": "--no-latency --images 1 --device cpu",
     r"offline_kd/tools/score\.py": "--seeds 2 --batch_size 4 --data.image_size 8 --device cpu",
     r"segmentation/tools/train\.py": "--data-root street --cfg-options train_cfg.max_iters=2 " + " ".join(TINY),
     r"train\.py progressive": "--data.name digits --data.limit 64 --network.width 8 --network.multipliers [1,1]"
@@ -91,7 +100,7 @@ ALSO = {
     "docstrings of diffusion": {"runs/digits": "pd+adm", "runs/a": "pd+adm", "data/imagenet-latents": "../latents"},
     "docstrings of tools": {
         "runs/benchmark-before": "benchmark",
-        "runs/runs.jsonl": "../results/quickstart/runs.jsonl",  # runs/dml-0 and others
+        "runs/runs.jsonl": "../results/methods_digits/runs.jsonl",  # runs/dml-0 and others
         "runs/quickstart/runs.jsonl": "../../results/quickstart/runs.jsonl",
     },
     "CONTRIBUTING.md": {"runs/quickstart/runs.jsonl": "../../results/quickstart/runs.jsonl"},
@@ -141,7 +150,7 @@ def test_every_command_and_block_is_accounted_for() -> None:
     scripts, said = set(map(str, entry_points())), set()
     for name, blocks in documents().items():
         for block in blocks:
-            assert block.language in ("bash", "python", "mermaid"), (
+            assert block.language in ("bash", "python", "mermaid", "bibtex"), (
                 f"{name}: a block of {block.language!r} is run by no test"
             )
             for command in command_lines(block.text) if block.language == "bash" else ():
@@ -195,11 +204,12 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     from classification.networks import create_network
 
-    loop, load = blocks("README.md")
+    loop, prepare, load = blocks("README.md")
     monkeypatch.syspath_prepend(adm_on_path(tmp_path))
     x, target = torch.randn(2, 3, 64, 64), torch.tensor([1, 2])
     student, teacher = torchvision.models.resnet18(num_classes=4), timm.create_model("resnet34", num_classes=4)
     scope = {"student": student, "teacher": teacher, "x": x, "target": target, "loss": torch.zeros(())}
+    exec(prepare, scope)
     exec(loop, scope)
     assert "no adapter needed" in capsys.readouterr().out
     scope["loss"].backward()
@@ -214,6 +224,16 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     exec(load, scope)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(scope["student"].eval()(images), trained.eval()(images))
+
+
+def test_the_first_screen_of_the_readme_says_what_kept_runs_say() -> None:
+    runs = read_runs([f"{ROOT}/results/quickstart/{name}-*" for name in ("vanilla", "kd", "kd+adm", "uniform")])
+    over_vanilla, over_kd = (compare_runs(runs, None, baseline).versus for baseline in ("vanilla", "kd"))
+    text = " ".join((ROOT / "README.md").read_text().partition("## ")[0].split())
+    (control,) = (group for group, role in over_kd if role == "student" and "uniform" in group)
+    (adm,) = {group for group, _ in over_kd} - {"vanilla", control}
+    for found in (over_vanilla["kd", "student"], over_kd[adm, "student"], over_kd[control, "student"]):
+        assert found.told(1) in text, f"README.md does not say {found.told(1)}"
 
 
 def test_contributing(tmp_path: Path) -> None:

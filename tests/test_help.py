@@ -17,6 +17,7 @@ SUBCOMMANDS = {
 WITHOUT_TORCH = (
     "tools/reproduce.py",
     "tools/compare.py",
+    "tools/prepare_data.py",
     "classification/tools/predict.py",
     "offline_kd/tools/predict.py",
 )

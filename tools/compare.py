@@ -5,7 +5,8 @@
 
 Takes run folders, folders of them, and what `results/` keeps. Runs that differ in nothing but their seed make a group.
 Prints the tables; `--out` also writes them (`compare.md`), all numbers (`compare.json`) and the curves (`compare.png`).
-Of a diffusion run it takes what evaluate.py wrote beside it, a column for each number of sampling steps.
+Of a diffusion run it takes what evaluate.py wrote beside it, a column for each number of sampling steps. Where the runs
+come from different hardware, or from different commits, it says so.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.analysis.looks import method_looks
 from core.errors import InputError
 from core.files import make_folder, save_figure, save_json, write_atomically
 from core.training.command import LineParser, run_command
-from tools.groups import PERCENT, Comparison, Group, compare_runs, lower_is_better, named, score
+from tools.groups import PERCENT, Comparison, Group, compare_runs, lower_is_better, method_of, named, score
+from tools.hardware import differing_hardware, unknown_processors
 from tools.runs import Run, read_runs
 from tools.stats import Grid, markdown, mean_std, spread
 
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"not one run is finished ({names}): --partial takes them as far as they are")
     compared = compare_runs(runs, options.measure, options.baseline)
     text = render(compared, left_out)
-    print(text)
+    print("\n".join(brief(compared)) if options.brief else text)
     if options.out is not None:
         folder = make_folder(Path(options.out))
         save_json(as_json(compared, left_out), folder / "compare.json")
@@ -58,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     option("--baseline", help="a method, or a group's label: paired differences from it, at equal settings")
     option("--measure", help="what is compared, as top5 or IS; top1, mIoU or the FID unless given")
     option("--out", metavar="FOLDER", help="where to write compare.json, compare.md and compare.png")
+    option("--brief", action="store_true", help="print a line for each group of its students, and not the tables")
     option("--partial", action="store_true", help="take unfinished runs too, as far as they are")
     return parser
 
@@ -84,7 +88,27 @@ def render(compared: Comparison, left_out: Sequence[Run]) -> str:
         parts.append(f"Left out, not finished: {', '.join(str(run.path) for run in left_out)}.")
     if len({run.start.get("commit") for run in compared.runs}) > 1:
         parts.append("These runs come from different commits (see the environment of each).")
+    groups = {group.label: group.runs for group in compared.groups}
+    parts += [*differing_hardware(groups), *unknown_processors(groups)]
     return "\n\n".join(parts)
+
+
+def brief(compared: Comparison) -> list[str]:
+    """A line for each group: its students' last score, the difference from the baseline and what may be said of it."""
+    roles = [role for role in compared.roles if role.startswith("student")] or compared.roles
+    seeds = max(len(group.runs) for group in compared.groups)
+    beside = f"; difference from {compared.baseline} (95 % interval)" if compared.baseline else ""
+    lines = [f"Last {named(compared.measure)}, mean of {seeds} seed{'s' if seeds > 1 else ''}{beside}"]
+    names = {group.label: group.label.replace(" adm.control=none", "") for group in compared.groups}
+    width = max(map(len, names.values()))
+    for role in roles:
+        lines.append(f"{role}:")
+        for group in compared.groups:
+            mean, _ = mean_std(compared.scores(group, role).values())
+            found = compared.versus.get((group.label, role))
+            told = f"  {found.told()}  {found.verdict(str(compared.baseline))}" if found is not None else ""
+            lines.append(f"  {names[group.label].ljust(width)}  {'-' if mean is None else f'{mean:.2f}'}{told}")
+    return lines
 
 
 def when(values: Mapping[str, Any]) -> str:
@@ -150,24 +174,36 @@ def as_json(compared: Comparison, left_out: Sequence[Run]) -> dict[str, Any]:
 def figure_of(compared: Comparison) -> Figure:
     """The score over epochs, a panel for each role: the mean over seeds in a band of one sample standard deviation.
 
-    Of runs that are evaluated at their end alone (diffusion) the last scores side by side, with error bars: the roles
-    along the x axis, a panel for what stands behind their comma ("..., guidance 4").
+    Of runs that are evaluated at their end alone (diffusion) the last scores over iterations or sampling steps, with
+    error bars: a panel for what stands behind a role's comma ("..., guidance 4"). A method looks the same in every
+    figure (``core.analysis.looks``).
     """
     from matplotlib.figure import Figure
 
-    curves = any(curve(compared, group, role) for group in compared.groups for role in compared.roles)
+    found = {role: [curve(compared, group, role) for group in compared.groups] for role in compared.roles}
+    curves = any(points for by_group in found.values() for points in by_group)
+    moving = [role for role in compared.roles if any(y != points[0][1] for points in found[role] for _, y, _ in points)]
+    drawn = moving or compared.roles  # a fixed teacher has no curve
     panels: dict[str, list[str]] = {}
-    for role in compared.roles:
+    for role in drawn:
         panels.setdefault(role if curves else role.partition(", ")[2], []).append(role)
-    if curves:
-        lines = max(sum(_told(compared, g, role).count("\n") + 1 for g in compared.groups) for role in compared.roles)
-    height = 4.2 + 0.2 * lines if curves else 3.8 + 0.2 * len(compared.groups)  # legends stand below
-    figure = Figure(figsize=(5.6 * len(panels), height), layout="constrained")
-    for axis, (title, roles) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    texts = [[_told(compared, group, role) for group in compared.groups] for role in drawn]
+    lines = max(sum(text.count("\n") + 1 for text in by_group) for by_group in texts)
+    figure = Figure(figsize=(5.6 * len(panels), 4.2 + 0.2 * lines), layout="constrained")
+    for part, (title, roles) in zip(figure.subfigures(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        axis = part.subplots()
         (draw_curves if curves else draw_points)(axis, compared, roles)
         axis.set_title(title)
         axis.grid(alpha=0.3, linewidth=0.6)
+        told = f"last {named(compared.measure)}, mean ± std over seeds" if curves else "mean ± std over seeds"
+        small = {"fontsize": "small", "title_fontsize": "small"}
+        part.legend(*axis.get_legend_handles_labels(), loc="outside lower center", title=told, **small)
     return figure
+
+
+def looks(compared: Comparison) -> list[dict[str, str]]:
+    """How each group is drawn."""
+    return method_looks([method_of(next(iter(group.runs.values()))) for group in compared.groups])
 
 
 def curve(compared: Comparison, group: Group, role: str) -> list[tuple[float, float, float]]:
@@ -185,15 +221,26 @@ def curve(compared: Comparison, group: Group, role: str) -> list[tuple[float, fl
 
 
 def draw_points(axis: Any, compared: Comparison, roles: Sequence[str]) -> None:
-    for number, group in enumerate(compared.groups):
+    """The roles are "4 steps", or "iteration 600, ...": each group's point stands at that very number."""
+    first = roles[0].partition(", ")[0]
+    numbers = [[int(word) for word in role.partition(", ")[0].split() if word.isdecimal()] for role in roles]
+    known = all(len(found) == 1 for found in numbers)
+    at = [found[0] for found in numbers] if known else list(range(len(roles)))
+    for group, look in zip(compared.groups, looks(compared), strict=True):
         scores = [mean_std(list(compared.scores(group, role).values()) or [math.nan]) for role in roles]
-        x = [position + 0.08 * (number - (len(compared.groups) - 1) / 2) for position in range(len(roles))]
         y, s = [mean for mean, _ in scores], [std or 0.0 for _, std in scores]
         text = textwrap.fill(f"{group.label} (n = {len(group.runs)})", 56)
-        axis.errorbar(x, y, s, fmt="o-", color=f"C{number % 10}", markersize=4, linewidth=1, capsize=3, label=text)
-    axis.set_xticks(range(len(roles)), [role.partition(", ")[0].replace(" ", "\n") for role in roles])
-    axis.set_ylabel(named(compared.measure) + (" (lower is better)" if lower_is_better(compared.measure) else ""))
-    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), borderaxespad=0)
+        axis.errorbar(at, y, s, **look, markersize=5, linewidth=1.2, elinewidth=0.8, capsize=3, label=text)
+    if known and first.startswith("iteration"):
+        axis.set(xlabel="iteration", xticks=at)
+    elif known:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(at, [str(number) for number in at])
+        axis.set_xlabel("sampling steps")
+    else:
+        axis.set_xticks(at, [role.partition(", ")[0] for role in roles])
+    better = " (lower is better)" if lower_is_better(compared.measure) else ""
+    axis.set_ylabel(f"{named(compared.measure)}{better}")
 
 
 def draw_curves(axis: Any, compared: Comparison, roles: Sequence[str]) -> None:
@@ -201,20 +248,17 @@ def draw_curves(axis: Any, compared: Comparison, roles: Sequence[str]) -> None:
 
     (role,), measure = roles, named(compared.measure)
     unit = "epoch" if any("epoch" in line for run in compared.runs for line in run.evaluations) else "iteration"
-    for number, group in enumerate(compared.groups):
+    for group, look in zip(compared.groups, looks(compared), strict=True):
         points = curve(compared, group, role)
         if not points:
             continue
         x, y, s = zip(*points, strict=True)
-        style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
-        marker, told = "o" if len(x) <= 30 else None, _told(compared, group, role)
-        axis.plot(x, y, **style, marker=marker, markersize=3, linewidth=1.4, label=told)
+        every = max(1, len(x) // 12)  # markers tell the curves apart: a dozen do
+        axis.plot(x, y, **look, markevery=every, markersize=4, linewidth=1.4, label=_told(compared, group, role))
         low, high = [m - d for m, d in zip(y, s, strict=True)], [m + d for m, d in zip(y, s, strict=True)]
-        axis.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        axis.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
     axis.set(xlabel=unit, ylabel=f"{measure} (%)" if compared.measure in PERCENT else measure)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "borderaxespad": 0}
-    axis.legend(fontsize="small", title=f"last {measure}, mean ± std over seeds", title_fontsize="small", **below)
 
 
 def _told(compared: Comparison, group: Group, role: str) -> str:

@@ -32,9 +32,11 @@ import yaml
 
 from core.errors import InputError
 from tools.compare import difference_rows, score_rows
+from tools.findings import differences, gains, gains_caption
 from tools.groups import compare_runs
-from tools.ours import gather, grids, numbers
+from tools.ours import first_uses, gather, numbers
 from tools.paper import find_table, load_tables
+from tools.printed import printed
 from tools.runs import Run, read_run, seeds_of
 from tools.stats import markdown, paired, spread
 
@@ -140,12 +142,18 @@ def compare_block(folder: Path, spec: Mapping[str, Any]) -> str:
 
 def paper_block(folder: Path, spec: Mapping[str, Any]) -> str:
     """The block ``paper``."""
-    table, scale = find_table(spec["table"], load_tables()), spec.get("scale", "proxy")
-    found = numbers(table, scale, gather(table, scale, folder, folder.parent)[0])
+    tables, scale = load_tables(), spec.get("scale", "proxy")
+    table = find_table(spec["table"], tables)
+    members = {one.name: gather(one, scale, folder, folder.parent)[0] for one in tables.values()}
+    found = numbers(table, scale, members[table.name])
     if not any(one.by_seed for one in found):
         raise ValueError(f"no run of {spec['table']} is kept")
-    made = grids(table, scale, [one for one in found if one.by_seed or not spec.get("finished")])
-    return "\n\n".join(f"{caption}:\n\n{markdown(grid)}" for caption, grid in made.items())
+    shown = [one for one in found if one.by_seed or not spec.get("finished")]
+    made = printed(table, scale, shown, first_uses((tables[name], of) for name, of in members.items()))
+    assert made is not None  # there is a number
+    added = differences(table, scale, found)
+    more = [f"{gains_caption(added)}:\n\n{markdown(gains(added))}"] if added else []
+    return "\n\n".join([f"{made.caption}:\n\n{markdown(made.grid)}", *more])
 
 
 def benchmark_block(folder: Path, spec: Mapping[str, Sequence[str]]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from core.analysis.looks import CONTROLS
 from core.errors import InputError
 from tools.runs import Run
 from tools.stats import Difference, paired
@@ -103,12 +104,22 @@ def score(values: Mapping[str, Any], role: str, measure: str) -> float | None:
 
 
 def measure_of(run: Run) -> str:
-    """What a run is compared by. Raises: InputError for a finished one that holds no evaluation."""
-    held = [key.rpartition("/")[2] for key in (*image_scores(run), *run.last)]
-    if not held and run.finished:
-        raise InputError(f"{run.path} holds no evaluation to compare (of a diffusion run: evaluate.py writes it)")
-    of_images = held[: len(image_scores(run))]
+    """What a run is compared by. Raises: InputError for a finished one that holds no evaluation, naming the command."""
+    of_images = [key.rpartition("/")[2] for key in image_scores(run)]
+    held = [*of_images, *(key.rpartition("/")[2] for key in run.last if "/" in key)]
+    if not held and run.finished:  # only diffusion is evaluated afterwards
+        features = " --features digits" if run.config.get("data.name") == "digits" else ""
+        raise InputError(
+            f"{run.path} is not evaluated, so that there is nothing to compare: "
+            f"first python diffusion/tools/evaluate.py {run.path}{features}"
+        )
     return next((measure for measure in [*MEASURES, *of_images] if measure in held), "top1")
+
+
+def method_of(run: Run) -> tuple[str, str | None]:
+    """The method, and of ADM the control in the place of its attention: ("dml+adm", "uniform")."""
+    given = (run.config.get("adm.control"), run.config.get("adm.attention"))  # older runs of diffusion say the second
+    return str(run.config.get("method", "run")), next((word for word in given if word in CONTROLS), None)
 
 
 def named(measure: str) -> str:
@@ -141,7 +152,9 @@ def common_roles(runs: Sequence[Run], measure: str) -> list[str]:
     common = set.intersection(*by_run)
     if not common:
         told = "; ".join(f"{run.path}: {', '.join(sorted(r)) or 'none'}" for run, r in zip(runs, by_run, strict=True))
-        raise InputError(f"the runs have no role in common with a {named(measure)} ({told})")
+        raise InputError(
+            f"the runs have no role in common with a {named(measure)} ({told}): name those that train the same one"
+        )
     order = {"teacher": 0, "student": 1}
     return sorted(common, key=lambda role: (order.get(role.partition("_")[0], 2), len(role), role))
 

@@ -21,9 +21,9 @@ A file:
 RUN: ``base: ID`` (merged below it), ``method``, ``all_scales: {flag: value}`` at either scale, and for the paper's
 scale ``recipe``, ``overrides: {flag: value}``, ``after: [COMMAND, ...]`` (what to call when it is trained) and
 ``task``; ``proxy:`` holds the same keys for the small run, and ``results: FOLDER/NAME`` where such runs are kept as
-``results/FOLDER/NAME-<seed>``. ``same_as: tableNN/ID``, of a run or of its proxy alone, is a run of another table, with
-what ``after`` adds. ``{run}`` in a text is the run's folder, ``{run:ID}`` that of another run of the same scale and
-seed, which must be finished before.
+``results/FOLDER/NAME-<seed>``, besides ``results/tableNN/ID-<seed>``. ``same_as: tableNN/ID``, of a run or of its proxy
+alone, is a run of another table, with what ``after`` adds. ``{run}`` in a text is the run's folder, ``{run:ID}`` that
+of another run of the same scale and seed, which must be finished before.
 
 CELL: ``column``, ``paper`` (a number, or null where the paper prints none), ``label`` (what it prints besides),
 ``run: ID``, and ``read`` or ``show``; ``run: null`` with ``why`` for a cell that nothing here yields. ``read`` is a
@@ -101,8 +101,10 @@ class Setting:
         return self.stem(out).with_name(f"{self.run}-{seed}")
 
     def kept_stems(self, results: Path) -> list[Path]:
-        """``<stem>-<seed>`` is where such runs may be kept: in ``reproduce``, as they were run, or in ``results``."""
-        return [self.stem(results / "reproduce"), *([results / self.results] if self.results else [])]
+        """``<stem>-<seed>`` is where such runs may be kept: in ``reproduce``, as they were run, in the table's own
+        folder, or in ``results``."""
+        own = [results / self.table / self.run, *([results / self.results] if self.results else [])]
+        return [self.stem(results / "reproduce"), *own]
 
     def commands(self, seed: int, out: Path | str) -> list[list[str]]:
         """What to call after ``python``, in the repository's root: the task's train.py, then what scores the run."""

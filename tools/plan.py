@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from core.errors import InputError
+from core.files import how_to_make
 from tools.paper import ROOT, Scale, Table
 from tools.processes import Job
 
@@ -149,5 +150,5 @@ class Plan:
             for path in self.place.inputs(self.jobs[name]):
                 if not (ROOT / path).exists() and not (path == self.place.data and download):
                     needs = f"; {table.label} needs {table.needs[self.scale]}" if self.scale in table.needs else ""
-                    hint = f"--data says where, --rows leaves runs out{needs}"
+                    hint = f"--data says where, --rows leaves runs out{needs}{how_to_make(path)}"
                     raise InputError(f"{name} reads {path}, which is not there: {hint}")

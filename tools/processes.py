@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from core.errors import InputError
+from core.errors import InputError, unknown
 from core.training.command import Stop, missing_extra
 
 POLL = 0.1  # seconds
@@ -284,6 +284,12 @@ def readable(seconds: float) -> str:
 
 DEFAULTS: dict[str, Any] = {"gpus_per_node": 1, "cpus_per_task": 8, "time": 24 * 60, "stderr_to_stdout": True}
 """What each job asks for unless the command line says otherwise: submitit's names of sbatch's options; minutes."""
+SETTABLE = (
+    "account", "comment", "constraint", "cpus_per_gpu", "cpus_per_task", "exclude", "exclusive", "gpus_per_node",
+    "gpus_per_task", "gres", "mail_type", "mail_user", "mem", "mem_per_cpu", "mem_per_gpu", "nodelist", "nodes",
+    "ntasks_per_node", "partition", "qos", "signal_delay_s", "stderr_to_stdout", "time", "wckey",
+)  # fmt: skip
+"""The options that the command line may set; a job's name and what it waits for are the plan's."""
 
 
 @dataclass
@@ -316,20 +322,37 @@ class Resumable:
         return DelayedSubmission(Resumable(self.command, self.folder))
 
 
-def make_executor(folder: Path, options: Sequence[str]) -> Any:
-    """submitit's executor. Raises: InputError where there is no SLURM or no submitit, or for an unknown option."""
+def slurm_parameters(options: Sequence[str]) -> dict[str, Any]:
+    """What each job asks for: ``KEY=VALUE`` over the defaults. Raises: InputError, offering the nearest key."""
+    parameters = dict(DEFAULTS)
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not (equals and key and value):
+            raise InputError(f"--slurm {option}: write KEY=VALUE, as partition=gpu or time=1440 (minutes)")
+        if key not in SETTABLE:
+            raise unknown("key of --slurm", key, SETTABLE)
+        parameters[key] = int(value) if value.isdecimal() else value
+    return parameters
+
+
+def sbatch(name: str, parameters: Mapping[str, Any], after: Sequence[str]) -> str:
+    """sbatch's command for a job, as one would type it; ``after``: the names of the jobs that must succeed before."""
+    flags = {"job_name": name, **dict(sorted(parameters.items()))}
+    if after:
+        flags["dependency"] = f"afterok:{':'.join(after)}"
+    ours = ("stderr_to_stdout", "signal_delay_s")  # submitit's own words
+    told = (f"--{key.replace('_', '-')}={value}" for key, value in flags.items() if key not in ours)
+    return shlex.join(["sbatch", *told])
+
+
+def make_executor(folder: Path, parameters: Mapping[str, Any]) -> Any:
+    """submitit's executor. Raises: InputError where there is no SLURM or no submitit, or for a wrong value."""
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise InputError("no SLURM on this machine (no sbatch): leave out --cluster slurm to run here")
     try:
         import submitit
     except ImportError as error:
         raise missing_extra(error, "cluster") from error
-    parameters = dict(DEFAULTS)
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise InputError(f"--slurm {option}: write KEY=VALUE, as partition=gpu or time=1440 (minutes)")
-        parameters[key] = int(value) if value.isdecimal() else value
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=20)
         executor.update_parameters(**parameters)

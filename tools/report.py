@@ -12,52 +12,92 @@ import io
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 from core.errors import InputError
 from core.files import make_folder, write_atomically
-from tools.compare import figure_of
+from core.progress import progress_bar
 from tools.document import render
-from tools.groups import Comparison, Group, common_roles, measure_of
-from tools.ours import Number, gather, grids, numbers
+from tools.findings import RULE, Added, counted, differences, gains, gains_caption, once, said
+from tools.hardware import differing_in_pairs, processor, unknown_processors
+from tools.ours import Members, Number, amount_of, by_role, first_uses, gather, numbers, reused, setting_of
+from tools.overview import LEGEND, SETTINGS, forest, what_is_missing, what_was_run
 from tools.paper import SCALES, Scale, Table, load_tables
-from tools.runs import Run
+from tools.pictures import Picture, curves, pictures_of, shown_by
+from tools.printed import Printed, printed
 from tools.stats import Grid, markdown, mean_std
 
-WIDTH = 1000  # pixels of an embedded picture, at most
 INTRODUCTION = (
-    "Ours are means ± sample standard deviations over seeds (their number in parentheses), of the last evaluation. "
-    "A **proxy** is a small stand-in with other data, networks and durations than the paper's: its difference from the "
-    "paper says nothing of how well the paper is reproduced."
+    "In each cell the paper's number, then **ours**: the mean ± sample standard deviation over seeds (their number in "
+    "parentheses), of the last evaluation. A **proxy** is a small stand-in with other data, networks and durations "
+    "than the paper's: next to the paper's number it says nothing of how well the paper is reproduced."
 )
-Members = Mapping[str, dict[int, Run]]
-"""A table's finished runs, by id and seed."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What was run for a table of the paper at one scale. ``grids``, and ``pictures`` as PNG: by caption."""
+    """What was run for a table of the paper at one scale. ``grids`` and ``pictures`` by caption."""
 
     table: Table
     scale: Scale
     words: Sequence[str]
     numbers: Sequence[Number]
+    printed: Printed | None
+    added: Sequence[Added]
     grids: Mapping[str, Grid]
     members: Members
-    pictures: Mapping[str, bytes]
+    pictures: Mapping[str, Picture]
+    first: Mapping[Path, tuple[str, str]]
+    """Where each run of the report is counted first."""
 
     @property
     def title(self) -> str:
-        setting = "proxy" if self.scale == "proxy" else "the setting of the paper"
-        return f"{self.table.label}, {setting}: {self.table.title}"
+        return f"{self.table.label}, {SETTINGS[self.scale]}: {self.table.title}"
 
     @property
     def files(self) -> dict[str, bytes]:
         """The pictures by the names that they have beside the report."""
-        return {f"{self.table.name}-{self.scale}-{n}.png": png for n, png in enumerate(self.pictures.values())}
+        pictures = self.pictures.values()
+        return {f"{self.table.name}-{self.scale}-{n}.png": picture.png for n, picture in enumerate(pictures)}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Its parts, and what the first screen says of them."""
+
+    parts: Sequence[Part]
+    missing: Sequence[str]
+
+    @property
+    def every(self) -> list[Added]:
+        """All differences, each but once."""
+        return once(added for part in self.parts for added in part.added)
+
+    @property
+    def summary(self) -> str:
+        """What was run at which scale, in a sentence."""
+        told = []
+        for scale in reversed(SCALES):
+            of = [part for part in self.parts if part.scale == scale]
+            runs = {run.path for part in of for by_seed in part.members.values() for run in by_seed.values()}
+            where = "in the setting of the paper" if scale == "paper" else "at proxy scale, small stand-ins"
+            tables = f", for {counted(len(of), 'table or figure')}" if of else ""
+            told.append(f"**{counted(len(runs), 'run')}** {where}{tables}")
+        return f"{'; '.join(told)}.".replace("**0 runs**", "**no run**").replace(
+            "table or figures", "tables and figures"
+        )
+
+    @property
+    def ran(self) -> Grid:
+        return what_was_run((part.table, part.scale, part.members) for part in self.parts)
+
+    @property
+    def said(self) -> list[str]:
+        return said(self.every)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -66,49 +106,79 @@ def main(options: argparse.Namespace) -> int:
         save(options.document, render(options.results).encode())
         print(f"written: {options.document}")
         return 0
-    parts: list[Part] = []
-    left: list[str] = []
-    out: list[str] = []  # of these why their runs do not count
-    for table in load_tables(options.tables).values():
-        found = [paper_part(table, scale, options.runs, options.results) for scale in SCALES]
-        made = [part for part, _ in found if part is not None]
-        parts += made
-        if not made:
-            reasons = [why for _, others in found for why in others]
-            out += reasons
-            left.append(f"{table.label} ({', '.join([table.title, *reasons])})")
-    if not parts:
-        where = f"{options.runs} or {options.results}"
-        raise InputError("; ".join([f"no run of the paper's tables in {where}: reproduce.py run", *out]))
-    last = [f"Nothing is finished for: {'; '.join(left)}."] if left else []
-    texts = {"report.md": as_markdown(parts, last), "report.csv": as_table(parts), "report.html": as_html(parts, last)}
-    pictures = {name: png for part in parts for name, png in part.files.items()}
+    report = make_report(load_tables(options.tables), options.runs, options.results)
+    texts = {"report.md": as_markdown(report), "report.csv": as_table(report.parts), "report.html": as_html(report)}
+    pictures = {name: png for part in report.parts for name, png in part.files.items()}
     for name, content in [*pictures.items(), *((name, text.encode()) for name, text in texts.items())]:
         save(options.out / name, content)
     print(f"written to {options.out}: {', '.join(texts)}")
     return 0
 
 
-def paper_part(table: Table, scale: Scale, runs: Path, results: Path) -> tuple[Part | None, list[str]]:
-    """What was run for a table at one scale, None where nothing is finished; and why other runs do not count."""
-    members, left = gather(table, scale, runs, results)
+@dataclass(frozen=True)
+class Shared:
+    """What the tables have in common."""
+
+    first: Mapping[Path, tuple[str, str]]
+    """Where each run is counted first."""
+    shown: Set[Path]
+    """The pictures that some table shows."""
+    drawn: set[Path]
+    """The pictures, and the runs whose curves, that the parts so far have."""
+
+
+def make_report(tables: Mapping[str, Table], runs: Path, results: Path) -> Report:
+    """Raises: InputError where nothing is run."""
+    gathered: dict[tuple[str, Scale], tuple[Members, list[str]]] = {}
+    with progress_bar(len(tables) * len(SCALES), "reading runs", "table", many=1) as bar:
+        for scale, name in product(SCALES, tables):
+            gathered[name, scale] = gather(tables[name], scale, runs, results)
+            bar.update()
+    found = [(tables[name], members) for (name, _), (members, _) in gathered.items()]
+    every = ((table, run_id, run) for table, members in found for run_id in members for run in members[run_id].values())
+    shared = Shared(first_uses(found), {picture for one in every for picture in shown_by(*one)}, set())
+    parts: list[Part] = []
+    left: list[str] = []  # why runs of tables of which nothing is finished do not count
+    with progress_bar(len(tables), "drawing", "table", many=1) as bar:
+        for name, table in tables.items():
+            made = [paper_part(table, scale, *gathered[name, scale], shared) for scale in SCALES]
+            parts += [part for part in made if part is not None]
+            if not any(made):
+                left += [f"{table.label}, {why}" for scale in SCALES for why in gathered[name, scale][1]]
+            bar.update()
+    if not parts:
+        raise InputError("; ".join([f"no run of the paper's tables in {runs} or {results}: reproduce.py run", *left]))
+    missing = what_is_missing(tables.values(), {(part.table.name, part.scale): part.numbers for part in parts})
+    return Report(parts, [*missing, *([f"Left out: {'; '.join(left)}."] if left else [])])
+
+
+def paper_part(table: Table, scale: Scale, members: Members, left: Sequence[str], shared: Shared) -> Part | None:
+    """What was run for a table at one scale, None where nothing is finished. ``left``: why other runs do not count."""
     recipes = sorted({table.runs[run_id][scale].recipe for run_id in members})
     words = [f"**Proxy**: {', '.join(recipes)} instead of the paper's setting."] if scale == "proxy" else []
+    words += [f"Ours: {'; '.join(of)}."] if (of := ours(members)) else []
     words += [table.notes] if table.notes else []
     missing = sorted({cell.run for cell in table.cells if cell.run is not None and cell.run not in members})
     words += [f"Not run: {', '.join(missing)}."] if missing else []
     words += [f"Left out: {'; '.join(left)}."] if left else []
+    words += [*differing_in_pairs(members, table.baselines), *unknown_processors(members)]
     words += sorted({f"Not run, {cell.column}: {cell.why}" for cell in table.cells if cell.run is None})
     found = numbers(table, scale, members) if members else []
-    pictures = pictures_of(table, members)
-    if not found and not pictures:
-        return None, left
-    for recipe in recipes if found else []:
-        proxy = "proxy " if scale == "proxy" else ""
-        of = {run_id: runs for run_id, runs in members.items() if table.runs[run_id][scale].recipe == recipe}
-        pictures |= {f"{title}, {proxy}{recipe}": png for title, png in curves(of).items()}
-    made = {**grids(table, scale, found), **attention(members)}
-    return Part(table, scale, words, found, made, members, pictures), left
+    pictures, before = pictures_of(table, members, shared.shown, shared.drawn)
+    if not found and not pictures and not before:
+        return None
+    words += [f"Its pictures stand before: {'; '.join(before)}."] if before else []
+    pictures |= curves(members, shared.drawn) if found else {}
+    first = shared.first
+    own = {name: runs for name, runs in members.items() if any(first[r.path][0] == table.label for r in runs.values())}
+    made = printed(table, scale, found, first), differences(table, scale, found), attention(own)
+    return Part(table, scale, words, found, *made, members, pictures, first)
+
+
+def ours(members: Members) -> list[str]:
+    """Our networks, data and durations."""
+    every = [run for runs in members.values() for run in runs.values()]
+    return list(dict.fromkeys(f"{setting_of(run)} ({amount_of(run)})" for run in every if setting_of(run)))
 
 
 # --- what stands beside the numbers -----------------------------------------------------------------------------------
@@ -142,48 +212,6 @@ def attention(members: Members) -> dict[str, Grid]:
     return {caption: grid for caption, grid in ((attention, rows), (similarity, rounds)) if len(grid) > 1}
 
 
-def curves(members: Members) -> dict[str, bytes]:
-    """compare.py's figure of each network, all numbers of steps in one; none where the runs have none in common."""
-    every = [run for runs in members.values() for run in runs.values()]
-    try:
-        (measure,) = {measure_of(run) for run in every}
-        roles = common_roles(every, measure)
-    except ValueError:  # several measures, or no role in common
-        return {}
-    compared = Comparison(measure, [Group(runs, {}, run_id) for run_id, runs in members.items()], roles)
-    drawn = {}
-    for of in [[role] for role in roles] if compared.has_best else [roles]:
-        png = io.BytesIO()
-        figure_of(replace(compared, roles=of)).savefig(png, dpi=120, format="png")
-        drawn[f"Curves, {', '.join(of)}"] = png.getvalue()
-    return drawn
-
-
-def pictures_of(table: Table, members: Members) -> dict[str, bytes]:
-    """Of the first run of each id what the table shows of it, and the similarity maps that visualize.py left."""
-    found = {}
-    for run_id, runs in members.items():
-        run = next(iter(runs.values()))
-        shown = [run.path / cell.show for cell in table.cells if cell.run == run_id and cell.show]
-        maps = sorted([*run.path.glob("figures/maps*.png"), *run.path.glob("**/similarity-*.png")])
-        for file in dict.fromkeys([*shown, *maps]):
-            if file.is_file():
-                found[f"{run_id}, seed {run.seed}: {file.relative_to(run.path)}"] = small(file)
-    return found
-
-
-def small(file: Path) -> bytes:
-    """A picture as PNG, no wider than a page shows it."""
-    from PIL import Image
-
-    with Image.open(file) as image:
-        picture = image.convert("RGB")
-        picture.thumbnail((WIDTH, picture.height), Image.Resampling.LANCZOS, reducing_gap=None)
-        out = io.BytesIO()
-        picture.save(out, "PNG", optimize=True)
-    return out.getvalue()
-
-
 def environments(members: Members) -> list[str]:
     """On what, with what and from which commit the runs ran."""
     found: Counter[str] = Counter()
@@ -191,7 +219,7 @@ def environments(members: Members) -> list[str]:
         commit = f"commit {(start.get('commit') or 'unknown')[:10]}{'*' if start.get('uncommitted_changes') else ''}"
         torch = start.get("versions", {}).get("torch", "?")
         versions = f"torch {torch}, Python {start.get('python', '?')}"
-        found[f"{commit}, {versions}, {start.get('device_name', '?')}, {start.get('threads', '?')} threads"] += 1
+        found[f"{commit}, {versions}, {processor(start)}, {start.get('threads', '?')} threads"] += 1
     return [f"{told}: {count} run{'s' if count > 1 else ''}" for told, count in found.items()]
 
 
@@ -214,30 +242,40 @@ def as_table(parts: Sequence[Part]) -> str:
     head = "part row column metric unit higher_is_better scale paper paper_label ours_is ours_mean ours_std n"
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n").writerow
-    write([*head.split(), "ours_less_paper"])
+    write([*head.split(), "ours_less_paper", "our_network_and_data", "runs_of"])
     for of, one in ((part, number) for part in parts for number in part.numbers):
         cell, metric = one.cell, one.cell.metric
         paper = [metric.name, metric.unit, metric.higher_is_better, of.scale, cell.paper, cell.label]
-        ours = [one.measure, *mean_std(one.by_seed.values()), len(one.by_seed), one.difference]
-        write([of.table.label, cell.row, one.column, *paper, *ours])
+        less = one.difference if of.scale == "paper" else None
+        mine = [one.measure, *mean_std(one.by_seed.values()), len(one.by_seed), less]
+        named = by_role(one) if one.runs else ""
+        write([of.table.label, cell.row, one.column, *paper, *mine, named, reused(of.table, one, of.first)])
     return out.getvalue()
 
 
-def as_markdown(parts: Sequence[Part], last: Sequence[str]) -> str:
-    """The report, its pictures as files beside it. ``last``: words at its end."""
-    text = [f"# The paper's tables and ours\n\n{INTRODUCTION}\n"]
-    for part in parts:
+def as_markdown(report: Report) -> str:
+    """The report, its pictures as files beside it."""
+
+    def table_of(grid: Grid) -> str:
+        return f"{markdown([[plain(cell) for cell in row] for row in grid], aligned=True)}\n"
+
+    text = [f"# The paper's tables and ours\n\n{INTRODUCTION}\n", f"## What was run\n\n{table_of(report.ran)}"]
+    text.append("## What can be said\n")
+    text += [f"{plain(word, bold=True)}\n" for word in [RULE, *report.said]]
+    text += [f"## What is missing\n\n{' '.join(map(plain, report.missing))}\n"]
+    for part in report.parts:
         text.append(f"## {plain(part.title)}\n")
         text += [f"{plain(word, bold=True)}\n" for word in part.words]
-        for caption, grid in part.grids.items():
-            cells = [[plain(cell) for cell in row] for row in grid]
-            text.append(f"{plain(caption)}:\n\n{markdown(cells, aligned=True)}\n")
+        made = {part.printed.caption: part.printed.grid} if part.printed else {}
+        made |= {gains_caption(part.added): gains(part.added)} if part.added else {}
+        for caption, grid in {**made, **part.grids}.items():
+            text.append(f"{plain(caption)}:\n\n{table_of(grid)}")
         text += [f"![{plain(caption)}]({file})\n" for caption, file in zip(part.pictures, part.files, strict=True)]
         text.append("".join(f"- {plain(told)}\n" for told in environments(part.members)))
         told = "\n".join(commands(part.members))
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", told)), default=0))
         text.append(f"{fence}bash\n{told}\n{fence}\n")
-    return "\n".join([*text, *(f"{plain(word)}\n" for word in last)])
+    return "\n".join(text)
 
 
 def plain(text: str, *, bold: bool = False) -> str:
@@ -247,16 +285,24 @@ def plain(text: str, *, bold: bool = False) -> str:
     return re.sub(r"\\\*\\\*(.+?)\\\*\\\*", r"**\1**", line) if bold else line
 
 
-def as_html(parts: Sequence[Part], last: Sequence[str]) -> str:
-    """One page that needs nothing else: style, script and pictures are in it. ``last``: words at its end."""
+def as_html(report: Report) -> str:
+    """One page that needs nothing else: style and pictures are in it."""
     from jinja2 import Environment
     from markupsafe import Markup, escape
 
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters["bold"] = lambda text: Markup(re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text))))
     page.filters["base64"] = lambda png: base64.b64encode(png).decode()
-    page.globals |= {"introduction": INTRODUCTION, "environments": environments, "commands": commands}
-    return page.from_string(Path(__file__).with_suffix(".html").read_text()).render(parts=parts, last=last)
+    page.globals |= {
+        "introduction": INTRODUCTION,
+        "rule": RULE,
+        "legend": LEGEND,
+        "gains": gains,
+        "gains_caption": gains_caption,
+    }
+    page.globals |= {"environments": environments, "commands": commands}
+    template = page.from_string(Path(__file__).with_suffix(".html").read_text())
+    return template.render(report=report, axes=forest(report.every))
 
 
 def save(file: Path, content: bytes) -> None:

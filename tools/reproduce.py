@@ -5,7 +5,7 @@
     python tools/reproduce.py run table01 --scale proxy --seeds 0 1 2 --jobs 2
     python tools/reproduce.py status
     python tools/reproduce.py report
-    python tools/reproduce.py keep runs/quickstart/dml-0 runs/quickstart/dml-1 --to mine
+    python tools/reproduce.py keep runs/quickstart/kd-0 runs/quickstart/kd-1 --to mine
 
 The same command again skips what is finished and resumes what was cut off. `--dry-run` prints the commands alone.
 """
@@ -26,12 +26,26 @@ from typing import Any
 from core.errors import InputError
 from core.ranges import Seed, range_of
 from core.training.command import LineParser, run_command
+from core.training.kept import KEPT
 from tools import report
 from tools.ours import finished_runs
 from tools.paper import PAPER, ROOT, SCALES, Setting, find_table, load_tables
+from tools.pictures import keep_pictures
 from tools.plan import Place, Plan, known_jobs, make_job, make_place, select
-from tools.processes import Job, conclude, gpus, make_executor, readable, run_jobs, slots, state, submit
-from tools.runs import KEPT, Run, keep, read_runs, seeds_of
+from tools.processes import (
+    Job,
+    conclude,
+    gpus,
+    make_executor,
+    readable,
+    run_jobs,
+    sbatch,
+    slots,
+    slurm_parameters,
+    state,
+    submit,
+)
+from tools.runs import Run, keep, read_runs, seeds_of
 from tools.stats import columns
 
 OUT = Path("runs/reproduce")
@@ -82,7 +96,8 @@ def make_parser() -> argparse.ArgumentParser:
     option("--cluster", choices=["slurm"], help="queue every run as a job of this cluster, through submitit")
     slurm = "what a job asks for: partition=gpu time=1440 ..."
     option("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help=slurm)
-    option("--dry-run", action="store_true", help="print every command, and how long it took where it has been run")
+    dry = "print every command, and how long it took where it has been run; of a cluster also what each job asks for"
+    option("--dry-run", action="store_true", help=dry)
     places(option)
     option = add("status", tell_status, "how far the runs of each table are")
     option("table", nargs="*", metavar="TABLE", help="with every run; all in short unless given")
@@ -159,15 +174,16 @@ def run_tables(options: argparse.Namespace) -> int:
     if not plan.jobs:
         raise InputError(f"nothing to run for {', '.join(chosen)} at the scale {options.scale}: show says why")
     plan.check_sets()
+    parameters = slurm_parameters(options.slurm) if options.cluster is not None else None
     if options.dry_run:
-        return dry_run(plan)
+        return dry_run(plan, parameters)
     todo = {name: job for name, job in plan.jobs.items() if not job.finished()}
     plan.check_data(todo)
     print(f"{counted(plan.jobs, 'run')}: {len(plan.jobs) - len(todo)} finished, {len(todo)} to do", flush=True)
     if not todo:
         return 0
-    if options.cluster is not None:
-        return queue(options, todo, plan)
+    if parameters is not None:
+        return queue(options, parameters, todo, plan)
     where = slots(options.jobs, gpus())
     print(f"{len(where)} at a time, threads of each: {where[0]['OMP_NUM_THREADS']}", flush=True)
     try:
@@ -203,15 +219,22 @@ def keep_runs(options: argparse.Namespace) -> int:
     if not options.to or Path(options.to).is_absolute() or ".." in Path(options.to).parts:
         raise InputError(f"--to {options.to!r} names no folder in {options.results}")
     folder = options.results / options.to
-    print(f"{folder / KEPT}: kept {', '.join(keep(runs, folder))}")
+    names = keep(runs, folder)
+    pictures = keep_pictures(runs, folder, names)
+    drawn = f"; {counted(pictures, 'picture')} of them, small" if pictures else ""
+    print(f"{folder / KEPT}: kept {', '.join(names)}{drawn}")
     return 0
 
 
 # --- doing it ---------------------------------------------------------------------------------------------------------
 
 
-def dry_run(plan: Plan) -> int:
-    """Prints every command, and how long it took where it has been run before."""
+def dry_run(plan: Plan, parameters: Mapping[str, Any] | None = None) -> int:
+    """Prints every command, and how long it took where it has been run before.
+
+    ``parameters``: of a cluster's jobs, each of which is then shown with what it asks for and waits for.
+    """
+    queued = [name for name, job in plan.jobs.items() if not job.finished()]
     here = "cuda" if plan.scale == "paper" or gpus() else "cpu"
     together: dict[str, float] = {}
     unknown: list[str] = []
@@ -226,7 +249,11 @@ def dry_run(plan: Plan) -> int:
         else:
             said = "time unknown"
             unknown.append(name)
-        print(f"# {name}: {said}", *map(told, job.commands), sep="\n")
+        print(f"# {name}: {said}")
+        for number in range(len(plan.origins[name]) if parameters and name in queued else 0):
+            after = [*(needed for needed in job.needs if needed in queued), *([name] if number else [])]
+            print(f"# {sbatch(job_name(name), parameters or {}, list(map(job_name, after)))}")
+        print(*map(told, job.commands), sep="\n")
     parts = [duration(seconds, device) for device, seconds in together.items()]
     parts += [f"{counted(unknown, 'run')} of unknown time"] if unknown else []
     print(f"# together: {' and '.join(parts) or 'nothing to do'}; evaluation is not counted")
@@ -249,10 +276,15 @@ def duration(seconds: float, device: str) -> str:
     return f"about {seconds / 3600:.2g} GPU-hours" if device == "cuda" else f"about {readable(seconds)} on the CPU"
 
 
-def queue(options: argparse.Namespace, todo: Mapping[str, Job], plan: Plan) -> int:
+def job_name(name: str) -> str:
+    """A run's name on a cluster."""
+    return name.replace("/", "-")
+
+
+def queue(options: argparse.Namespace, parameters: Mapping[str, Any], todo: Mapping[str, Job], plan: Plan) -> int:
     """Queues every run as a job that calls this tool for that run alone, and so locks, skips and resumes as ever."""
     place = plan.place
-    executor = make_executor(ROOT / place.out / "slurm", options.slurm)
+    executor = make_executor(ROOT / place.out / "slurm", parameters)
     rest = ["--scale", plan.scale, "--out", str(place.out), "--jobs", "1"]
     rest += ["--tables", str(options.tables.absolute())]
     rest += ["--data", str(place.data), *(f"{name}={path}" for name, path in place.sets.items())]
@@ -261,7 +293,7 @@ def queue(options: argparse.Namespace, todo: Mapping[str, Job], plan: Plan) -> i
         for table, run_id, seed in plan.origins[name]:
             command = [str(ROOT / "tools/reproduce.py"), "run", table.name, "--runs", run_id, "--seeds", str(seed)]
             after = [ids[needed] for needed in (*job.needs, name) if needed in ids]
-            ids[name] = submit(executor, name.replace("/", "-"), [sys.executable, *command, *rest], ROOT, after)
+            ids[name] = submit(executor, job_name(name), [sys.executable, *command, *rest], ROOT, after)
             print(f"job {ids[name]}: {name}", flush=True)
     print("queued: status says how far they are")
     return 0

@@ -2,8 +2,8 @@
 
 ``results/<experiment>/runs.jsonl`` keeps a run a line: its ``config.yaml``, ``environment.json``, ``summary.json``, the
 evaluations of its ``metrics.jsonl`` and what evaluations wrote beside them, each under the name of its file. A kept run
-goes by the path that its folder would have there: the line ``dml-0`` of ``results/quickstart/runs.jsonl`` is
-``results/quickstart/dml-0`` for every tool, and ``results/quickstart`` stands for all of them.
+goes by the path that its folder would have there: the line ``kd-0`` of ``results/quickstart/runs.jsonl`` is
+``results/quickstart/kd-0`` for every tool, and ``results/quickstart`` stands for all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import yaml
 
 from core.errors import InputError
 from core.files import make_folder, write_atomically
+from core.training.kept import KEPT
 from core.training.run import (
     digest_of,
     flatten,
@@ -31,8 +32,6 @@ from core.training.run import (
     read_signed,
     said_identity,
 )
-
-KEPT = "runs.jsonl"
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +165,8 @@ def _read_folder(folder: Path) -> dict[str, Any]:
         lines = read_metrics(folder / "metrics.jsonl", files.get("summary"))
         if evaluations := [line for line in lines if line.get("kind") == "evaluation"]:
             files["metrics"] = evaluations
-        if rounds := {one.name: found for one in sorted(folder.glob("*/")) if (found := _read_round(one))}:
+        pages = {page.parent for page in folder.glob("*/report.html")}  # which are no rounds
+        if rounds := {f.name: found for f in sorted(set(folder.glob("*/")) - pages) if (found := _read_round(f))}:
             files["rounds"] = rounds
         _check_kinds(files)
         return files

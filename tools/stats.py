@@ -34,6 +34,16 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values) - reach, fmean(values) + reach
 
 
+def p_value(values: Sequence[float]) -> float | None:
+    """Two-sided, of the t test that the mean of these is 0; None of one value, or of equal ones."""
+    from scipy.special import stdtr
+
+    if len(values) < 2:
+        return None
+    error = stdev(values) / math.sqrt(len(values))
+    return float(2 * stdtr(len(values) - 1, -abs(fmean(values)) / error)) if error > 0 else None
+
+
 @dataclass(frozen=True)
 class Difference:
     """What is left of our values less theirs, seed by seed; its mean; its 95 % t interval from two seeds on."""

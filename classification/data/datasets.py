@@ -16,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from classification.data.loaders import StreamLoader
-from classification.data.sources import Arrays, Augmentation, Source, Split, Streamed, sources
+from classification.data.policy import PLAIN, Erasing, Policy, auto_augmenter, make_policy
+from classification.data.sources import Arrays, Augmentation, Held, Source, Split, Streamed, sources
+from classification.data.subsets import choose, stratified
 from core.errors import InputError, notice, unknown
-from core.ranges import Count, Pixels, Range, Seed, Share, check_ranges
+from core.progress import progress_bar
+from core.ranges import Count, NonNegative, Pixels, Range, Seed, Share, Unit, check_ranges
+from core.training.run import is_main_process
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,8 +54,8 @@ class DataConfig:
 
     Args:
         name: cifar10, cifar100, digits (scikit-learn's handwritten digits: no file, no download), imagenet or folder
-            (`root/{train,val}/<class>/*.jpg`, or `root/{train,val}.tar`), or a name of timm's data set factory with
-            random access: `torch/<name>` (torchvision) or `hfds/<name>` (Hugging Face).
+            (`root/{train,val}/<class>/*.jpg`, `root/{train,val}.tar`, or `root/<class>/*.jpg`), or a name of timm's
+            data set factory with random access: `torch/<name>` (torchvision) or `hfds/<name>` (Hugging Face).
         root: Folder that holds the data set.
         download: Fetch the data set into `root` if it is missing (cifar10, cifar100, torch/...).
         image_size: Height and width in pixels. Empty: the set's own, that is 32 for CIFAR, 16 for digits, 224 for
@@ -62,10 +66,22 @@ class DataConfig:
             random_resized_crop (with flip) or none. Empty: crop for digits (a flipped digit is another shape),
             crop_flip up to 64 pixels, random_resized_crop above.
         padding: Zero pixels added on each side before a crop.
+        auto_augment: timm's policy for each training image, as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original, v0, 3a.
+        color_jitter: Brightness, contrast and saturation of each training image times a factor in [1 - x, 1 + x]; also
+            beside a policy.
+        re_prob: How often a rectangle of a training image is erased (timm's random erasing).
+        re_mode: What by: pixel noise, one rand(om) colour, or const, the data set's mean.
+        mixup: Alpha of mixup, which blends pairs of training images and their labels; 0 for none. One draw a batch.
+        cutmix: Alpha of cutmix, which pastes a rectangle of one into the other; 0 for none.
+        mixup_prob: How often a batch is mixed, by either.
+        mixup_switch_prob: How often it is cutmix, where both are on.
+        test: Share of the images that are test images in a folder of classes without train and val; stratified, drawn
+            by `split_seed`.
         validation: Share of the training images held out for validation, in [0, 1); stratified, drawn by `split_seed`.
         classes: Only the first so many classes, in the data set's order. Empty: all.
         per_class: Only so many training images of each class, drawn by `split_seed`. Empty: all.
-        workers: Processes that decode images, for data not held in memory; 0 decodes in the main process.
+        workers: Processes that decode images, for data not held in memory, as many as there are CPUs at most; 0 decodes
+            in the main process.
         split_seed: Seed of the validation split and of the `per_class` subset.
         noise: Share of the training images, in [0, 1), whose labels are drawn anew, uniformly over all classes (Table
             21); the run folder's `label_noise.safetensors` tells which. Validation and test labels stay true.
@@ -80,6 +96,15 @@ class DataConfig:
     in_memory: bool | None = None
     augmentation: Augmentation | None = None
     padding: Annotated[int, Range(0, 4096)] = 4
+    auto_augment: str | None = None
+    color_jitter: NonNegative | None = None
+    re_prob: Unit = 0.0
+    re_mode: Erasing = "pixel"
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    mixup_prob: Unit = 1.0
+    mixup_switch_prob: Unit = 0.5
+    test: Share = 0.2
     validation: Share = 0.0
     classes: Count | None = None
     per_class: Count | None = None
@@ -91,6 +116,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ranges("data.", self)
+
+    @property
+    def mixing(self) -> str:
+        """The options that mix images, by name; empty where none does."""
+        return " and ".join(f"data.{name}" for name in ("mixup", "cutmix") if getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -121,13 +151,22 @@ def load_datasets(config: DataConfig, first: int | None = None) -> DataSets:
     else:
         train, test = sources(config.name, config.root, config.download)
         names = train.class_names
-    chosen = choose(train.targets, test.targets, names, config)
+        if test is train:
+            notice(
+                f"note: {config.root} has no train and val: {config.test:.0%} of the images of each class are test "
+                "images (data.test, data.split_seed)"
+            )
+    chosen = choose(train.targets, None if test is train else test.targets, names, config)
     size = config.image_size or OWN_SIZE.get(config.name) or _own_size(config, train, int(chosen[0][0]))
     in_memory = config.in_memory
     if in_memory is None:
         fits = size <= SMALL and sum(map(len, chosen)) * 3 * size**2 <= MEMORY_BUDGET
         in_memory = isinstance(train, Arrays) or (fits and config.augmentation != "random_resized_crop")
     augmentation = augmentation_of(config, size)
+    mean, std = statistics_of(config.name)
+    policy = make_policy(
+        config.auto_augment, config.color_jitter, config.re_prob, config.re_mode, size=size, mean=mean, std=std
+    )
     if in_memory and augmentation == "random_resized_crop":
         raise InputError(
             "augmentation random_resized_crop needs images that are not held in memory: set data.in_memory to false "
@@ -142,18 +181,19 @@ def load_datasets(config: DataConfig, first: int | None = None) -> DataSets:
         if in_memory:
             resizing = config.image_size is not None or config.name in OWN_SIZE
             return _decode_all(_Sized(stored, size, resizing), indices, size, config.workers)
-        return Streamed(stored, targets, indices, *transforms(augmentation, size, config.padding))
+        return Streamed(stored, targets, indices, *transforms(augmentation, size, config.padding, policy))
 
     training = take(train, chosen[0])
-    if isinstance(training, Arrays):
+    if isinstance(training, Arrays) and policy:
+        augment, _ = transforms(augmentation, size, config.padding, policy)
+        held = Held(training, train.targets, names)
+        training = Streamed(held, training.targets, training.indices, augment, pixels)
+    elif isinstance(training, Arrays):
         training = replace(training, augmentation=augmentation, padding=config.padding)
     validation = take(train, chosen[1]) if len(chosen[1]) else None
     names = names[: config.classes]
-    if len(names) == 1:
-        notice(f"note: {config.name} has one class here: there is nothing to tell apart")
     if config.padding >= size and augmentation in ("crop", "crop_flip"):
         notice(f"note: data.padding {config.padding} at {size} pixels: crops can be black all over")
-    mean, std = statistics_of(config.name)
     return DataSets(training, validation, take(test, chosen[2]), len(names), names, mean, std, size)
 
 
@@ -174,6 +214,8 @@ def _check(config: DataConfig) -> None:
         raise unknown("data set", config.name, NAMES)
     if config.augmentation is not None and config.augmentation not in get_args(Augmentation):
         raise unknown("augmentation", config.augmentation, get_args(Augmentation))
+    if config.auto_augment is not None:
+        auto_augmenter(config.auto_augment, SMALL, IMAGENET_STATISTICS[0])
     if config.name in IN_MEMORY_NAMES and (config.image_size or 0) > 256:
         raise InputError(f"data.image_size {config.image_size}: {config.name} is held in memory, at 256 pixels at most")
     if config.name in IN_MEMORY_NAMES and config.in_memory is False:
@@ -189,50 +231,6 @@ def _own_size(config: DataConfig, source: Source, position: int) -> int:
             f"{source.describe(position)} has {width}x{height} pixels: set data.image_size (square images)"
         )
     return width if width == height and (width <= SMALL or config.in_memory) else 224
-
-
-def choose(
-    train_targets: Tensor, test_targets: Tensor, names: tuple[str, ...], config: DataConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorted positions int64 of the (train, validation, test) images that `classes`, `validation`, `per_class` leave.
-
-    The held-out images are drawn before `per_class`, so that they stay the same for every training subset.
-
-    Raises: InputError for more classes or images asked for than there are, or a split that stays empty.
-    """
-    classes = config.classes or len(names)
-    if classes > len(names):
-        raise InputError(f"data.classes is {classes}, but {config.name} has {len(names)} classes")
-    train, test = ((targets < classes).nonzero().squeeze(1) for targets in (train_targets, test_targets))
-    if not len(test):
-        raise InputError(f"no test images of the first {classes} classes of {config.name}")
-    held_out = stratified(train_targets[train], lambda count: round(config.validation * count), config.split_seed)
-    validation = train[held_out]
-    if config.validation and len(validation) in (0, len(train)):
-        raise InputError(
-            f"data.validation {config.validation} of {len(train)} training images leaves "
-            f"{'no validation' if not len(validation) else 'no training'} image"
-        )
-    train = train[~torch.isin(train, validation)]
-    if config.per_class is not None:
-        counts = torch.bincount(train_targets[train], minlength=classes)
-        if config.per_class > counts.min():
-            fewest = int(counts.argmin())
-            raise InputError(
-                f"data.per_class is {config.per_class}, but class {names[fewest]} has {counts[fewest]} training images"
-            )
-        number = config.per_class
-        train = train[stratified(train_targets[train], lambda count: number, config.split_seed)]
-    return train, validation, test
-
-
-def stratified(targets: Tensor, number: Callable[[int], int], seed: int) -> Tensor:
-    """Sorted positions int64 of `number(count)` random images of each class, where `count` is that class's size."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(targets), generator=generator)
-    grouped = order[targets[order].argsort(stable=True)]
-    groups = grouped.split(torch.bincount(targets).tolist())
-    return torch.cat([group[: number(len(group))] for group in groups]).sort().values
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -308,12 +306,10 @@ def pixels(image: Image) -> Tensor:
 
 def _decode_all(source: _Sized, indices: Tensor, size: int, workers: int) -> Arrays:
     """Decodes the images at `indices` once."""
-    from tqdm import tqdm
-
     split = Streamed(source, source.targets[indices], indices, pixels, pixels)
     images = torch.empty((len(indices), 3, size, size), dtype=torch.uint8)
     workers = worth_workers(len(indices), workers)
-    with tqdm(total=len(indices), desc="decoding", unit="image", disable=None, leave=False) as bar:
+    with progress_bar(len(indices), "decoding", shown=is_main_process()) as bar:
         loader = StreamLoader(split, CHUNK, train=False, workers=workers)
         for rows, batch in zip(images.split(CHUNK), loader, strict=True):
             rows.copy_(batch["image"])
@@ -334,23 +330,24 @@ def to_size(size: int) -> Callable[[Any], Any]:
 
 
 def transforms(
-    augmentation: Augmentation, size: int, padding: int
+    augmentation: Augmentation, size: int, padding: int, policy: Policy = PLAIN
 ) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
     """(training, evaluation) transforms from an RGB image to uint8 [3, size, size].
 
     With random_resized_crop they are the usual ones of ImageNet: 8 to 100 % of the area at an aspect ratio of 3/4 to
     4/3, and flips; evaluation resizes the shorter side to size / 0.875 and takes the centre. Otherwise the shorter side
-    is resized to `size` in both.
+    is resized to `size` in both. `policy`: what training does besides, after cropping and flipping.
     """
     from torchvision import transforms as T
 
     resized_crop = augmentation == "random_resized_crop"
     evaluation = T.Compose([T.Resize(round(size / 0.875)), T.CenterCrop(size)]) if resized_crop else to_size(size)
     flip = [T.RandomHorizontalFlip()]
-    training = {
+    cropping = {
         "random_resized_crop": [T.RandomResizedCrop(size), *flip],
         "crop_flip": [evaluation, T.RandomCrop(size, padding), *flip],
         "crop": [evaluation, T.RandomCrop(size, padding)],
         "none": [evaluation],
     }[augmentation]
-    return T.Compose([*training, T.PILToTensor()]), T.Compose([evaluation, T.PILToTensor()])
+    training = [*cropping, *policy.on_image, T.PILToTensor(), *policy.on_pixels]
+    return T.Compose(training), T.Compose([evaluation, T.PILToTensor()])

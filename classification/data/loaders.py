@@ -10,26 +10,19 @@ size (short last batch), the mean of their mean losses is the mean over the glob
 
 from __future__ import annotations
 
-import random
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from classification.data.draws import mix, seeded
 from classification.data.sources import Arrays, Split, Streamed
 from core.errors import InputError
 from core.training.distiller import Batch
 from core.training.order import EpochOrder
-
-
-def mix(*numbers: int) -> int:
-    """One 63-bit seed from several numbers; nearby inputs give unrelated seeds."""
-    words = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)
-    return int(words[0]) >> 1
 
 
 class EpochLoader(EpochOrder):
@@ -200,7 +193,7 @@ class StreamLoader(EpochLoader):
         self.loader = torch.utils.data.DataLoader(
             _Samples(split, self.train, self.seed, self.views),
             batch_sampler=self.plan,
-            num_workers=workers,
+            num_workers=(workers := min(workers, os.cpu_count() or 1)),  # torch warns of more
             collate_fn=_collate,
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
@@ -249,7 +242,7 @@ class _Samples(torch.utils.data.Dataset):
             return data.transform(image), int(data.targets[index]), index
         augmented = []
         for view in range(self.views):
-            with _seeded(mix(self.seed, epoch, index, view)):
+            with seeded(mix(self.seed, epoch, index, view)):
                 augmented.append(data.augment(image))
         return augmented[0] if self.views == 1 else torch.stack(augmented), int(data.targets[index]), index
 
@@ -263,21 +256,6 @@ def _collate(samples: list[tuple[Tensor, int, int] | InputError]) -> tuple[dict[
     images, targets, indices = zip(*whole, strict=True)
     batch = {"image": torch.stack(images), "target": torch.tensor(targets), "index": torch.tensor(indices)}
     return batch, broken
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the generators of Python, NumPy and torch (CPU), and give them their states back at the end."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 def make_loader(split: Split, batch_size: int, **options: Any) -> InMemoryLoader | StreamLoader:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from classification.data.loaders import mix
+from classification.data.draws import mix
 from classification.data.sources import Split
 from core.errors import InputError
 from core.files import write_atomically

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError, notice
+from core.files import how_to_make
 from core.images import EXTENSIONS, broken_image, check_file, class_folders, image_files, is_image_name, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Augmentation = Literal["crop_flip", "crop", "random_resized_crop", "none"]
+TRAIN, TEST = ("train",), ("val", "validation", "test")  # what the splits of a folder are called
 ITERABLE_PREFIXES = ("hfids", "tfds", "wds")
 File = tuple[str, int, int | None]
 """Path, offset and size in bytes of an image; size None means the whole file."""
@@ -80,6 +82,23 @@ class Streamed:
 
 
 Split = Arrays | Streamed
+
+
+class Held:
+    """The images of a split in memory, one by one: where more is done to each than a batch of them can have at once."""
+
+    def __init__(self, arrays: Arrays, targets: Tensor, class_names: tuple[str, ...]) -> None:
+        self.targets, self.class_names = targets, class_names
+        self.images = arrays.images.permute(0, 2, 3, 1).contiguous().numpy()  # [N, H, W, C]
+        self.rows = {position: row for row, position in enumerate(arrays.indices.tolist())}
+
+    def image(self, position: int) -> Image:
+        from PIL import Image
+
+        return Image.fromarray(self.images[self.rows[position]])
+
+    def describe(self, position: int) -> str:
+        return f"image {position} in memory"
 
 
 class FileSource:
@@ -165,14 +184,17 @@ def find_split(root: str, names: Sequence[str], content: str) -> Path:
     """
     folder = Path(root)
     if not folder.is_dir():
-        raise InputError(f"data folder {folder} does not exist: set --data.root to a folder with train and val folders")
+        raise InputError(
+            f"data folder {folder} does not exist: set --data.root to a folder of classes, or with train and val in it"
+            f"{how_to_make(folder)}"
+        )
     for name in names:
         for path in (folder / name, folder / f"{name}.tar"):
             if path.exists():
                 return path
     raise InputError(
         f"no {content} images in {folder}: expected {' or '.join(str(folder / name) for name in names)} "
-        "with a folder for each class"
+        f"with a folder for each class{how_to_make(folder)}"
     )
 
 
@@ -243,7 +265,8 @@ def _tar_images(split: Path) -> list[tarfile.TarInfo]:
 def sources(name: str, root: str, download: bool = False) -> tuple[Source, Source]:
     """(train, test) of a timm data set name with a prefix, or else of the folder ``root``.
 
-    Test is ``validation`` where a timm set has that, else ``test``.
+    Test is ``validation`` where a timm set has that, else ``test``; the same source as train where ``folder_sources``
+    finds no splits.
     Raises: InputError for an iterable set (see below), or one that timm, torchvision or Hugging Face cannot load.
     """
     if "/" not in name:
@@ -265,10 +288,16 @@ def sources(name: str, root: str, download: bool = False) -> tuple[Source, Sourc
 def folder_sources(root: str) -> tuple[FileSource, FileSource]:
     """(train, test) of `root/train` and the first of `root/val`, `root/validation`, `root/test`.
 
+    Where `root` has none of these and holds the classes itself, one and the same source of all images stands for both.
     Raises: InputError for a missing folder, an empty class, or a test class that the training images lack.
     """
-    train_path = find_split(root, ("train",), "training")
-    test_path = find_split(root, ("val", "validation", "test"), "test")
+    splits = [Path(root, f"{name}{suffix}") for name in (*TRAIN, *TEST) for suffix in ("", ".tar")]
+    if Path(root).is_dir() and not any(path.exists() for path in splits) and any(class_folders(root).values()):
+        classes = list_classes(Path(root))
+        whole = FileSource(classes, tuple(classes))
+        return whole, whole
+    train_path = find_split(root, TRAIN, "training")
+    test_path = find_split(root, TEST, "test")
     train, test = list_classes(train_path), list_classes(test_path)
     _check_known(test, train, f"{test_path} has class", str(train_path))
     if absent := [name for name in train if name not in test]:

@@ -114,10 +114,10 @@ class AFD(Method):
                 "AFD goes back twice through one graph, and a compiled one is used up: leave fit.compile off"
             )
 
-    def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
+    def prepare(self, networks: dict[str, nn.Module], samples: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         shapes, self.extractors = {}, []
         for role, network in networks.items():
-            shapes[role], parameters = last_map(network, sample)
+            shapes[role], parameters = last_map(network, samples[role])
             self.extractors += parameters
         channels = max(c for c, _, _ in shapes.values())
         size = (min(h for _, h, _ in shapes.values()), min(w for _, _, w in shapes.values()))

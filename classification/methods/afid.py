@@ -205,6 +205,7 @@ class AFID(Method):
     """
 
     Options = AFIDOptions
+    takes_average = False
 
     export_note = (
         "trained by AFID, it needs its peer's attention at test time; alone it is not the network that was trained, "
@@ -220,12 +221,16 @@ class AFID(Method):
             raise InputError(f"AFID trains exactly two networks, and there are {len(roles)}: {', '.join(roles)}")
 
     @torch.no_grad()
-    def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
+    def prepare(self, networks: dict[str, nn.Module], samples: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+        if len({sample.shape for sample in samples.values()}) > 1:
+            raise InputError(
+                "AFID's networks weigh each other's maps place by place: give both one networks.<role>.size, or none"
+            )
         stems, lasts = [], []
-        for network in networks.values():
+        for role, network in networks.items():
             probe = copy.deepcopy(network).eval()  # a copy: neither mode nor statistics of the network may change
             stem, stages = split_at_stem(probe)
-            stems.append(stem(sample))
+            stems.append(stem(samples[role]))
             lasts.append(stages(stems[-1])[0])
         classes = probe.forward_head(lasts[-1]).shape[1]  # type: ignore[operator]
         self.after_stem = Interaction(stems[0].shape[1], stems[1].shape[1])

@@ -110,6 +110,12 @@ class Method(nn.Module):
     takes_smooth_labels: ClassVar[bool] = True
     """Whether its losses against labels are ``criterion``'s alone, so that ``label_smoothing`` means one thing."""
 
+    class_index: str = ""
+    """What of it goes by the class index of an image, which a mixed one has not; empty where nothing does."""
+
+    takes_average: ClassVar[bool] = True
+    """Whether a network with averaged weights (``fit.ema_decay``) predicts by itself what it does here."""
+
     export_note: str = ""
     """Where a network alone is not what was trained: what its weight files, and tools that load it alone, say."""
 
@@ -122,7 +128,7 @@ class Method(nn.Module):
         self.options: Any = options if options is not None else self.Options()
         self.with_adm = with_adm
         self.criterion: Criterion = F.cross_entropy
-        """What compares logits ``[B, K]`` with class indices ``[B]``."""
+        """What compares logits ``[B, K]`` with class indices ``[B]``, or with the probabilities of mixed images."""
 
     def smooth_labels(self, share: float) -> None:
         """Lets ``criterion`` spread that share of each label over all classes; 0 leaves everything as it is.
@@ -137,6 +143,13 @@ class Method(nn.Module):
             )
         self.criterion = partial(F.cross_entropy, label_smoothing=share)
 
+    def mix_labels(self, options: str) -> None:
+        """Raises: InputError where it cannot learn of the mixed images that these options make; empty for none."""
+        if options and self.class_index:
+            raise InputError(
+                f"{self.class_index} goes by the class index of each image, and {options} leaves it none: leave it out"
+            )
+
     def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
         """Refuses what it cannot train, before any network is built, by an InputError.
 
@@ -146,10 +159,10 @@ class Method(nn.Module):
             name, there = type(self).__name__, ", ".join(roles) or "none"
             raise InputError(f"{name} needs at least {self.min_networks} networks, and there is {there}")
 
-    def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
+    def prepare(self, networks: dict[str, nn.Module], samples: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         """The networks that take part: may wrap or freeze one, or build modules of the method's own.
 
-        ``sample``: normalised images ``[B, 3, H, W]``.
+        ``samples``: by role, normalised images ``[B, 3, H, W]`` of the network's own size.
         """
         return networks
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -111,6 +111,8 @@ class KDCL(Method):
         super().__init__(options, with_adm=with_adm)
         self.views = self.options.views or ("shared" if with_adm else "separate")
         self.needs_held_out = self.options.variant == "general"
+        if self.options.variant not in ("general", "mean"):
+            self.class_index = f"kdcl.variant {self.options.variant}"
         # Compiled, its loops would be unrolled: minutes of compilation.
         self.linear_weights = torch.compiler.disable(linear_weights)
         if with_adm and self.views == "separate":
@@ -127,7 +129,7 @@ class KDCL(Method):
                 "are: give --data.validation 0.1, or choose another --kdcl.variant"
             )
 
-    def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
+    def prepare(self, networks: dict[str, nn.Module], samples: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         if self.options.variant == "general":
             m = len(networks)
             self.register_buffer("weights", torch.full((m,), 1 / m, dtype=torch.float64))  # epoch 0's

@@ -94,10 +94,10 @@ class SHAKE(Method):
                 "--shake.online_teacher true"
             )
 
-    def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
+    def prepare(self, networks: dict[str, nn.Module], samples: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         """Freezes the teacher and builds its shadow head. Raises: InputError for a teacher that can have none."""
         teacher = networks["teacher"]
-        maps = probe(teacher, sample)
+        maps = probe(teacher, samples["teacher"])
         if len(maps) < 3:
             raise InputError(f"shake needs the last three stage maps of its teacher, which hands out {len(maps)}")
         classifier = classifier_of(teacher)

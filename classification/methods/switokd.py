@@ -60,6 +60,7 @@ class SwitOKD(Method):
 
     Options = SwitOKDOptions
     takes_smooth_labels = False
+    class_index = "SwitOKD"
 
     def check(self, run: TrainConfig, roles: Sequence[str], pretrained: Collection[str]) -> None:
         if sorted(roles) not in [sorted(form) for form in FORMS]:

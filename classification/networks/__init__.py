@@ -11,13 +11,22 @@ from typing import Any
 from torch import nn
 
 from classification.networks.base import CifarNetwork
-from classification.networks.libraries import create_of_library, fetch_state, folder_of, of_library, torchvision_names
+from classification.networks.libraries import (
+    HUB,
+    LOCAL_DIR,
+    create_of_library,
+    fetch_state,
+    folder_of,
+    hub_says_once,
+    of_library,
+    torchvision_names,
+)
 from classification.networks.mobilenet import MobileNetV1, MobileNetV2
 from classification.networks.resnet import Bottleneck, ResNet, WideResNet
 from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
 from classification.networks.state import load_state
 from classification.networks.vgg import VGG
-from core.errors import InputError, unknown
+from core.errors import InputError, first_line, unknown
 
 __all__ = ["CIFAR_NETWORKS", "CifarNetwork", "create_network"]
 
@@ -86,7 +95,8 @@ def create_network(
     if timm.models.is_model_in_modules(name, {"resnet"}):
         options = {"zero_init_last": False, **options}
     try:
-        return timm.create_model(name, pretrained, num_classes=num_classes, in_chans=in_chans, **options)
+        with hub_says_once():
+            return timm.create_model(name, pretrained, num_classes=num_classes, in_chans=in_chans, **options)
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
@@ -95,5 +105,7 @@ def create_network(
         if not pretrained and ":" not in name and "." not in name:
             raise
         hint = "; without internet access, leave pretrained out and give a weight file" if pretrained else ""
-        reason = str(error).partition("\n")[0]
+        if name.startswith(HUB):
+            hint = f"; without internet access, name a folder: {LOCAL_DIR}FOLDER"
+        reason = first_line(error).rstrip(".")
         raise InputError(f"{name}: {reason}{hint}") from error

@@ -6,7 +6,9 @@ The last is timm's own way, and so is ``hf-hub:NAME``. A folder's weights are re
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,18 @@ from core.errors import InputError, first_line, unknown
 TORCHVISION, TRANSFORMERS, LOCAL_DIR, HUB = "torchvision/", "transformers/", "local-dir:", "hf-hub:"
 FILES = ("model.safetensors", "pytorch_model.bin")
 """What timm and transformers call the weights in a folder."""
+
+
+@contextmanager
+def hub_says_once() -> Iterator[None]:
+    """Without a line of huggingface_hub for each time that it tries to reach the hub: its error says it."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def of_library(name: str) -> bool:
@@ -118,14 +132,15 @@ def fetch_state(name: str) -> Mapping[str, Tensor]:
             return _torchvision(name)[1].get_state_dict(progress=False, check_hash=True)
         from transformers import AutoModelForImageClassification
 
-        return AutoModelForImageClassification.from_pretrained(name.removeprefix(TRANSFORMERS)).state_dict()
+        with hub_says_once():
+            return AutoModelForImageClassification.from_pretrained(name.removeprefix(TRANSFORMERS)).state_dict()
     except ImportError as error:
         raise _missing(name, error) from error
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         hint = "without internet access, leave pretrained out and give a weight file"
-        raise InputError(f"{name}: {first_line(error)[:200]}; {hint}") from error
+        raise InputError(f"{name}: {first_line(error)[:200].rstrip('.')}; {hint}") from error
 
 
 def said_of(name: str) -> dict[str, Any]:
@@ -182,9 +197,11 @@ def _config(name: str, **changed: Any) -> Any:
         raise _missing(name, error) from error
     place = folder_of(name) or name.removeprefix(TRANSFORMERS)
     try:
-        return AutoConfig.from_pretrained(place, **changed)
+        with hub_says_once():
+            return AutoConfig.from_pretrained(place, **changed)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{name}: {first_line(error)[:200]}") from error
+        hint = f"; without internet access, name a folder: {TRANSFORMERS}FOLDER" if isinstance(place, str) else ""
+        raise InputError(f"{name}: {first_line(error)[:200].rstrip('.')}{hint}") from error
 
 
 def _missing(name: str, error: ImportError) -> InputError:

@@ -18,7 +18,10 @@ from classification.networks.shufflenet import ShuffleNetV1, ShuffleNetV2
 from classification.networks.state import OtherClasses, load_state
 from classification.networks.vgg import VGG
 from core.errors import InputError
+from core.files import how_to_make
+from core.training.average import SUFFIX
 from core.training.checkpoint import BEST, LAST, goal, read_state
+from core.training.kept import refuse_kept
 from core.weights import read_metadata, read_state_dict, split_key, weights_hash
 
 
@@ -27,30 +30,36 @@ def find_weights(place: str | Path, role: str, architecture: str) -> Path:
 
     Args:
         place: a weight file, or FILE#KEY; a run folder of ours (its last checkpoint counts); a checkpoint folder
-            (last, best, step-00000123).
+            (last, best, step-00000123); or either folder as FOLDER#ROLE, for its file of that role (student_ema).
         role: the role asked for. A folder's file of that role is taken; without one, the folder's only file of that
             architecture (its only teacher's, where a teacher is asked for and others fit too).
         architecture: the network's name.
     Raises: InputError where there is no such file, or several.
     """
-    place = Path(place)
+    before, _, named = str(place).rpartition("#")
+    in_folder = bool(before) and Path(before).is_dir() and not Path(place).exists()
+    place, named = (Path(before), named) if in_folder else (Path(place), "")
     place = goal(place) if place.name in (LAST, BEST) else place
     if split_key(place)[0].is_file():
         return place
     if not place.is_dir():
-        raise InputError(f"no weight file {place}")
+        refuse_kept(place)
+        raise InputError(f"no weight file {place}{how_to_make(place)}")
     last = goal(place / "checkpoints" / LAST)
     folder = last if last.is_dir() else place
     if (folder / "state.pt").is_file():
         read_state(folder)  # which says it where a weight file is not what was saved
-    if (own := folder / f"{role}.safetensors").is_file():
+    if (own := folder / f"{named or role}.safetensors").is_file():
         return own
     said = {file: read_metadata(file).get("architecture", "unknown") for file in sorted(folder.glob("*.safetensors"))}
     if not said:
         raise InputError(
             f"{place} holds no weights: give a weight file, a run folder with a checkpoint, or a checkpoint folder"
         )
-    fitting = [file for file, name in said.items() if same_architecture(name, architecture)]
+    if named:
+        raise InputError(f"{folder} holds no weights of {named}: it holds those of {', '.join(f.stem for f in said)}")
+    own_weights = {file: name for file, name in said.items() if not file.stem.endswith(SUFFIX)}
+    fitting = [file for file, name in own_weights.items() if same_architecture(name, architecture)]
     alike = [file for file in fitting if file.stem.partition("_")[0] == role.partition("_")[0]]
     for found in (alike, fitting):
         if len(found) == 1:

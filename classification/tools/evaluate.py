@@ -4,8 +4,9 @@
     python classification/tools/evaluate.py --weights resnet20.pth --network cifar_resnet20 --data.name cifar10
 
 `--export FOLDER --format timm,onnx,torch` writes a network as others open it, with a model card: timm's config.json and
-model.safetensors, model.onnx, model.pt2. The latter two take `pixel_values`, float [batch, 3, H, W], normalised, at the
-evaluated size, any number of them; by `--with-preprocessing` it is `image`, RGB in [0, 1]. Out: `logits`, [batch, K].
+model.safetensors, model.onnx, model.pt2; of networks of transformers also that library's folder. ONNX and .pt2 take
+`pixel_values`, float [batch, 3, H, W], normalised, at the evaluated size, any number of them; by `--with-preprocessing`
+it is `image`, RGB in [0, 1]. Out: `logits`, [batch, K].
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from classification.card import model_card
 from classification.config import ONLINE, Command, Task, TrainConfig
 from classification.data import DataConfig
 from classification.distiller import NetworkConfig
-from classification.evaluation import evaluate
+from classification.evaluation import Evaluation, evaluate
 from classification.experiment import Experiment, build, command_of, restore
-from classification.export import FORMATS, Export, check, parse_formats, write
+from classification.export import FORMATS, Export, check, check_folder, parse_formats, write
 from classification.methods.base import MethodOptions
 from classification.networks.pretrained import normalisation_of
 from core.analysis.attention import KEYS
@@ -104,8 +105,13 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
     add(
         "--export", type=str, default=None, help="write a network, with a model card, to this new folder (see --format)"
     )
-    add("--format", type=str, default=None, help="of the export: some of timm,onnx,torch, as timm,onnx")
-    add("--export_role", type=str, default=None, help="which network; the student unless given")
+    add("--format", type=str, default=None, help="of the export: some of timm,onnx,torch,transformers, as timm,onnx")
+    add(
+        "--export_role",
+        type=str,
+        default=None,
+        help="which network, or its average as student_ema; the student unless given",
+    )
     about = "ONNX and .pt2 normalise by themselves: they take RGB in [0, 1]"
     add("--with-preprocessing", "--with_preprocessing", dest="with_preprocessing", action="store_true", help=about)
     add("--data", type=DataConfig, default=data or DataConfig())
@@ -125,6 +131,7 @@ def parse_options(argv: Sequence[str] | None, data: DataConfig | None = None) ->
             folder = "FOLDER" if options.export in FORMATS else options.export  # as --export onnx once was
             kinds = options.export if options.export in FORMATS else ",".join(FORMATS)
             raise InputError(f"--export names a folder, --format what goes there: --export {folder} --format {kinds}")
+        check_folder(Path(options.export).resolve())
         parse_formats(options.format)
     return options
 
@@ -149,19 +156,29 @@ def weights_command(options: Any) -> Command:
 
 def evaluate_split(experiment: Experiment, split: str, source: dict[str, Any], device: str) -> dict[str, Any]:
     """One pass in float32; returns what is written as JSON."""
-    distiller, images = experiment.distiller, experiment.split(split)
+    found = evaluate(experiment.distiller, experiment.evaluation_loader(experiment.split(split)))
+    return as_report(experiment, split, source, device, found)
+
+
+def as_report(
+    experiment: Experiment, split: str, source: dict[str, Any], device: str, found: Evaluation
+) -> dict[str, Any]:
+    """What is written as JSON of an evaluation of a split."""
+    distiller = experiment.distiller
     networks = {}
     for role, (mean, std) in distiller.normalisation.items():
-        parameters = sum(p.numel() for p in distiller.networks[role].parameters())
+        parameters = sum(p.numel() for p in distiller.network(role).parameters())
         name = distiller.configs[role].name
         networks[role] = {"name": name, "parameters": parameters, "mean": list(mean), "std": list(std)}
+        if (size := distiller.configs[role].size) is not None:
+            networks[role]["size"] = size
     return {
         **source,
         "data": asdict(experiment.command.config.data),
         "split": split,
-        "images": len(images),
+        "images": len(experiment.split(split)),
         "networks": networks,
-        "values": evaluate(distiller, experiment.evaluation_loader(images)).values,
+        "values": found.values,
         "environment": environment(device),
     }
 

@@ -27,10 +27,12 @@ from classification.experiment import Experiment, command_of, images_at, load_ch
 from core.adm import consensus_attention
 from core.analysis.attention import KEYS
 from core.analysis.calibration import draw_reliability
+from core.analysis.colors import role_color, series_color
 from core.analysis.curves import draw_curves
+from core.analysis.looks import MARKERS
 from core.analysis.maps import box_share, cam, draw_maps, pair_maps, relative_cam
 from core.errors import InputError
-from core.files import make_folder, save_figure, save_json
+from core.files import how_to_make, make_folder, save_figure, save_json
 from core.images import EXTENSIONS
 from core.training.checkpoint import find_checkpoint, numbered, step_of
 from core.training.command import DONE, add_device, align, device_of, parse, run_command, tool_parser
@@ -194,7 +196,7 @@ def box_table_of(file: Path, size: int) -> dict[str, list[float]]:
     """``{"train/n01443537/0": [x0, y0, x1, y1]}``, x1 and y1 exclusive. Raises: InputError naming the line."""
     corners = ("x0", "y0", "x1", "y1")
     if not file.is_file():
-        raise InputError(f"no box file {file}")
+        raise InputError(f"no box file {file}{how_to_make(file)}")
     table: dict[str, list[float]] = {}
     with open(file, newline="") as opened:
         reader = csv.reader(opened, delimiter="\t")
@@ -262,26 +264,30 @@ def draw_box_shares(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axis = figure.subplots()
     unit = "epoch" if all(row["epoch"] is not None for row in rows) else "step"
     x = [row[unit] for row in rows]
-    for name in rows[0]["shares"]:
+    names = list(rows[0]["shares"])
+    for name in names:
         shares = [row["shares"][name] for row in rows]
         y = [100 * share["mean"] for share in shares]
         if name == "area":
             axis.plot(x, y, color="0.3", linestyle="--", linewidth=1, label="area of the box (chance)")
             continue
-        (line,) = axis.plot(x, y, marker="o", markersize=3, linewidth=1.4, label=name)
+        number = names.index(name)
+        role = name.removeprefix("CAM ")
+        color, marker = series_color(2 + number) if role == name else role_color(role), MARKERS[number % len(MARKERS)]
+        axis.plot(x, y, color=color, marker=marker, markersize=3.5, linewidth=1.4, label=name)
         reach = [196 * share["standard_error"] for share in shares]
         low, high = [a - r for a, r in zip(y, reach, strict=True)], [a + r for a, r in zip(y, reach, strict=True)]
-        axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     axis.set(
         xlabel=unit, ylabel="share inside the object box (%)", title="bands: 95 % intervals of the distance from chance"
     )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3, linewidth=0.6)
-    axis.legend(fontsize="small")
+    figure.legend(*axis.get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=2)
     save_figure(figure, path)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import save_figure
 from .attention import RunningSums
+from .colors import GREEN, PURPLE
 
 
 class Calibration(RunningSums):
@@ -90,7 +91,7 @@ def draw_reliability(calibrations: Mapping[str, Calibration], path: str | Path) 
     save_figure(figure, path)
 
 
-_ACCURACY, _OVER, _UNDER = "#9ecae1", "#d62728", "#2ca02c"
+_ACCURACY, _OVER, _UNDER = "0.85", PURPLE, GREEN
 
 
 def _draw_diagram(axis: Any, reliability: Tensor, title: str) -> None:
@@ -104,7 +105,8 @@ def _draw_diagram(axis: Any, reliability: Tensor, title: str) -> None:
         axis.bar(centre[gap], high - low, width, bottom=low, facecolor="none", edgecolor=color, hatch="////")
     axis.plot([0, 1], [0, 1], color="0.3", linestyle="--", linewidth=1)
     axis.plot(confidence, accuracy, color="black", marker="o", markersize=3.5, linewidth=1)
-    axis.set(title=title, xlim=(0, 1), ylim=(0, 1))
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    axis.set_title(title, parse_math=False)
 
 
 def _draw_histogram(axis: Any, calibration: Calibration) -> None:
@@ -114,7 +116,7 @@ def _draw_histogram(axis: Any, calibration: Calibration) -> None:
     centre = (torch.arange(calibration.bins) + 0.5) * width
     mean_confidence, accuracy = (confidence.sum() / total).item(), (correct.sum() / total).item()
     axis.bar(centre.numpy(), (count / total).numpy(), width, color="0.6", edgecolor="white", linewidth=0.6)
-    axis.axvline(mean_confidence, color="C3", label=f"mean confidence {100 * mean_confidence:.1f} %")
-    axis.axvline(accuracy, color="C0", linestyle="--", label=f"accuracy {100 * accuracy:.1f} %")
-    axis.legend(fontsize="small", loc="upper left")
+    axis.axvline(mean_confidence, color=PURPLE, label=f"mean confidence {100 * mean_confidence:.1f} %")
+    axis.axvline(accuracy, color=GREEN, linestyle="--", label=f"accuracy {100 * accuracy:.1f} %")
+    axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.4), ncols=2, frameon=False)
     axis.set_xlabel(f"confidence (%), {int(total):,} samples, {calibration.bins} bins")

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import save_figure
+from .colors import SIDES, TERMS, role_color
+from .looks import MARKERS, role_marker
 
 Line = Mapping[str, Any]
 Series = tuple[list[float], list[float]]  # x, y
@@ -18,6 +20,8 @@ SMOOTHED_FROM = 200  # points; shorter curves are drawn as they are
 LOG_FROM = 30.0  # ratio of the largest to the smallest value of a panel
 SCORES = ("top1", "top5", "ece")  # every other term of a training line is a loss
 STYLES = ("-", "--", ":")
+WATCHED = ("attention", "adm")  # roles of no network, and terms of no loss
+PAUSED = "paused"  # a share of the steps and no loss
 
 
 class Panel(NamedTuple):
@@ -33,8 +37,9 @@ def draw_curves(metrics: Sequence[Line], path: str | Path) -> None:
     """Draw the lines of a run's ``metrics.jsonl``: a panel for whatever they hold, none for what they lack.
 
     Training loss terms (a panel for each role), top-1, calibration error and mIoU of every role and split, learning
-    rate, and the attention statistics of Table 17, over epochs (over steps where no line has an epoch). Values that are
-    missing or not finite are left out.
+    rate, what training and evaluation log of S and the attention (Table 17), and the shares of steps and images that a
+    method leaves out, over epochs (over steps where no line has an epoch). Values that are missing or not finite are
+    left out. Losses far apart, and a learning rate that falls by steps, stand on a logarithmic axis.
     Raises: InputError where there is nothing to draw or ``path`` cannot be written (see ``save_figure``).
     """
     x = "epoch" if any("epoch" in line for line in metrics) else "step"
@@ -42,17 +47,20 @@ def draw_curves(metrics: Sequence[Line], path: str | Path) -> None:
     evaluation = [line for line in metrics if line.get("kind") == "evaluation"]
     panels = [*_loss_panels(training, x), *_score_panels(evaluation, x)]
     if (rates := _series(training, "lr", x))[0]:
-        look = {"color": "0.2", "marker": "o" if len(rates[0]) == 1 else None, "drawstyle": "steps-post"}
-        panels.append(Panel("learning rate", "learning rate", [(rates, look)], logarithmic=True))
-    panels += _attention_panels(evaluation, x)
+        stepwise = len(set(rates[1])) <= len(rates[1]) // 3  # of a schedule with milestones: most points repeat
+        look = {"color": "0.2", "marker": "o" if len(rates[0]) == 1 else None}
+        look["drawstyle"] = "steps-pre" if stepwise else "default"
+        panels.append(Panel("learning rate", "learning rate", [(rates, look)], logarithmic=stepwise))
+    panels += _watched_panels(training, x) + _attention_panels(evaluation, x)
     if not panels:
         raise InputError(f"cannot draw {path}: the metrics hold no loss, accuracy, learning rate or attention yet")
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     columns = min(len(panels), 4 if len(panels) > 6 else 3)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.3 * columns, 3.3 * rows), layout="constrained")
+    figure = Figure(figsize=(4.3 * columns, 3.3 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06))
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in axes[len(panels) :]:
         spare.set_axis_off()
@@ -65,12 +73,16 @@ def draw_curves(metrics: Sequence[Line], path: str | Path) -> None:
             axis.set_yscale("log")
         axis.set(title=panel.title, ylabel=panel.unit)
         axis.set_xlabel(x)
+        if panel.unit.startswith("share"):
+            axis.set_ylim(-0.03, 1.03)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=end > 3))
         if end > 0:  # the same stretch of training in every panel
             axis.set_xlim(-0.03 * end, 1.03 * end)
         axis.grid(alpha=0.3, linewidth=0.6)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="small")
+        if axis.get_legend_handles_labels()[0]:  # below the panel, where it covers no curve
+            longest = max(len(str(look.get("label", ""))) for _, look in panel.curves)
+            columns = 1 if longest > 24 else 2 if longest > 14 else 3
+            axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, frameon=False)
     save_figure(figure, path)
 
 
@@ -103,21 +115,23 @@ def _keys(lines: Sequence[Line]) -> list[tuple[str, str]]:
     return [(name[0], name[1]) for name in sorted(names, key=rank)]
 
 
-def _curve(points: Series, label: str, color: str, style: str = "-") -> tuple[Series, dict[str, Any]]:
-    # Few points need markers: a curve of one point is invisible without.
-    marker = "o" if len(points[0]) <= 30 else None
-    look = {"linestyle": style, "color": color, "marker": marker, "markersize": 3, "linewidth": 1.4, "label": label}
-    return points, look
+def _curve(
+    points: Series, label: str, color: str, style: str = "-", marker: str = "o"
+) -> tuple[Series, dict[str, Any]]:
+    """A dozen markers tell curves apart without their colours, and one point is invisible without."""
+    look = {"linestyle": style, "color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.4, "label": label}
+    return points, look | {"markevery": max(1, len(points[0]) // 12)}
 
 
 def _loss_panels(training: Sequence[Line], x: str) -> list[Panel]:
     losses: dict[str, dict[str, Series]] = {}  # role -> term -> points
     for role, term in _keys(training):
         points = _series(training, f"{role}/{term}", x)
-        if role != "attention" and term not in SCORES and points[0]:
+        if role not in WATCHED and term not in (*SCORES, PAUSED) and points[0]:
             losses.setdefault(role, {})[term] = points
     terms = sorted({term for by_term in losses.values() for term in by_term})
-    colors = {term: f"C{i % 10}" for i, term in enumerate(terms)}  # a term has one colour in all panels
+    others = [term for term in terms if term not in SIDES]
+    colors = SIDES | {term: TERMS[i % len(TERMS)] for i, term in enumerate(others)}  # of a term, in all panels
     panels = []
     for role, by_term in losses.items():
         title, curves = f"training loss: {role}", []
@@ -125,7 +139,7 @@ def _loss_panels(training: Sequence[Line], x: str) -> list[Panel]:
             if len(ys) >= SMOOTHED_FROM:
                 curves.append(((xs, ys), {"color": colors[term], "linewidth": 0.6, "alpha": 0.25}))
                 ys, title = _running_mean(ys, len(ys) // 50), f"training loss: {role} (running mean)"
-            curves.append(_curve((xs, ys), term, colors[term]))
+            curves.append(_curve((xs, ys), term, colors[term], marker=MARKERS[terms.index(term) % len(MARKERS)]))
         panels.append(Panel(title, "loss term", curves, logarithmic=True))
     return panels
 
@@ -149,34 +163,76 @@ def _score_panels(evaluation: Sequence[Line], x: str) -> list[Panel]:
             for split, lines in _by_split(evaluation).items()
             if key == term and (points := _series(lines, f"{role}/{term}", x))[0]
         }
-        roles, splits = (list(dict.fromkeys(key[i] for key in scores)) for i in (0, 1))
+        splits = list(dict.fromkeys(split for _, split in scores))
         curves = []
         for (role, split), points in scores.items():
             label = f"{role} {split}".strip() + f": last {points[1][-1]:.2f}, best {best(points[1]):.2f}"
-            color, style = f"C{roles.index(role) % 10}", STYLES[splits.index(split) % len(STYLES)]
-            curves.append(_curve(points, label, color, style))
+            color, style = role_color(role), STYLES[splits.index(split) % len(STYLES)]
+            curves.append(_curve(points, label, color, style, role_marker(role)))
         if curves:
             panels.append(Panel(title, unit, curves))
     return panels
 
 
-_SIDES = {"consensus": "C0", "divergence": "C3"}
-_EXTREMES = {f"{side}_{of}": (side if of == "max" else "", _SIDES[side]) for side in _SIDES for of in ("max", "min")}
-_ATTENTION = {  # title -> unit, name of the statistic -> label and colour
-    "extremes of the attention": ("smallest and largest weight", _EXTREMES),
-    "variance of the attention": ("variance over locations", {f"{k}_variance": (k, c) for k, c in _SIDES.items()}),
-    "similarity of the maps": ("mean cosine S", {"similarity": ("", "0.2")}),
+_LOGGED = {  # title -> unit, name of what a training line logs -> label, colour, line and marker
+    "similarity of the maps in training": (
+        "cosine S",
+        {
+            "adm/similarity": ("mean", "0.2", "-", "o"),
+            "adm/similarity_max": ("largest", "0.2", "--", "^"),
+            "adm/similarity_min": ("smallest", "0.2", ":", "v"),
+        },
+    ),
+    "attention in training": (
+        "weight (mean 1)",
+        {"adm/attention_std": ("standard deviation in an image", SIDES["consensus"], "-", "D")},
+    ),
+    "images with ADM": ("share of a batch", {"adm/active": ("", "0.2", "-", "o")}),
 }
+_ATTENTION: dict[str, tuple[str, dict[str, tuple[str, str, str, str]]]] = {
+    "extremes of the attention": (
+        "smallest and largest weight",
+        {
+            f"attention/{side}_{of}": (f"{side}, {said}", SIDES[side], line, marker)
+            for side in SIDES
+            for of, said, line, marker in (("max", "largest", "-", "^"), ("min", "smallest", "--", "v"))
+        },
+    ),
+    "variance of the attention": (
+        "variance over locations",
+        {
+            f"attention/{side}_variance": (side, color, "-", marker)
+            for (side, color), marker in zip(SIDES.items(), "Do", strict=True)
+        },
+    ),
+    "similarity of the maps": ("mean cosine S", {"attention/similarity": ("", "0.2", "-", "o")}),
+}
+
+
+def _named_panels(lines: Sequence[Line], x: str, named: Mapping[str, Any], where: str = "") -> list[Panel]:
+    """Those of a table of panels that the lines hold."""
+    panels = []
+    for title, (unit, names) in named.items():
+        found = ((_series(lines, name, x), look) for name, look in names.items())
+        if curves := [_curve(points, *look) for points, look in found if points[0]]:
+            panels.append(Panel(f"{title}{where}", unit, curves))
+    return panels
+
+
+def _watched_panels(training: Sequence[Line], x: str) -> list[Panel]:
+    """What training logs beside the losses: diffusion's S, attention and gates, and a teacher's pauses (SwitOKD)."""
+    paused = [role for role, term in _keys(training) if term == PAUSED]
+    curves = [
+        _curve(_series(training, f"{role}/{PAUSED}", x), role, role_color(role), "-", role_marker(role))
+        for role in paused
+    ]
+    pauses = [Panel("pauses", "share of the steps", curves)] if curves else []
+    return _named_panels(training, x, _LOGGED) + pauses
 
 
 def _attention_panels(evaluation: Sequence[Line], x: str) -> list[Panel]:
     """Table 17's statistics, of the first split that has any."""
     for split, lines in _by_split(evaluation).items():
-        where, panels = f" ({split})" if split else "", []
-        for title, (unit, names) in _ATTENTION.items():
-            found = ((_series(lines, f"attention/{name}", x), look) for name, look in names.items())
-            if curves := [_curve(points, *look) for points, look in found if points[0]]:
-                panels.append(Panel(f"{title}{where}", unit, curves))
-        if panels:
+        if panels := _named_panels(lines, x, _ATTENTION, f" ({split})" if split else ""):
             return panels
     return []

@@ -106,8 +106,9 @@ def draw_maps(
 ) -> None:
     """Figure 1: a row for each image, the image first, then each map in colour over the grey image.
 
-    The colours of a column mean the same in all its rows (scale below it). A name with "attention" in it gets a
-    two-sided scale around 1, the weight of plain average pooling.
+    The colours of a column mean the same in all its rows (scale below it). All maps with "attention" in their name
+    share one two-sided scale around 1, the weight of plain average pooling: from 0 to 2, or further up where one of
+    them goes further, so that the stronger one looks stronger.
 
     Args:
         images: uint8 ``[B, 1 or 3, H, W]``.
@@ -145,24 +146,29 @@ def draw_maps(
         for row, picture in enumerate(values.cpu().permute(0, 2, 3, 1).numpy()):
             axes[row, column].imshow(picture, extent=(0, width, height, 0))
     for row, text in enumerate(labels or []):
-        axes[row, 0].set_ylabel(text, fontsize=9)
+        axes[row, 0].set_ylabel(text, fontsize=8, parse_math=False)  # a class may be called $a$
     if legend:
         look: dict[str, Any] = {"edgecolor": "0.4", "linewidth": 0.5}
         patches = [Patch(facecolor=f"#{bytes(color).hex()}", label=name, **look) for name, color in legend.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=2 * columns, fontsize=8, frameon=False)
     grey = images.cpu().float().mean(dim=1)
-    for column, (name, values) in enumerate(maps.items(), start=len(shown)):
-        _draw_column(axes[:, column], name, values.detach().float().cpu(), grey)
+    drawn = {name: values.detach().float().cpu() for name, values in maps.items()}
+    weights = [values - 1.0 for name, values in drawn.items() if "attention" in name]
+    reach = max(1.0, *(values.abs().max().item() for values in weights), 0.0)
+    for column, (name, values) in enumerate(drawn.items(), start=len(shown)):
+        _draw_column(axes[:, column], name, values, grey, reach)
     save_figure(figure, path, dpi=150)
 
 
-def _draw_column(axes: Any, name: str, values: Tensor, grey: Tensor) -> None:
-    """One map over every grey image ``[B, H, W]`` in one scale, which goes into the last of the ``B + 1`` axes."""
+def _draw_column(axes: Any, name: str, values: Tensor, grey: Tensor, reach: float) -> None:
+    """One map over every grey image ``[B, H, W]`` in one scale, which goes into the last of the ``B + 1`` axes.
+
+    ``reach``: how far any attention is from 1.
+    """
     height, width = grey.shape[-2:]
     extent = (0, width, height, 0)
-    low, high, colors = values.min().item(), values.max().item(), "turbo"
+    low, high, colors = values.min().item(), values.max().item(), "viridis"  # even in brightness, also in grey
     if "attention" in name:
-        reach = max(high - 1.0, 1.0 - low)
         low, high, colors = 1.0 - reach, 1.0 + reach, "coolwarm"
     if high - low < 1e-6:  # a constant map: a scale of some width around it
         low, high = low - 0.5, high + 0.5
@@ -172,6 +178,8 @@ def _draw_column(axes: Any, name: str, values: Tensor, grey: Tensor) -> None:
         drawn = axis.imshow(above.numpy(), extent=extent, **look)
     axes[0].set_title(name, fontsize=9)
     bar = axes[-1].figure.colorbar(drawn, cax=axes[-1], orientation="horizontal")
+    if "attention" in name:
+        bar.ax.set_xlim(0.0, high)  # no weight is negative
     bar.set_label(next((unit for word, unit in UNITS.items() if word in name), ""), fontsize=8)
     bar.ax.tick_params(labelsize=7)
     bar.ax.locator_params(nbins=3)

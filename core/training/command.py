@@ -59,6 +59,10 @@ class LineParser(argparse.ArgumentParser):
     """argparse for what is no dataclass: says what is wrong in one line, as an InputError."""
 
     def error(self, message: str) -> NoReturn:
+        found = re.match(r"unrecognized arguments: (--[\w.-]+)", message)
+        known = [option for action in self._actions for option in action.option_strings]
+        if found and (nearest := difflib.get_close_matches(found[1], known, n=1, cutoff=0.5)):
+            raise InputError(f"unknown option {found[1]}: did you mean {nearest[0]}?")
         raise InputError(f"{message} (see --help)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

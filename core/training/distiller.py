@@ -41,6 +41,11 @@ class Distiller(nn.Module):
     A task implements ``forward`` and ``parameter_groups``; the rest has defaults.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.moving_averages = nn.ModuleDict()
+        """The moving averages of networks by their own roles (``student_ema``); see ``average.Averages``."""
+
     networks: nn.ModuleDict
     """The networks by role; what is trained of them is saved as ``<role>.safetensors``."""
 
@@ -52,6 +57,12 @@ class Distiller(nn.Module):
 
     manual_grad_sync: bool = False
     """True where ``before_update`` averages the gradients over the processes, and DDP must not."""
+
+    def train(self, mode: bool = True) -> Distiller:
+        """As any module's, but that the averages stay in evaluation mode: they are never trained."""
+        super().train(mode)
+        self.moving_averages.eval()
+        return self
 
     def before_step(self, batch: Batch, progress: Progress) -> Batch:
         """Called before a step's first forward, outside what is compiled; may add tensors ``[B, ...]`` to the batch."""

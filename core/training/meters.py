@@ -88,10 +88,14 @@ class Clock:
         self.seconds += now - self._since
         self._since = now
 
-    def tick(self) -> float:
+    def rate(self) -> float:
+        """Images per second since the last tick."""
         self._now()
         seconds, samples = self._ticked
-        rate = (self.samples - samples) * self.processes / max(self.seconds - seconds, 1e-9)
+        return (self.samples - samples) * self.processes / max(self.seconds - seconds, 1e-9)
+
+    def tick(self) -> float:
+        rate = self.rate()
         self._ticked = (self.seconds, self.samples)
         return rate
 

@@ -13,12 +13,17 @@ from torch import Tensor
 
 from ..errors import InputError
 from .checkpoint import BEST, numbered, point, prune, step_of
+from .lines import start_line, time_left, training_line
 from .meters import Clock, LossBuffer, peak_memory
 from .run import RunFolder, read_metrics
 from .seed import random_state
 
 DRAW_EVERY = 60.0
 """Least seconds between two drawings of the curves, one takes up to seconds; the end of the run always draws."""
+SILENT = 30.0
+"""Seconds without a line, after which one process says one before its log point."""
+FILES = "metrics.jsonl (every value), curves.png, checkpoints/, at the end summary.json"
+BAR = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {remaining} left{postfix}"  # leaves room for the losses
 
 
 @dataclass(eq=False)
@@ -32,7 +37,7 @@ class Recorder:
     gather: Callable[[Any], list[Any]]  # this process's object -> those of all processes
     advice: str  # what may help against losses that are not finite
     total: int  # steps of the whole run, in `unit`s ("step", "iteration")
-    log_every: int  # steps between training lines
+    log_every: int  # steps between training lines; on the terminal and in log.txt the first step has one besides
     keep: int  # checkpoints besides the best
     unit: str = "step"
     epoch_length: int | None = None  # steps of an epoch; lines then say the epoch too
@@ -72,13 +77,28 @@ class Recorder:
         self.run.log(f"resuming from {self.unit} {step} ({self.run.checkpoints})")
         return own["random"] if len(processes) == self.processes else None
 
-    def start(self, step: int) -> None:
-        """Before the first step that is taken now: says where, shows the bar and lets the clock run."""
+    def start(
+        self,
+        step: int,
+        networks: Mapping[str, torch.nn.Module],
+        about: Mapping[str, Mapping[str, Any]],
+        sizes: Mapping[str, int],
+        precision: str,
+    ) -> None:
+        """Before the first step that is taken now: says what trains where, shows the bar, starts the clock.
+
+        Args: the steps that are done; the others as of ``start_line``.
+        """
         from tqdm import tqdm
 
         self.run.write_environment(str(self.device))
+        self.run.log(start_line(networks, about, sizes, self.device, precision, self.processes))
+        board = ", tensorboard/" if (self.run.path / "tensorboard").exists() else ""
+        self.run.log(f"these lines go into {self.run.path / 'log.txt'}; beside it {FILES}{board}")
         hidden = None if self.progress_bar and self.run.main else True
-        self.bar = tqdm(total=self.total, initial=step, unit=self.unit, disable=hidden, dynamic_ncols=True)
+        self.bar = tqdm(total=self.total, initial=step, disable=hidden, dynamic_ncols=True, bar_format=BAR)
+        self._first, self._said = step + 1, time.perf_counter()
+        self._warm = self._said
         self.clock.resume()
 
     def after_step(self, step: int, images: int, rate: float, stop: bool) -> bool:
@@ -93,21 +113,30 @@ class Recorder:
         self.clock.samples += images
         self.bar.update()
         if step % self.log_every and step < self.total:
+            silent = self.processes == 1 and time.perf_counter() - self._said > SILENT
+            if step == self._first or silent:  # a look alone: the log point's line is of all its steps
+                self._say(step, {"lr": rate, "images_per_second": self.clock.rate(), **self.losses.check()})
             return stop and self.processes == 1
         means = self.losses.flush()
-        self._line("train", step, {"lr": rate, "images_per_second": self.clock.tick(), **means})
-        self.bar.set_postfix({name: f"{value:.3f}" for name, value in means.items() if name.endswith("/ce")})
+        values = {"lr": rate, "images_per_second": self.clock.tick(), **means}
+        self._line("train", step, values)
+        self._say(step, values)
         told = bool(self.losses.mean(torch.tensor(float(stop), device=self.device)) > 0)  # any of them
         return told and step < self.total
 
     def evaluated(self, step: int, values: Mapping[str, Any]) -> bool:
         """An evaluation line. Returns: whether it is the best so far."""
         self._line("evaluation", step, values)
-        self.run.log(f"{self._place(step)}  {_scores(values)}".rstrip())
+        if scores := _scores(values):
+            self.run.log(f"{self._place(step)}  {scores}")
         if self.select is None or (self.best is not None and values[self.select] <= self.best[self.select]):
             return False
         self.best = {"step": step, **self._epoch(step), "selected_by": self.select, **values}
         return True
+
+    def has_waited(self, step: int, patience: int | None, interval: int) -> bool:
+        """Whether ``patience`` evaluations, one each ``interval`` steps, have brought none better than the best."""
+        return patience is not None and self.best is not None and step - self.best["step"] >= patience * interval
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this, and the random state of each process."""
@@ -124,16 +153,23 @@ class Recorder:
             self.run.draw()
             self._drawn = time.perf_counter()
 
-    def finish(self, step: int, summary: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes ``summary.json`` and the curves. Returns: what the summary says."""
+    def finish(self, step: int, summary: Mapping[str, Any], *, early: bool = False) -> dict[str, Any]:
+        """Writes ``summary.json`` and the curves; ``early``: patience is at its end. Returns: what the summary says."""
         self.bar.close()
-        if step < self.total:
+        early = early and step < self.total
+        ending: dict[str, Any] = {}
+        if early and self.best is not None:
+            reason = f"no evaluation since {self.unit} {self.best['step']} brought a better {self.select}"
+            ending = {"stopped_early": {"at": step, "of": self.total, "best": self.best["step"], "why": reason}}
+            self.run.log(f"stopped early at {self.unit} {step} of {self.total} (fit.patience): {reason}")
+        elif step < self.total:
             place = f"{self.unit} {step} of {self.total}"
             self.run.log(f"interrupted at {place}; the same command goes on from here")
         lines = read_metrics(self.run.metrics_file)
         result = {
-            "status": "finished" if step >= self.total else "interrupted",
+            "status": "finished" if early or step >= self.total else "interrupted",
             "step": step,
+            **ending,
             **self._epoch(step),
             "last": next((line for line in reversed(lines) if line["kind"] == "evaluation"), None),
             "best": self.best,
@@ -150,7 +186,21 @@ class Recorder:
 
     def _line(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         self.run.metric({"kind": kind, "step": step, **self._epoch(step), **values})
-        self.track({f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}, step)
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self.track({f"{kind}/{self.run.shown(name)}": value for name, value in numbers.items()}, step)
+
+    def _say(self, step: int, values: Mapping[str, Any]) -> None:
+        """A training line: on the bar where there is one, else on the terminal; always in ``log.txt``."""
+        values = {self.run.shown(name): value for name, value in values.items()}
+        said, now = training_line(values, peak_memory(self.device)), time.perf_counter()
+        self._said = now
+        place = f"{self.unit} {step}/{self.total}"
+        if step == self._first:  # which also compiled, warmed up, started workers: no measure of what is left
+            self._warm, left = now, ""
+        else:
+            left = time_left((now - self._warm) / (step - self._first) * (self.total - step))
+        self.bar.set_postfix_str(said)
+        self.run.log("  ".join(filter(None, (place, said, left))), shown=self.bar.disable)
 
     def _epoch(self, step: int) -> dict[str, float]:
         return {} if self.epoch_length is None else {"epoch": step / self.epoch_length}

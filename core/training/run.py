@@ -129,6 +129,12 @@ class RunFolder:
         if self.main:
             _append(self.metrics_file, json.dumps(plain(values, finite=True)))
 
+    def shown(self, key: str) -> str:
+        """What people see for a key of ``metrics.jsonl``: DML's own term stands there as "kd", as any imitation's."""
+        role, slash, term = key.rpartition("/")
+        dml = str(self.config.get("method", "")).partition("+")[0] == "dml"
+        return f"{role}{slash}dml" if dml and slash and term == "kd" else key
+
     def metrics_size(self) -> int:
         """Bytes of ``metrics.jsonl``, which are on the disk then: a checkpoint remembers them."""
         if not self.metrics_file.exists():
@@ -162,12 +168,13 @@ class RunFolder:
         if self.main:
             print(message, file=sys.stderr)
 
-    def log(self, message: str) -> None:
-        """A line on the terminal (clear of the progress bar) and in ``log.txt``."""
+    def log(self, message: str, *, shown: bool = True) -> None:
+        """A line in ``log.txt`` and, unless it is not ``shown``, on the terminal (clear of the progress bar)."""
         if self.main:
             from tqdm import tqdm
 
-            tqdm.write(message, file=sys.stderr)
+            if shown:
+                tqdm.write(message, file=sys.stderr)
             self._log(message)
 
     def _log(self, message: str) -> None:
@@ -178,7 +185,8 @@ class RunFolder:
         if self.main:
             from ..analysis.curves import draw_curves
 
-            if metrics := read_metrics(self.metrics_file):
+            if lines := read_metrics(self.metrics_file):
+                metrics = [{self.shown(key): value for key, value in line.items()} for line in lines]
                 try:
                     draw_curves(metrics, self.path / "curves.png")
                 except (InputError, TrainingError) as error:  # no picture ends a run

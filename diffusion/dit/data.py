@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
+from core.files import how_to_make
 from core.images import EXTENSIONS, class_folders
 from core.ranges import Count, Positive
 from diffusion.data import DataConfig, ImageLoader, Shuffled, in_order, read_files, read_named
@@ -305,7 +306,8 @@ def class_files(root: str | Path) -> ClassFiles:
     """
     folder = str(Path(root))
     if not os.path.isdir(folder):
-        raise InputError(f"image folder {folder} does not exist: give one with a sub-folder for each class")
+        mend = f"give one with a sub-folder for each class{how_to_make(folder)}"
+        raise InputError(f"image folder {folder} does not exist: {mend}")
     train = os.path.join(folder, "train")
     classes = class_folders(train) if os.path.isdir(train) else {}
     folder, classes = (train, classes) if classes else (folder, class_folders(folder))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.errors import InputError
 from core.training.command import DONE
@@ -19,8 +21,10 @@ from diffusion.dit.config import DiTTrainingConfig, teacher_path
 from diffusion.dit.convert import load_dit, save_dit
 from diffusion.dit.data import LabelledData, labelled_loader, load_labelled
 from diffusion.dit.distiller import DiTDistiller
+from diffusion.dit.gaussian import spaced_times, trajectory
 from diffusion.dit.model import DiT
 from diffusion.files import read_json
+from diffusion.pictures import SHOWN, first_noise, save_samples
 from diffusion.training import (
     MAY_CHANGE,
     DryRun,
@@ -31,6 +35,9 @@ from diffusion.training import (
     make_loader,
     time_step,
 )
+
+SAMPLING_STEPS = 25
+"""Of the pictures that a training shows."""
 
 
 def train(config: DiTTrainingConfig) -> int:
@@ -59,6 +66,8 @@ def train(config: DiTTrainingConfig) -> int:
             "seed": config.seed,
             "networks": {role: {"parameters": count(network)} for role, network in distiller.networks.items()},
         },
+        pictures=lambda step: sample_pictures(distiller, run.path, step),
+        sizes={"training images": len(data.labels), "classes": data.classes},
         progress_bar=config.progress_bar,
     )
     accelerator.end_training()
@@ -139,7 +148,31 @@ def export(distiller: DiTDistiller, data: LabelledData, run: RunFolder) -> dict[
         for role, network in averages.items():
             folder = run.path / "export" / f"step-{distiller.step:08d}" / role
             save_dit(folder, network, step=distiller.step, latent_scale=data.latent_scale)
+            run.log(f"step {distiller.step}: {role}'s average is in {folder}")
     return {}
+
+
+@torch.no_grad()
+def sample_pictures(distiller: DiTDistiller, folder: Path, step: int) -> dict[str, Tensor]:
+    """What the averages sample now by DDIM, without guidance: classes spread evenly (see ``save_samples``).
+
+    Latents are shown as they are, for there is no VAE here: three channels, by a third of their size.
+    """
+    found = {}
+    for role in distiller.trained():
+        network = distiller.export(role)
+        z = first_noise((network.channels, network.input_size, network.input_size), network.pos_embed.device)
+        labels = torch.arange(SHOWN, device=z.device) * network.classes // SHOWN
+        times = spaced_times(SAMPLING_STEPS, distiller.schedule.timesteps, "ddim")
+        predict = partial(_predict, network, labels)
+        states = [z, *trajectory(predict, distiller.schedule, times, z)]
+        scale = 1.0 if network.channels <= 3 else 1 / 3
+        found[f"{role}/samples"] = save_samples([scale * state for state in states], folder, role, step)
+    return found
+
+
+def _predict(network: DiT, labels: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    return network(z, t, labels)
 
 
 def look(config: DiTTrainingConfig, wanted: DryRun) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -23,10 +24,11 @@ from core.training.task import dry_run, exit_code, open_run
 from diffusion.consensus import load_classifier
 from diffusion.data import ImageLoader, load_images
 from diffusion.files import ABOUT, read_about
+from diffusion.pictures import first_noise, save_samples
 from diffusion.progressive.config import BaseConfig, ProgressiveConfig, RoundsConfig
 from diffusion.progressive.distiller import BaseDistiller, Denoiser, ProgressiveDistiller
 from diffusion.progressive.network import build_unet, check_network, copy_without_dropout, load_teacher, save_student
-from diffusion.sampling import Student, read_unet
+from diffusion.sampling import Student, denoise, read_unet
 from diffusion.schedule import CosineSchedule
 from diffusion.training import (
     MAY_CHANGE,
@@ -40,6 +42,8 @@ from diffusion.training import (
 )
 
 BASE = "base"
+MOST_STEPS = 32
+"""Of the sampling that a training shows."""
 
 
 def round_folder(out: Path, steps: int) -> Path:
@@ -65,7 +69,9 @@ def train(config: ProgressiveConfig) -> int:
     run.write_environment(str(accelerator.device))
     started = time.perf_counter()
     labels: list[int | str] = [BASE, *config.students] if teacher is None else [*config.students]
-    for label in labels:
+    for number, label in enumerate(labels, 1):
+        name = "base network" if label == BASE else f"{label}-step student"
+        run.log(f"round {number} of {len(labels)}: {name}")
         folder = _round(config, resolved, images, label, teacher)
         if folder is None:
             return INTERRUPTED
@@ -189,6 +195,8 @@ def _round(
             "round": label,
             "parameters": count(distiller.networks[role]),
         },
+        sizes={"training images": len(images)},
+        pictures=lambda step: sample_pictures(distiller, role, steps, run.path, step),
         progress_bar=config.progress_bar,
     )
     if result["status"] != "finished":
@@ -203,6 +211,17 @@ def _round(
         run.log(f"{'base network' if teacher is None else f'{label}-step student'}: {exported}")
     accelerator.wait_for_everyone()
     return exported
+
+
+@torch.no_grad()
+def sample_pictures(distiller: Denoiser, role: str, steps: int, folder: Path, step: int) -> dict[str, Tensor]:
+    """What the round's network samples now, in its own steps where those are few (see ``save_samples``)."""
+    network: Any = distiller.export(role)
+    size = network.config.sample_size
+    z = first_noise((network.config.in_channels, size, size), distiller.schedule.alpha.device)
+    count = math.gcd(steps, MOST_STEPS)
+    states = [z, *denoise(network, distiller.schedule, distiller.prediction, count, z)]
+    return {f"{role}/samples": save_samples(states, folder, role, step)}
 
 
 def _is_whole(exported: Path, run: RunFolder) -> bool:

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.files import make_folder
+from core.progress import progress_bar
 from core.training.command import DONE, parse, run_command
-from core.training.run import environment, identity_of, save_signed_json
+from core.training.run import environment, identity_of, is_main_process, save_signed_json
 from diffusion import metrics
 from diffusion.data import DataConfig, load_images
 from diffusion.dit.data import LabelledConfig, load_labelled
@@ -153,12 +154,14 @@ def sampled_features(
     own = own_share(options.samples)
     chunk = -(-CHUNK // options.batch_size) * options.batch_size
     parts = []
-    for first in range(0, len(own), chunk):
-        indices = own[first : first + chunk]
-        images = draw(indices)
-        if options.save is not None:
-            save_images(images, indices, Path(options.save) / folder)
-        parts.append(extractor(images))
+    with progress_bar(len(own), f"sampling {folder}", shown=is_main_process()) as bar:
+        for first in range(0, len(own), chunk):
+            indices = own[first : first + chunk]
+            images = draw(indices)
+            if options.save is not None:
+                save_images(images, indices, Path(options.save) / folder)
+            parts.append(extractor(images, shown=False))
+            bar.update(len(indices))
     return {key: gather_shares(torch.cat([part[key] for part in parts]), options.samples) for key in parts[0]}
 
 
@@ -231,7 +234,8 @@ class Results:
         others = [held for held in self.report["rows"] if _key(held) != _key(row)]
         self.report["rows"] = [*others, row]
         distance = self.report["features"]["distance"]
-        print(f"{row['network']}: {distance} {row[distance]:.4f}", flush=True)
+        under = "" if row.get("guidance") is None else f", {_under(row['guidance'])}"
+        print(f"{row['network']}{under}: {distance} {row[distance]:.4f}", flush=True)
         if self.file is None:
             return
         if self.rename:
@@ -248,6 +252,10 @@ def _setting(report: dict[str, Any], key: str) -> Any:
 
 def _key(row: dict[str, Any]) -> tuple[str, float | None]:
     return row["network"], row.get("guidance")
+
+
+def _under(guidance: float) -> str:
+    return "no guidance" if guidance == 1 else f"guidance {guidance:g}"
 
 
 def save_images(images: Tensor, indices: Sequence[int], folder: Path) -> None:
@@ -268,7 +276,7 @@ def table(report: dict[str, Any]) -> list[str]:
             plain.append([row["network"], str(row.get("steps", "-")), *(f"{row[key]:.4f}" for key in keys)])
     rows = {(row["network"], row["guidance"]): row for row in report["rows"] if row.get("guidance") is not None}
     scales = sorted({guidance for _, guidance in rows}, reverse=True)
-    heads = [f"{key}, " + ("no guidance" if g == 1 else f"guidance {g:g}") for g in scales for key in keys[:2]]
+    heads = [f"{key}, {_under(scale)}" for scale in scales for key in keys[:2]]
     guided = [["network", "iteration", *heads]]
     for network in sorted({network for network, _ in rows}):
         own = [rows.get((network, g), {}) for g in scales]

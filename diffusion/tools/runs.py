@@ -15,6 +15,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_t
 from core.errors import InputError
 from core.files import make_folder
 from core.training.checkpoint import step_of
+from core.training.kept import refuse_kept
 from core.training.run import read_config as read_signed_config
 from diffusion.data import DataConfig
 from diffusion.dit.convert import exports, null_label
@@ -45,6 +46,7 @@ def find_students(folders: Sequence[str | Path], steps: Sequence[int] = ()) -> l
             iterations.setdefault(step_of(path.parent), []).append(path)
         known = iterations or rounds
         if not known:
+            refuse_kept(folder)
             raise InputError(f"{folder} is neither a network's folder (config.json) nor a run with a finished round")
         if missing := sorted(set(steps) - set(known)):
             what = f"no network of iteration {missing[0]}" if iterations else f"no student of {missing[0]} steps"
@@ -112,6 +114,7 @@ def data_of(folder: Path) -> DataConfig | LabelledConfig:
     dit = (folder / "export").is_dir() or (is_network(folder) and is_dit(folder))
     config = read_config(folder)
     if not config and not is_network(folder):
+        refuse_kept(folder)
         raise InputError(f"{folder}/config.yaml is missing: the run's command writes it again; or name its networks")
     said = config.get("data", {})
     return LabelledConfig(**said) if dit else DataConfig(**said)

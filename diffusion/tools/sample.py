@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from core.files import save_figure
 from core.training.command import DONE, parse, run_command
 from diffusion.dit.sampling import load_dit_student
 from diffusion.files import need_packages
+from diffusion.pictures import save_gif, tile
 from diffusion.sampling import ImageNoise, denoise, load_student, to_uint8
 from diffusion.tools import runs
 
@@ -113,13 +113,6 @@ def draw_classes(options: Any, folders: Sequence[Path], dit: runs.DiTOptions, de
     draw_grids(grids, out / "samples.png", names)
 
 
-def tile(images: Tensor, columns: int) -> Tensor:
-    """uint8 ``[N, C, H, W]``, N a multiple of ``columns`` -> one image ``[h, w, 3]``, a white pixel between them."""
-    rows, (height, width) = len(images) // columns, images.shape[-2:]
-    cells = torch.nn.functional.pad(images.expand(-1, 3, -1, -1), (0, 1, 0, 1), value=255).unflatten(0, (rows, columns))
-    return cells.permute(0, 3, 1, 4, 2).reshape(rows * (height + 1), columns * (width + 1), 3)[:-1, :-1]
-
-
 def draw_grids(
     grids: dict[str, Tensor],
     file: Path,
@@ -148,15 +141,6 @@ def draw_grids(
             axis.text(-0.01 * wide, (row + 0.5) * high / len(rows_named), said, ha="right", va="center", fontsize=6)
         axis.set_title(name, fontsize=fontsize)
     save_figure(figure, file)
-
-
-def save_gif(frames: Sequence[Tensor], file: Path, shortest: int = 64) -> None:
-    """A frame of a fifth of a second for each image uint8 ``[h, w, 3]``, the last one for two seconds."""
-    factor = max(1, shortest // min(frames[0].shape[:2]))
-    first, *others = (
-        Image.fromarray(frame.repeat_interleave(factor, 0).repeat_interleave(factor, 1).numpy()) for frame in frames
-    )
-    first.save(file, save_all=True, append_images=others, duration=[200] * len(others) + [2000], loop=0)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class OfflineMethod(Method):
                 f"offline distillation needs the two networks teacher and student, and there is {', '.join(roles)}"
             )
 
-    def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
+    def prepare(self, networks: dict[str, nn.Module], samples: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         networks["teacher"].eval().requires_grad_(False)
         return networks
 

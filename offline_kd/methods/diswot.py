@@ -9,6 +9,7 @@ a batch of 64), the semantic loss with ICKD's 2.5.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,9 +87,9 @@ class DisWOT(KD):
 
     adapter: nn.Module
 
-    def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
-        networks = super().prepare(networks, sample)
-        channels = {role: probe(network, sample)[-1].shape[1] for role, network in networks.items()}
+    def prepare(self, networks: dict[str, nn.Module], samples: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+        networks = super().prepare(networks, samples)
+        channels = {role: probe(network, samples[role])[-1].shape[1] for role, network in networks.items()}
         self.adapter = nn.Identity()
         if channels["student"] != channels["teacher"] and self.options.semantic:
             self.adapter = ConvBN(channels["student"], channels["teacher"], 1).apply(init_conv)

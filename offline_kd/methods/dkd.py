@@ -101,6 +101,7 @@ class DKD(OfflineMethod):
 
     Options = DKDOptions
     takes_smooth_labels = False
+    class_index = "DKD"
     weights = ("ce", "alpha", "beta")
 
     def terms(self, student: Output, teacher: Output, target: Tensor, progress: Progress) -> dict[str, Tensor]:

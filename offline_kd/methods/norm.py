@@ -140,6 +140,7 @@ class NORM(KD):
     """
 
     Options = NORMOptions
+    takes_average = False
 
     transform: FeatureTransform
     classifier: nn.Linear
@@ -152,17 +153,17 @@ class NORM(KD):
         self.register_buffer("milestones", torch.tensor(milestones), persistent=False)
         self.register_buffer("factors", torch.tensor(factors), persistent=False)
 
-    def prepare(self, networks: dict[str, nn.Module], sample: Tensor) -> dict[str, nn.Module]:
+    def prepare(self, networks: dict[str, nn.Module], samples: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         """Lets both networks hand out activated maps; builds the transform, and the classifier behind it.
 
         Raises: InputError for a teacher without a map, or a student whose head is not pooling and a linear layer.
         """
-        networks = super().prepare(networks, sample)
+        networks = super().prepare(networks, samples)
         maps = {}
         for role, network in networks.items():
             if isinstance(network, CifarNetwork):
                 network.preact = False  # a ReLU behind x' would be one too many, and could not be folded
-            maps[role] = probe(network, sample)[-1]
+            maps[role] = probe(network, samples[role])[-1]
         if maps["teacher"].dim() != 4:
             raise InputError(f"norm needs a teacher with a map [B, C, H, W], and its is {tuple(maps['teacher'].shape)}")
         student = networks["student"]

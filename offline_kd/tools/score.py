@@ -29,6 +29,8 @@ from classification.data.datasets import IN_MEMORY_NAMES
 from classification.experiment import images_at
 from classification.networks import create_network
 from classification.networks.base import classifier_of
+from core.analysis.colors import series_color
+from core.analysis.looks import MARKERS
 from core.errors import InputError
 from core.files import make_folder, save_figure, save_json
 from core.parts import as_network
@@ -191,16 +193,17 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
     """Score against parameters, with the standard deviation over the draws."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+    figure = Figure(figsize=(7.6, 4.5), layout="constrained")
     axis = figure.subplots()
-    for row in rows:
-        axis.errorbar(row["parameters"], row["score"], row["std"], fmt="o", capsize=3, label=row["network"])
+    for number, row in enumerate(rows):
+        look: dict[str, Any] = {"color": series_color(number), "fmt": MARKERS[number % len(MARKERS)], "capsize": 3}
+        axis.errorbar(row["parameters"], row["score"], row["std"], label=row["network"], **look)
     axis.set_xscale("log")
-    axis.set_xlabel("parameters")
+    axis.set_xlabel("parameters of the student")
     axis.set_ylabel("score: $-(L_{rel} + L_{sem})$, mean and std")
     axis.set_title(title)
     axis.grid(alpha=0.3, linewidth=0.6)
-    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.legend(fontsize="small", loc="outside right upper", frameon=False)
     save_figure(figure, file)
 
 

@@ -340,7 +340,7 @@ def test_a_classifier_is_whatever_the_map_does_not_depend_on() -> None:
     before = {role: copy.deepcopy(network.state_dict()) for role, network in networks.items()}
     state = torch.get_rng_state()
     method = AFD()
-    assert method.prepare(networks, sample) is networks
+    assert method.prepare(networks, dict.fromkeys(networks, sample)) is networks
     assert torch.equal(state, torch.get_rng_state())
     for role, network in networks.items():
         assert all(torch.equal(v, before[role][k]) for k, v in network.state_dict().items()), role

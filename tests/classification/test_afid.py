@@ -52,7 +52,7 @@ def prepared(names: Mapping[str, str], size: int = 8, **options: Any) -> tuple[A
     networks = build_networks({role: NetworkConfig(name) for role, name in names.items()}, CLASSES, 0)
     method = AFID(AFIDOptions(**options))
     x = random(4, 3, size, size)
-    networks = method.prepare(networks, x[:2].float())
+    networks = method.prepare(networks, dict.fromkeys(networks, x[:2].float()))
     return method.double(), {role: network.double() for role, network in networks.items()}, x
 
 
@@ -426,7 +426,7 @@ def test_attention_of_one_hands_out_the_networks_own_maps(
     x = torch.randn(2, 3, size, size)
     method = AFID()
     before = {role: copy.deepcopy(network.state_dict()) for role, network in networks.items()}
-    networks = method.prepare(networks, x)
+    networks = method.prepare(networks, dict.fromkeys(networks, x))
     for role, network in networks.items():  # the look at their maps leaves no trace
         assert network.training
         assert all(torch.equal(v, before[role][k]) for k, v in network.state_dict().items())

@@ -404,6 +404,33 @@ def test_a_folder_of_small_images_is_held_in_memory(small_folder: Path, digits: 
     assert isinstance(resized.train, Arrays) and resized.train.images.shape == (9, 3, 8, 8)
 
 
+def test_a_folder_of_classes_alone_gives_up_a_share_of_each_for_the_test(
+    digits: Arrays, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One split of a folder, opened by itself: every image is in one place, and the same one each time."""
+    root = write_folder(tmp_path, digits, train=10, test=0, sizes=((16, 16),)) / "train"
+    config = DataConfig(name="folder", root=str(root), validation=0.25)
+    data = load_datasets(config)
+    assert "20% of the images of each class are test images" in capfd.readouterr().err
+    assert data.validation is not None
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    counts = {name: split.targets.bincount().tolist() for name, split in splits.items()}
+    assert counts == {"train": [6] * 3, "validation": [2] * 3, "test": [2] * 3}
+    assert torch.cat([split.indices for split in splits.values()]).sort().values.tolist() == list(range(30))
+    whole = folder_sources(str(root))[0]
+    for split in splits.values():
+        assert isinstance(split, Arrays)
+        for image, index in zip(split.images, split.indices.tolist(), strict=True):
+            assert torch.equal(image, datasets.pixels(whole.image(index)))
+    again = load_datasets(replace(config, validation=0.0, per_class=1))
+    assert torch.equal(again.test.indices, data.test.indices)
+    other = load_datasets(replace(config, split_seed=1))
+    assert not torch.equal(other.test.indices, data.test.indices)
+    for share in (0.0, 0.01):
+        with pytest.raises(InputError, match=f"data.test {share} of 30 images leaves no test image"):
+            load_datasets(replace(config, test=share))
+
+
 def test_a_folder_of_large_images_is_streamed_through_workers(large_folder: Path) -> None:
     data = load_datasets(DataConfig(name="folder", root=str(large_folder), validation=0.3))
     assert isinstance(data.train, Streamed) and data.validation is not None

@@ -39,6 +39,8 @@ FROZEN = {
     "alternate": ["--dml.update", "alternate"],
     "three": ["--networks.student_2.name", "cifar_resnet8"],
     "noise": ["--data.noise", "0.3"],
+    "mixed": ["--data.mixup", "0.8", "--data.cutmix", "1.0"],
+    "mixed accumulated": ["--data.mixup", "0.8", "--fit.accumulate", "3"],
     "kdcl": ["--method", "kdcl"],
     "kdcl linear": ["--method", "kdcl+adm", "--kdcl.variant", "linear"],
     "switokd": ["--method", "switokd+adm"],

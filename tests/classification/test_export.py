@@ -32,6 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "mixed"
     data = ["--data.classes", "4", "--data.per_class", "16", "--data.image_size", "32", "--batch_size", "32"]
     networks = ["--networks.teacher.name", CIFAR, "--networks.student.name", TIMM, "--fit.epochs", "1"]
+    data += ["--label_smoothing", "0.1", "--data.mixup", "0.2"]
     train_whole(train.main, ["--config", str(RECIPE), "--method", "dml", "--out", str(out), *data, *networks, *CPU])
     return out
 
@@ -117,14 +118,23 @@ def test_the_card_says_what_was_evaluated_and_how_it_came_about(run: Path, expor
     assert said["library_name"] == "timm"
     assert said["license"] is None and said["pipeline_tag"] == "image-classification"
     metrics = said["model-index"][0]["results"][0]["metrics"]
-    assert metrics[0]["type"] == "accuracy" and metrics[0]["value"] == pytest.approx(values["student/top1"] / 100)
+    assert metrics[0]["type"] == "accuracy" and metrics[0]["value"] == pytest.approx(
+        values["student/top1"] / 100, abs=1e-6
+    )
     for role in ("student", "teacher"):
         row = next(line for line in text.splitlines() if line.startswith(f"| {role} |"))
         cells = [cell.strip() for cell in row.split("|")]
         low, high = (float(bound) for bound in cells[3].split(" to "))
         assert cells[2] == f"{values[f'{role}/top1']:.2f}" and low < values[f"{role}/top1"] < high
     environment = json.loads((run / "environment.json").read_text())["starts"][-1]
-    for part in ("method: dml", f"teacher: {CIFAR}", "digits: 64 training images", str(environment["commit"])):
+    for part in (
+        "method: dml",
+        f"teacher: {CIFAR}",
+        "digits: 64 training images",
+        "  mixup: 0.2",
+        "label_smoothing: 0.1",
+        str(environment["commit"]),
+    ):
         assert part in text, part
 
 

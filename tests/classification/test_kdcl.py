@@ -143,7 +143,7 @@ def test_general_may_weigh_a_network_negatively() -> None:
 
 def solved(variant: str, logits: Tensor, targets: Tensor) -> Tensor:
     method = KDCL(KDCLOptions(variant=variant))  # type: ignore[arg-type]
-    method.prepare(dict.fromkeys(map(str, range(len(logits))), torch.nn.Identity()), images(2))
+    method.prepare(dict.fromkeys(map(str, range(len(logits))), torch.nn.Identity()), {})
     if variant == "general":
         named = {str(i): z for i, z in enumerate(logits)}
         method.before_epoch(1, [(named, targets)])
@@ -423,7 +423,7 @@ def test_general_passes_over_the_held_out_images_once_an_epoch_from_the_second_o
 
 def test_epoch_0_does_not_begin_to_read_the_held_out_images() -> None:
     method = KDCL(GENERAL)
-    method.prepare(dict.fromkeys("ab", torch.nn.Identity()), images(2))
+    method.prepare(dict.fromkeys("ab", torch.nn.Identity()), {})
 
     def never() -> Iterator[Any]:
         raise AssertionError("read")
@@ -452,7 +452,7 @@ def test_general_sums_over_the_processes(share: int, monkeypatch: pytest.MonkeyP
 
     def method() -> KDCL:
         made = KDCL(GENERAL)
-        made.prepare(dict.fromkeys("ab", torch.nn.Identity()), images(2))
+        made.prepare(dict.fromkeys("ab", torch.nn.Identity()), {})
         return made
 
     def part(rows: slice) -> list[Any]:

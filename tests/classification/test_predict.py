@@ -238,7 +238,7 @@ def test_wrong_commands_end_in_one_line(run: Path, images: Path, tmp_path: Path,
     out = tmp_path / "out.csv"
     for argv, words in (
         ([run], "images"),
-        ([tmp_path / "none", images], "no weight file"),
+        ([tmp_path / "none", images], "give a run folder, an exported folder or a weight file"),
         ([tmp_path, images], "no run folder"),
         ([run, tmp_path / "empty"], "no image in"),
         ([run, tmp_path / "nowhere"], "there is no"),

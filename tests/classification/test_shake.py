@@ -388,7 +388,7 @@ def test_timms_networks_can_have_a_shadow(name: str) -> None:
     teacher = as_network(create_network(name, CLASSES, **more).eval())
     networks = {"teacher": teacher, "student": create_network("cifar_resnet8", CLASSES)}
     method, x = SHAKE(), torch.randn(2, 3, 64, 64)
-    assert method.prepare(networks, x) is networks
+    assert method.prepare(networks, dict.fromkeys(networks, x)) is networks
     outputs = method(networks, dict.fromkeys(networks, x), ("shadow", "student"))
     assert outputs["shadow"].maps[0].shape == outputs["teacher"].maps[-1].shape
     assert method.shadow.a1.conv.stride == (2, 2)
@@ -416,7 +416,7 @@ def test_wrong_networks_are_refused() -> None:
     wide = create_network("cifar_wrn_10_1", CLASSES)
     wide.fc = nn.Linear(128, CLASSES)
     assert "128 features, and the map has 64" in refusal(
-        lambda: SHAKE().prepare({"teacher": wide}, torch.randn(2, 3, 16, 16))
+        lambda: SHAKE().prepare({"teacher": wide}, {"teacher": torch.randn(2, 3, 16, 16)})
     )
 
     class TwoMaps(type(two)):  # type: ignore[misc]

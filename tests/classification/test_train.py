@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import ROOT, arguments, assert_same, assert_same_runs, environment, metrics, stop_at, undrawn
+from runs import ROOT, arguments, assert_same, assert_same_runs, check_log, environment, metrics, stop_at, undrawn
 
 from classification.config import parse_command
 from classification.distiller import ClassificationDistiller
@@ -180,8 +180,11 @@ def test_run_folder_is_whole_and_its_config_makes_the_same_run(
     }  # fmt: skip
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((out / "tensorboard").rglob("events.out.tfevents.*"))
-    log = [line for line in (out / "log.txt").read_text().splitlines() if " note: " not in line]
-    assert len(log) == 2 and "epoch 1/2" in log[0]
+    check_log(out, "student cifar_resnet8 (", "validation images", "test images", stderr=said)
+    (files,) = (line for line in said.splitlines() if "metrics.jsonl" in line)
+    assert files.endswith("tensorboard/")
+    log = (out / "log.txt").read_text()
+    assert log.count("epoch 1/2") == log.count("epoch 2/2") == 1  # the evaluations
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["selected_on"] == "validation" and summary["note"] is None
     assert (

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import CPU, ROOT, assert_same, assert_same_runs, metrics, train_whole
+from runs import CPU, ROOT, assert_same, assert_same_runs, check_log, metrics, train_whole
 from runs import stop_at as stop_at_step
 
 pytest.importorskip("diffusers")
@@ -91,6 +91,9 @@ def test_a_chain_from_noise_to_one_step(whole: Path, command: Command) -> None:
     assert all(row["adm/active"] == 1 for row in rows["round-0001"])
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["students"]["1"] == str(whole / "round-0001/student") and summary["method"] == "pd+adm"
+    for name in ROUNDS:
+        check_log(whole / name, f"{'teacher' if name == 'base' else 'student'} (", "48 training images")
+    assert "round 2 of 4: 4-step student" in (whole / "log.txt").read_text()
     code, _, said = command(arguments(whole))
     assert code == 0 and "is finished" in said
 
@@ -286,3 +289,26 @@ def test_help_and_unknown_commands(command: Command) -> None:
     assert code == 0 and "progressive" in printed
     code, _, error = command(["progresive"])
     assert code == 2 and "did you mean 'progressive'?" in error
+
+
+def test_pictures_of_a_tracked_chain_change_nothing_in_it(whole: Path, tmp_path: Path) -> None:
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    train_whole(main, arguments(out, "--fit.trackers", "[tensorboard]"))
+    for name, steps, frames in (("base", (4, 5), 17), ("round-0004", (4,), 5), ("round-0001", (4, 5), 2)):
+        assert_same_runs(whole / name, out / name)
+        assert not (whole / name / "figures").exists()  # without a tracker nobody asked for pictures
+        role = "teacher" if name == "base" else "student"
+        wanted = {f"samples-{role}-{step:08d}.png" for step in steps} | {f"trajectory-{role}.gif"}
+        assert {file.name for file in (out / name / "figures").iterdir()} == wanted
+        (folder,) = (out / name / "tensorboard").iterdir()
+        board = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+        shown = board.Images(f"evaluation/{role}/samples")
+        assert [event.step for event in shown] == list(steps)
+        picture = Image.open(out / name / f"figures/samples-{role}-{steps[-1]:08d}.png")
+        assert picture.size == (shown[-1].width, shown[-1].height) == (3 * (8 * 9 - 1), 3 * (2 * 9 - 1))
+        assert Image.open(out / name / f"figures/trajectory-{role}.gif").n_frames == frames
+        assert board.Scalars(f"train/{role}/mse")
+    assert board.Scalars("train/adm/similarity")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, in_two_processes
+from runs import CPU, ROOT, in_two_processes, train_whole
 from small_dit import dit
 
 from core.training.run import read_json, save_signed_json, signed
@@ -22,8 +22,11 @@ pytest.importorskip("torch_fidelity")
 from diffusion import proxies
 from diffusion.dit.convert import save_dit
 from diffusion.dit.data import LabelledConfig, load_labelled
+from diffusion.dit.gaussian import LinearSchedule
 from diffusion.dit.sampling import DiTStudent, load_dit_student
 from diffusion.metrics import Extractor, InMemory, features_of, scores, statistics
+from diffusion.pictures import tile
+from diffusion.sampling import ImageNoise
 from diffusion.tools import evaluate, sample, visualize
 from diffusion.tools.runs import find_students
 
@@ -99,6 +102,9 @@ def test_every_iteration_is_scored_with_and_without_guidance(
         saved = tmp_path / f"png/{student.folder.parent.name}-student-guidance-{row['guidance']:g}/00039.png"
         assert np.array_equal(np.asarray(Image.open(saved)), images[39, 0].numpy())
     assert "FD-digits, guidance 4" in out and "CS-digits, no guidance" in out
+    for row in report["rows"]:  # told as it is found
+        under = "no guidance" if row["guidance"] == 1 else "guidance 4"
+        assert f"{row['network']}, {under}: FD-digits {row['FD-digits']:.4f}\n" in out
     assert len({row["FD-digits"] for row in report["rows"]}) == 4
 
 
@@ -304,7 +310,7 @@ def test_pictures_are_a_row_a_class(run: Path, tmp_path: Path, shell: Shell) -> 
     student = load_dit_student(run / "export/step-00000100/student")
     images = student.sample(range(6), 5, classes=[7, 7, 7, 2, 2, 2], guidance=3.0, sampler="ddim", steps=4)
     grid = torch.from_numpy(np.array(Image.open(tmp_path / "figures/samples-00000100-guidance-3.png")))
-    assert torch.equal(grid, sample.tile(images, 3))
+    assert torch.equal(grid, tile(images, 3))
 
     code, _, err = shell(sample.main, [str(run), "--device", "cpu", "--rows", "20", "--sampling_steps", "2"])
     assert code == 0, err
@@ -320,9 +326,62 @@ def test_pictures_are_a_row_a_class(run: Path, tmp_path: Path, shell: Shell) -> 
         assert code == 2 and message in err and err.count("\n") == 1, err
 
 
-def test_figures_of_similarity_are_of_chains(run: Path, shell: Shell) -> None:
+FEW = ["--images", "6", "--rows", "2", "--times", "4", "--batch_size", "4", "--device", "cpu"]
+
+
+def test_similarity_of_a_dit_and_its_teacher_over_time_and_place(tmp_path: Path, shell: Shell) -> None:
+    student, teacher = (dit(channels=1, seed=seed) for seed in (1, 2))
+    folders = []
+    for name, network in (("student", student), ("teacher", teacher)):
+        folders += [f"--{name}", str(tmp_path / name)]
+        save_dit(tmp_path / name, network, step=3)
+    data = ["--data.name", "digits", "--data.limit", "300"]
+    code, _, err = shell(visualize.main, [*folders, *data, *FEW, "--out", str(tmp_path / "figures")])
+    assert code == 0, err
+    report = json.loads((tmp_path / "figures/similarity-student.json").read_text())
+    assert (tmp_path / "figures/similarity-student.png").is_file()
+    assert [row["t"] for row in report["rows"]] == [0, 250, 500, 749, 999]
+    # Reference: one time by hand.
+    data = load_labelled(DATA)
+    positions = [0, 50, 100, 150, 200, 250]
+    x = data.pixels[positions] / 127.5 - 1.0
+    z = LinearSchedule().noisy(x, ImageNoise(0, range(6), (1, 8, 8))(), torch.full((6,), 500))
+    with torch.no_grad():
+        maps = [n.forward_map(z, torch.full((6,), 500), data.labels[positions])[0] for n in (student, teacher)]
+    expected = torch.nn.functional.cosine_similarity(*maps, dim=1)
+    assert report["rows"][2]["mean"] == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert report["rows"][2]["maximum"] == pytest.approx(expected.flatten(1).amax(1).mean().item(), abs=1e-5)
+
+
+def test_similarity_of_a_dits_run_is_taken_through_its_phi(tmp_path: Path, shell: Shell) -> None:
+    from diffusion.tools.train import main as train
+
+    out = tmp_path / "run"
+    network = ["--student.width", "16", "--student.depth", "2", "--student.heads", "2", "--batch_size", "16"]
+    online = ["--teacher", "online", "--teacher_network.width", "24", "--teacher_network.depth", "2"]
+    fit = ["--fit.steps", "4", "--fit.evaluate_every", "2", "--fit.keep", "1", "--data.limit", "80", *CPU]
+    recipe = ["dit", "--config", str(ROOT / "diffusion/recipes/dit_digits.yaml"), "--method", "mse+adm"]
+    train_whole(train, [*recipe, *network, *online, "--teacher_network.heads", "3", *fit, "--out", str(out)])
+    code, said, err = shell(visualize.main, [str(out), *FEW])
+    assert code == 0, err
+    assert "export/step-00000004/student" in said and "export/step-00000004/teacher" in said
+    report = json.loads((out / "figures/similarity-00000004.json").read_text())
+    assert len(report["rows"]) == 5 and all(-1 < row["mean"] < 1 for row in report["rows"])
+    for wrong, message in (
+        (["--steps", "3"], "has no student of iteration 3, only of [2, 4]"),
+        (["--steps", "2"], "keeps no checkpoint of iteration 2 with its adapter"),
+        (["--data.limit", "0"], "limit must be at least 1"),
+    ):
+        code, _, err = shell(visualize.main, [str(out), *wrong, *FEW])
+        assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_similarity_needs_two_dits_that_fit(run: Path, tmp_path: Path, shell: Shell) -> None:
     code, _, err = shell(visualize.main, [str(run), "--device", "cpu"])
-    assert code == 2 and "is a DiT: these figures are of the U-Nets of a chain" in err and err.count("\n") == 1, err
+    assert code == 2 and "was trained without a teacher: name one by --teacher" in err and err.count("\n") == 1, err
+    save_dit(tmp_path / "other", dit(channels=3, seed=0), step=1)
+    code, _, err = shell(visualize.main, [str(run), "--teacher", str(tmp_path / "other"), *FEW])
+    assert code == 2 and "they cannot be compared" in err and err.count("\n") == 1, err
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from runs import (
     Gradients,
     assert_same,
     assert_same_runs,
+    check_log,
     gradients_of,
     in_two_processes,
     metrics,
@@ -97,7 +99,10 @@ def online(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_exports_are_the_averages_and_load(whole: Path, online: Path) -> None:
     from diffusion.dit.sampling import load_dit_student
 
+    check_log(whole, "teacher (fixed, ", "80 training images, 10 classes")
     for run, roles in ((whole, {"student"}), (online, {"teacher", "student"})):
+        for step, role in itertools.product(STEPS, roles):
+            assert f"{role}'s average is in {export(run, step, role)}" in (run / "log.txt").read_text()
         assert [p.name for p in sorted((run / "export").iterdir())] == [f"step-{n:08d}" for n in STEPS]
         weights, state = read_checkpoint(run / "checkpoints/last")
         assert weights.keys() == roles  # a fixed teacher is not written again
@@ -441,3 +446,20 @@ def test_two_processes_train_as_one(tmp_path: Path, teacher: Path) -> None:
 
 if __name__ == "__main__":
     work(Path(sys.argv[1]), sys.argv[2])
+
+
+def test_pictures_of_a_tracked_run_change_nothing_in_it(online: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train_once(tmp_path / "run", *ONLINE, "--fit.trackers", "[tensorboard]")
+    assert_same_runs(online, run)
+    (folder,) = (run / "tensorboard").iterdir()
+    board = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    for role in ("teacher", "student"):
+        shown = board.Images(f"evaluation/{role}/samples")
+        assert [event.step for event in shown] == list(STEPS)
+        assert len({event.encoded_image_string for event in shown}) == len(STEPS)  # as the network stands then
+        for step in STEPS:
+            assert (run / f"figures/samples-{role}-{step:08d}.png").is_file()
+        assert (run / f"figures/trajectory-{role}.gif").is_file() and board.Scalars(f"train/{role}/mse")
+    assert board.Scalars("train/adm/similarity")

@@ -21,6 +21,7 @@ pytest.importorskip("torch_fidelity")
 
 from diffusion.data import DataConfig, load_images
 from diffusion.metrics import Extractor, InMemory, features_of, scores, statistics
+from diffusion.pictures import tile
 from diffusion.progressive.network import UNetConfig, build_unet, save_student
 from diffusion.sampling import load_student
 from diffusion.tools import evaluate, sample, visualize
@@ -143,7 +144,7 @@ def test_pictures_of_samples(run: Path, tmp_path: Path, shell: Shell) -> None:
 
 def test_tiles_keep_every_pixel() -> None:
     images = torch.arange(6 * 4, dtype=torch.uint8).view(6, 1, 2, 2)
-    grid = sample.tile(images, 3)
+    grid = tile(images, 3)
     assert grid.shape == (2 * 2 + 1, 3 * 2 + 2, 3)
     for i in range(6):
         row, column = divmod(i, 3)

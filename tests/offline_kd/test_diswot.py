@@ -237,7 +237,7 @@ def test_looking_at_the_networks_moves_nothing() -> None:
     images = torch.randn(2, 3, SIZE, SIZE)
     networks = {"teacher": create_network("cifar_wrn_10_2", 5), "student": create_network("cifar_resnet8", 5).train()}
     before = {name: value.clone() for name, value in networks["student"].state_dict().items()}
-    DisWOT().prepare(networks, images)
+    DisWOT().prepare(networks, dict.fromkeys(networks, images))
     assert networks["student"].training and all(p.requires_grad for p in networks["student"].parameters())
     assert all(torch.equal(value, before[name]) for name, value in networks["student"].state_dict().items())
 

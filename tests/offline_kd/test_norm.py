@@ -465,7 +465,7 @@ def test_timms_networks_can_be_students(name: str) -> None:
     student, plain = (as_network(create_network(name, CLASSES, **more)) for _ in range(2))
     networks = {"teacher": create_network("resnet10t", CLASSES).eval(), "student": student}
     method, x = NORM(NORMOptions(n=2)), torch.randn(3, 3, 64, 64)
-    assert method.prepare(networks, x) is networks
+    assert method.prepare(networks, dict.fromkeys(networks, x)) is networks
     views = dict.fromkeys(networks, x)
     outputs = method(networks, views, ("student",))
     sum(method.losses(outputs, {"target": torch.arange(3)}, START)["student"].values()).backward()
@@ -589,7 +589,7 @@ def test_wrong_networks_are_refused() -> None:
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "convnext_atto"])  # a layer, a LayerNorm before the linear
 def test_a_student_whose_head_is_more_is_refused(name: str) -> None:
     networks = {"teacher": create_network("cifar_resnet8", CLASSES), "student": create_network(name, CLASSES)}
-    said = refusal(lambda: NORM().prepare(networks, torch.randn(2, 3, 64, 64)))
+    said = refusal(lambda: NORM().prepare(networks, dict.fromkeys(networks, torch.randn(2, 3, 64, 64))))
     assert "a student whose head is average pooling and one linear layer" in said
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import CPU, ROOT, STUDENT, TEACHER, assert_same, assert_same_runs, stop_at
+from runs import CPU, ROOT, STUDENT, TEACHER, assert_same, assert_same_runs, check_log, stop_at
 from runs import metrics as lines
 from runs import offline_arguments as arguments
 from torch import Tensor, nn
@@ -100,6 +100,7 @@ def test_learns_from_a_fixed_teacher(
     code, _, said = command(arguments(tmp_path / "run", teacher, *more, method=method))
     assert code == 0, said
     distiller = watched.experiment.distiller
+    check_log(tmp_path / "run", f"teacher {TEACHER} (fixed, ", "600 training images", stderr=said)
     last = json.loads((tmp_path / "run/summary.json").read_text())["last"]
     assert last["student/top1"] > 60, last  # 20 is chance, 3 its standard deviation
 

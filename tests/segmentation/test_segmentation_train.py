@@ -16,9 +16,11 @@ import torch
 import yaml
 from mmengine.config import Config
 from mmseg.apis import inference_model, init_model
-from runs import ROOT, assert_same, assert_same_runs, in_two_processes, lines, read, train_whole
+from runs import ROOT, assert_same, assert_same_runs, check_log, in_two_processes, lines, read, train_whole
 from street import CONFIGS, DEEPLAB, SHORT, SIZE, TINY, arguments, make_street, stop_at
 
+from core.analysis.attention import AttentionStatistics
+from segmentation.experiment import restore
 from segmentation.hooks import RunHook
 from segmentation.tools.evaluate import main as evaluate
 from segmentation.tools.visualize import main as visualize
@@ -42,11 +44,12 @@ def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) 
     code, said, log = train(command)
     assert code == 0, log
     assert said == ""  # stdout is for results
+    check_log(out, "teacher ResNet", "student ResNet", "evaluated images", stderr=log)
     files = {path.name for path in out.iterdir()}
     assert files == {
         "config.py", "config.yaml", "run.lock", "environment.json", "metrics.jsonl", "log.txt", "curves.png",
         "summary.json", "checkpoints", "tensorboard", "mmengine", "student.pth", "student.safetensors",
-        "student_config.py",
+        "student_config.py", "figures",
     }  # fmt: skip
     assert {path.name for path in (out / "checkpoints").iterdir()} == {
         "iter_3.pth", "iter_6.pth", "last.pth", "best.pth",
@@ -81,8 +84,18 @@ def test_what_a_run_leaves_is_whole(street: Path, tmp_path: Path, train: Train) 
     board = EventAccumulator(str(out / "tensorboard")).Reload()
     for kind in ("train", "evaluation"):
         for name in (key for key in logged[-1 if kind == "evaluation" else 0] if key not in ("kind", "step", "split")):
-            shown = [(event.step, event.value) for event in board.Scalars(f"{kind}/{name}")]
+            shown = [(event.step, event.value) for event in board.Scalars(f"{kind}/{name.replace('/kd', '/dml')}")]
             assert shown == [(line["step"], pytest.approx(line[name])) for line in logged if line["kind"] == kind]
+
+    assert {file.name for file in (out / "figures").iterdir()} == {"maps-iter_3.png", "maps-iter_6.png"}
+    assert [event.step for event in board.Images("evaluation/maps")] == [3, 6]
+    found = restore(str(out), None, "iter_6", None, None)
+    statistics = AttentionStatistics()
+    for batch in found.loader:
+        statistics.update(found.model.similarity(found.model.data_preprocessor(batch, False)["inputs"]))
+    for name, value in statistics.compute().items():
+        assert [event.step for event in board.Scalars(f"evaluation/{name}")] == [3, 6]
+        assert board.Scalars(f"evaluation/{name}")[-1].value == pytest.approx(value, rel=1e-5)
 
     before = (out / "metrics.jsonl").read_bytes()
     code, _, log = train(command)
@@ -469,7 +482,7 @@ def test_the_export_of_a_full_size_student_loads_with_the_stock_config(tmp_path:
         (["--config", "RUN/config.py", "--checkpoint", "RUN/student.pth"], "of one network alone? name it by --role"),
         (["--config", "RUN/config.py", "--checkpoint", "RUN/config.yaml"], "cannot read "),
         (["--config", "RUN/student_config.py", "--checkpoint", "gone.pth"], "no weight file gone.pth"),
-        (["RUN", "--role", "teacher", "--export", "x", "--rolle"], "unrecognized arguments: --rolle"),
+        (["RUN", "--role", "teacher", "--export", "x", "--rolle"], "unknown option --rolle: did you mean --role?"),
     ],
 )
 def test_wrong_input_to_evaluation_ends_in_one_line(run: Path, shell: Any, command: list[str], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from core.training import command as shell
 from core.training.run import signed
 from tools import plan, processes, reproduce
 from tools.paper import PAPER, load_tables
-from tools.processes import Job, Outcome, run_jobs, state
+from tools.processes import SETTABLE, Job, Outcome, run_jobs, state
 from tools.runs import kept_name, read_run, seeds_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -603,6 +604,36 @@ def test_no_slurm_and_no_submitit_are_one_line_each(
     with pytest.raises(InputError, match=r"pip install -e '\.\[cluster\]'"):
         command("run", "1", "--runs", "vanilla", "--cluster", "slurm")
     assert not (tmp_path / "runs/table01").exists()
+
+
+def test_a_dry_run_shows_what_a_clusters_jobs_ask_and_wait_for(command: Callable[..., str], tmp_path: Path) -> None:
+    slurm = ("run", "1", "--runs", "shake", "--dry-run", "--cluster", "slurm", "--slurm", "partition=x", "time=90")
+    text = command(*slurm)  # without SLURM, without submitit
+    asked = "--cpus-per-task=8 --gpus-per-node=1 --partition=x --time=90"
+    assert [line.removeprefix("# ") for line in text.splitlines() if "sbatch" in line] == [
+        f"sbatch --job-name=table01-proxy-vanilla-0 {asked}",
+        f"sbatch --job-name=table01-proxy-shake-0 {asked} --dependency=afterok:table01-proxy-vanilla-0",
+    ]
+    assert "sbatch" not in command(*slurm[:5]) and not (tmp_path / "runs").exists()
+    write_run(tmp_path / "runs/table01/proxy/vanilla-0", 0, [60.0])  # finished: nothing waits for it
+    (line,) = (line for line in command(*slurm).splitlines() if "sbatch" in line)
+    assert "shake-0" in line and "dependency" not in line
+    for wrong, said in (
+        ("partitionn=x", "unknown key of --slurm 'partitionn': did you mean 'partition'?"),
+        ("dependency=1", "unknown key of --slurm 'dependency'"),
+        ("partition", "write KEY=VALUE"),
+        ("time=", "write KEY=VALUE"),
+        ("=3", "write KEY=VALUE"),
+    ):
+        with pytest.raises(InputError, match=re.escape(said)):
+            command(*slurm[:-2], wrong)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="needs submitit")
+def test_every_key_of_slurm_is_one_of_submitits() -> None:
+    from submitit.slurm.slurm import _get_default_parameters
+
+    assert set(SETTABLE) <= _get_default_parameters().keys()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="needs submitit")

@@ -263,25 +263,36 @@ def changes(results: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, 
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel a row: median, quartiles (thick), 95 % interval (thin), target (dashed, green on its good side)."""
+    """A panel a row: median, quartiles (thick), 95 % interval (thin), target (dashed, shaded on its good side)."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
+    from core.analysis.colors import BLUE, GREEN
     from core.files import save_figure
 
-    figure = Figure(figsize=(9, 0.9 * len(results) + 0.3), layout="constrained")
+    figure = Figure(figsize=(9, 1.1 * len(results) + 0.6), layout="constrained")
     for result, axis in zip(results, figure.subplots(len(results), squeeze=False)[:, 0], strict=True):
-        axis.plot(result["interval"], [0, 0], color="C0", linewidth=1.5)
-        axis.plot(result["quartiles"], [0, 0], color="C0", linewidth=6, alpha=0.4, solid_capstyle="butt")
-        axis.plot(result["median"], 0, "o", color="C0", markersize=5)
+        axis.plot(result["interval"], [0, 0], color=BLUE, linewidth=1.5)
+        axis.plot(result["quartiles"], [0, 0], color=BLUE, linewidth=6, alpha=0.4, solid_capstyle="butt")
+        axis.plot(result["median"], 0, "o", color=BLUE, markersize=5)
+        axis.margins(x=0.15)
         if result["target"] is not None:
             axis.axvline(result["target"], color="0.2", linestyle="--", linewidth=1)
-            axis.margins(x=0.15)
             left, right = axis.get_xlim()
             good = (result["target"], right) if result["at_least"] else (left, result["target"])
-            axis.axvspan(*good, color="C2", alpha=0.12, linewidth=0)
+            axis.axvspan(*good, color=GREEN, alpha=0.12, linewidth=0)
             axis.set_xlim(left, right)
-        title = f"{result['row']}: {result['median']:.4g} {result['unit']}".rstrip()
-        axis.set_title(f"{title}   ({result['what']})", fontsize=8, loc="left")
+        axis.set_title(f"{result['row']}: {result['median']:.4g} {result['unit']}".rstrip(), fontsize=8, loc="left")
+        axis.set_xlabel(f"{result['what']} ({result['unit'] or 'ratio'})", fontsize=7)
         axis.set_yticks([])
         axis.tick_params(labelsize=7)
+    legend = [
+        Line2D([], [], color=BLUE, marker="o", linestyle="", label="median"),
+        Line2D([], [], color=BLUE, linewidth=6, alpha=0.4, label="quartiles"),
+        Line2D([], [], color=BLUE, linewidth=1.5, label="95 % interval"),
+        Line2D([], [], color="0.2", linestyle="--", linewidth=1, label="target"),
+        Patch(facecolor=GREEN, alpha=0.12, label="its good side"),
+    ]
+    figure.legend(handles=legend, fontsize="small", loc="outside upper center", ncols=len(legend), frameon=False)
     save_figure(figure, path)
