@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from classification.findings import Compared, Findings, Measured
 from classification.outcomes import LEVEL, Pairing
 from core.analysis.attention import KEYS
+from core.analysis.pages import page_template
 from core.files import plain
 from core.training.checkpoint import BEST, LAST
 from core.training.run import flatten
@@ -37,13 +37,11 @@ class Section:
 
 def as_html(found: Findings, pictures: Mapping[str, Mapping[str, bytes]]) -> str:
     """One page that needs nothing else. ``pictures``: by section (classes, confusions, calibration, maps, curves)."""
-    from jinja2 import Environment
-
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters["base64"] = lambda png: base64.b64encode(png).decode()
-    page.filters["width"] = lambda png: int.from_bytes(png[16:20], "big")  # pixels, in a PNG's head
-    page.filters["is_number"] = lambda cell: re.match(r"[-+]?\d", cell) is not None
-    template = page.from_string(Path(__file__).with_suffix(".html").read_text())
+    template = page_template(
+        Path(__file__).with_suffix(".html"),
+        width=lambda png: int.from_bytes(png[16:20], "big"),  # pixels, in a PNG's head
+        is_number=lambda cell: re.match(r"[-+]?\d", cell) is not None,
+    )
     main = found.main
     sections = [
         Section("At a glance", headline(found), {_glance_caption(found): glance(found)}),

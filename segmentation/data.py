@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import random
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.dataset import BaseDataset
 from mmengine.dist import get_dist_info
 from mmseg.datasets.transforms import PhotoMetricDistortion
@@ -20,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 
 from core.errors import InputError, first_line, notice
 from core.images import EXTENSIONS, read_header
+from core.training.seed import seeded
 
 LOOKED_AT = 16
 """Label maps of a data set that are read before a training; all are looked at when they are trained with."""
@@ -81,7 +80,7 @@ class NumberedDataset(Dataset):
         """
         index, number = draw if isinstance(draw, tuple) else (draw, None)
         try:
-            with nullcontext() if number is None else _seeded(zlib.crc32(repr((self.seed, number)).encode())):
+            with nullcontext() if number is None else seeded(zlib.crc32(repr((self.seed, number)).encode())):
                 sample = self.dataset[index]
         except Exception as error:  # what OpenCV, Pillow and the transforms raise for a damaged file
             files = self.dataset.get_data_info(index)
@@ -148,21 +147,6 @@ def check_labels(sample: Any, classes: int, ignore: int) -> None:
             f"{sample.seg_map_path} holds label {int(wrong[0])}, but there are {classes} classes (0 to {classes - 1}, "
             f"{ignore} is ignored): Cityscapes needs its labelTrainIds, other data their own number of classes"
         )
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seeds what transforms draw from inside, and puts it back: without workers it is the training's own state."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the GPUs too
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
 
 
 @TRANSFORMS.register_module()

@@ -103,6 +103,14 @@ def stop_at(
     monkeypatch.setattr(of, "after_step", after_step)
 
 
+def cut_at(step: int, argv: list[str], command: Callable[[list[str]], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a command of classification that gets SIGTERM in that step of 12: it saves and says so."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        code, _, said = command(argv)
+    assert code == 130 and f"interrupted at step {step} of 12" in said
+
+
 # --- what a run left --------------------------------------------------------------------------------------------------
 
 

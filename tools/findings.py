@@ -10,7 +10,7 @@ from core.analysis.looks import CONTROLS
 from tools.groups import experiment, method_of
 from tools.ours import Number
 from tools.paper import Scale, Table
-from tools.stats import Difference, Grid, p_value, paired
+from tools.stats import Difference, Grid, counted, p_value, paired
 
 Kind = Literal["ADM", "control", "attention", "method"]
 """ADM less its baseline, a control less that baseline, ADM less its control, another method less its baseline."""
@@ -165,11 +165,6 @@ def said(every: Sequence[Added]) -> list[str]:
             text += f". Corrected for all of them, {f'{len(held)} hold: {names}' if held else 'none holds'}"
         told.append(f"{text}.")
     return [conclusion(every), *told] if told else []
-
-
-def counted(number: int, word: str) -> str:
-    """ "1 loss", "2 losses"."""
-    return f"{number} {word}{'' if number == 1 else 'es' if word.endswith('s') else 's'}"
 
 
 def conclusion(every: Sequence[Added]) -> str:

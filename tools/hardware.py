@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tools.runs import Run
+from tools.stats import counted
 
 Groups = Mapping[str, Mapping[Any, Run]]
 """Runs by label and seed."""
@@ -31,7 +32,7 @@ def differing_hardware(groups: Groups) -> list[str]:
         return []
     parts = []
     for (_, name), count in sorted(counts.items()):
-        parts.append(f"{name or 'a CPU that was not recorded'} ({count} run{'' if count == 1 else 's'})")
+        parts.append(f"{name or 'a CPU that was not recorded'} ({counted(count, 'run')})")
     line = f"Different hardware, which moves results beyond what seeds do: {', '.join(parts)}."
     mixed = [label for label, places in by_label.items() if _differ(places)]
     return [f"{line} Averaged over several: {'; '.join(mixed)}." if mixed else line]
@@ -74,4 +75,4 @@ def _name(start: Mapping[str, Any]) -> str:
     if _kind(start) == "cuda":
         return processor(start)
     threads = start.get("threads", "?")
-    return f"{start['cpu']}, {threads} thread{'' if threads == 1 else 's'}" if start.get("cpu") else ""
+    return f"{start['cpu']}, {counted(threads, 'thread')}" if start.get("cpu") else ""

@@ -9,12 +9,12 @@ from itertools import groupby
 
 from core.analysis.colors import BLUE, GREEN
 from core.analysis.looks import ADM, CONTROLS
-from tools.findings import KINDS, POINT, Added, counted
+from tools.findings import KINDS, POINT, Added
 from tools.groups import method_of
 from tools.ours import Members, Number, amount_of, data_of, pair_of
 from tools.paper import SCALES, Scale, Table
 from tools.runs import Run
-from tools.stats import Grid
+from tools.stats import Grid, counted
 
 SETTINGS: Mapping[Scale, str] = {"paper": "the setting of the paper", "proxy": "proxy"}
 

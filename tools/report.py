@@ -6,7 +6,6 @@ It is ``reproduce.py report``: of runs/reproduce and what results/ keeps. Needs 
 from __future__ import annotations
 
 import argparse
-import base64
 import csv
 import io
 import re
@@ -18,18 +17,19 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
+from core.analysis.pages import page_template
 from core.errors import InputError
 from core.files import make_folder, write_atomically
 from core.progress import progress_bar
 from tools.document import render
-from tools.findings import RULE, Added, counted, differences, gains, gains_caption, once, said
+from tools.findings import RULE, Added, differences, gains, gains_caption, once, said
 from tools.hardware import differing_in_pairs, processor, unknown_processors
 from tools.ours import Members, Number, amount_of, by_role, first_uses, gather, numbers, reused, setting_of
 from tools.overview import LEGEND, SETTINGS, forest, what_is_missing, what_was_run
 from tools.paper import SCALES, Scale, Table, load_tables
 from tools.pictures import Picture, curves, pictures_of, shown_by
 from tools.printed import Printed, printed
-from tools.stats import Grid, markdown, mean_std
+from tools.stats import Grid, counted, markdown, mean_std
 
 INTRODUCTION = (
     "In each cell the paper's number, then **ours**: the mean ± sample standard deviation over seeds (their number in "
@@ -287,22 +287,18 @@ def plain(text: str, *, bold: bool = False) -> str:
 
 def as_html(report: Report) -> str:
     """One page that needs nothing else: style and pictures are in it."""
-    from jinja2 import Environment
     from markupsafe import Markup, escape
 
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters["bold"] = lambda text: Markup(re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text))))
-    page.filters["base64"] = lambda png: base64.b64encode(png).decode()
-    page.globals |= {
-        "introduction": INTRODUCTION,
-        "rule": RULE,
-        "legend": LEGEND,
-        "gains": gains,
-        "gains_caption": gains_caption,
-    }
-    page.globals |= {"environments": environments, "commands": commands}
-    template = page.from_string(Path(__file__).with_suffix(".html").read_text())
-    return template.render(report=report, axes=forest(report.every))
+    template = page_template(
+        Path(__file__).with_suffix(".html"),
+        bold=lambda text: Markup(re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", str(escape(text)))),
+        gains=gains,
+        gains_caption=gains_caption,
+        environments=environments,
+        commands=commands,
+    )
+    axes = forest(report.every)
+    return template.render(report=report, axes=axes, introduction=INTRODUCTION, rule=RULE, legend=LEGEND)
 
 
 def save(file: Path, content: bytes) -> None:

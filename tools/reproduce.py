@@ -18,7 +18,7 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from tools.processes import (
     submit,
 )
 from tools.runs import Run, keep, read_runs, seeds_of
-from tools.stats import columns
+from tools.stats import columns, counted
 
 OUT = Path("runs/reproduce")
 RESULTS = Path(os.path.relpath(ROOT / "results"))
@@ -125,7 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def list_tables(options: argparse.Namespace) -> int:
     for name, table in load_tables(options.tables).items():
-        print(f"{name:9} {table.task:14} {counted(table.runs, 'run'):>8}  {table.title}")
+        print(f"{name:9} {table.task:14} {counted(len(table.runs), 'run'):>8}  {table.title}")
     return 0
 
 
@@ -179,7 +179,7 @@ def run_tables(options: argparse.Namespace) -> int:
         return dry_run(plan, parameters)
     todo = {name: job for name, job in plan.jobs.items() if not job.finished()}
     plan.check_data(todo)
-    print(f"{counted(plan.jobs, 'run')}: {len(plan.jobs) - len(todo)} finished, {len(todo)} to do", flush=True)
+    print(f"{counted(len(plan.jobs), 'run')}: {len(plan.jobs) - len(todo)} finished, {len(todo)} to do", flush=True)
     if not todo:
         return 0
     if parameters is not None:
@@ -205,7 +205,7 @@ def tell_status(options: argparse.Namespace) -> int:
                 continue
             runs = [settings for settings in table.runs.values() if scale in settings]
             in_words = ", ".join(f"{count} {word}" for word, count in sorted(seen.items())) or "nothing run yet"
-            lines.append(f"{table.name} {scale}: {counted(runs, 'run')} a seed; {in_words}")
+            lines.append(f"{table.name} {scale}: {counted(len(runs), 'run')} a seed; {in_words}")
             lines += [f"  {word:12} {name}" for name, word in found.items()] if chosen else []
     print("\n".join(lines) or f"nothing run yet in {options.out}")
     return 0
@@ -221,7 +221,7 @@ def keep_runs(options: argparse.Namespace) -> int:
     folder = options.results / options.to
     names = keep(runs, folder)
     pictures = keep_pictures(runs, folder, names)
-    drawn = f"; {counted(pictures, 'picture')} of them, small" if pictures else ""
+    drawn = f"; {counted(len(pictures), 'picture')} of them, small" if pictures else ""
     print(f"{folder / KEPT}: kept {', '.join(names)}{drawn}")
     return 0
 
@@ -255,7 +255,7 @@ def dry_run(plan: Plan, parameters: Mapping[str, Any] | None = None) -> int:
             print(f"# {sbatch(job_name(name), parameters or {}, list(map(job_name, after)))}")
         print(*map(told, job.commands), sep="\n")
     parts = [duration(seconds, device) for device, seconds in together.items()]
-    parts += [f"{counted(unknown, 'run')} of unknown time"] if unknown else []
+    parts += [f"{counted(len(unknown), 'run')} of unknown time"] if unknown else []
     print(f"# together: {' and '.join(parts) or 'nothing to do'}; evaluation is not counted")
     return 0
 
@@ -300,11 +300,6 @@ def queue(options: argparse.Namespace, parameters: Mapping[str, Any], todo: Mapp
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------
-
-
-def counted(things: Sized, name: str) -> str:
-    """ "3 runs", "1 run"."""
-    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def told(command: Sequence[str]) -> str:

@@ -94,3 +94,8 @@ def columns(grid: Grid) -> str:
 
 def _widths(grid: Grid) -> list[int]:
     return [max(map(len, column)) for column in zip(*grid, strict=True)]
+
+
+def counted(number: int, word: str) -> str:
+    """ "1 loss", "2 losses"."""
+    return f"{number} {word}{'' if number == 1 else 'es' if word.endswith('s') else 's'}"

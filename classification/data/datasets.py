@@ -318,8 +318,8 @@ def _decode_all(source: _Sized, indices: Tensor, size: int, workers: int) -> Arr
 
 
 def worth_workers(images: int, workers: int) -> int:
-    """How many processes to decode so many images by, once: at most ``workers``, and 0 where starting them costs."""
-    return min(workers, os.cpu_count() or 1) if images > WORTH_WORKERS else 0
+    """How many processes to decode so many images by, once: ``workers``, or 0 where starting them costs."""
+    return workers if images > WORTH_WORKERS else 0
 
 
 def to_size(size: int) -> Callable[[Any], Any]:

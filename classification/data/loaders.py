@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classification.data.draws import mix, seeded
 from classification.data.sources import Arrays, Split, Streamed
 from core.errors import InputError
 from core.training.distiller import Batch
 from core.training.order import EpochOrder
+from core.training.seed import mix, seeded
 
 
 class EpochLoader(EpochOrder):
@@ -190,10 +190,11 @@ class StreamLoader(EpochLoader):
 
     def _read(self, split: Streamed, workers: int) -> None:
         self.plan = _Plan()
+        workers = min(workers, os.cpu_count() or 1)  # torch warns of more
         self.loader = torch.utils.data.DataLoader(
             _Samples(split, self.train, self.seed, self.views),
             batch_sampler=self.plan,
-            num_workers=(workers := min(workers, os.cpu_count() or 1)),  # torch warns of more
+            num_workers=workers,
             collate_fn=_collate,
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",

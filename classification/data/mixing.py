@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from classification.data.draws import mix, seeded
 from core.training.distiller import Batch, Progress
+from core.training.seed import mix, seeded
 
 SALT = 0x6D6978
 """Keeps these draws apart from others that come of the same seed."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from classification.data.draws import mix
 from classification.data.sources import Split
 from core.errors import InputError
 from core.files import write_atomically
+from core.training.seed import mix
 from core.weights import read_state_dict
 
 SALT = 0x6E6F6973

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from classification.data.draws import seeded
 from core.errors import InputError, first_line
+from core.training.seed import seeded
 
 Erasing = Literal["pixel", "rand", "const"]
 EXAMPLES = "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original-mstd0.5 (or v0, v0r, originalr, 3a)"

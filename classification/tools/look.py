@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import InputError
 from core.files import save_figure
+from core.progress import progress_bar
 from core.training.command import DONE, align, parse, run_command, tool_parser
 
 if TYPE_CHECKING:
@@ -55,16 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_images(splits: Sequence[Source], config: DataConfig) -> None:
     """Decodes every image, and says how large they are. Raises: InputError where some are broken, naming them."""
     import torch
-    from tqdm import tqdm
 
     from classification.data import Streamed, StreamLoader
     from classification.data.datasets import CHUNK, worth_workers
 
     broken: list[InputError] = []
     found: list[Tensor] = []
-    with tqdm(
-        total=sum(len(s.targets) for s in splits), desc="decoding", unit="image", disable=None, leave=False
-    ) as bar:
+    total = sum(len(s.targets) for s in splits)
+    with progress_bar(total, "decoding") as bar:
         for source in splits:
             split = Streamed(source, source.targets, torch.arange(len(source.targets)), size_of, size_of)
             workers = worth_workers(len(split), config.workers)
@@ -74,7 +73,6 @@ def check_images(splits: Sequence[Source], config: DataConfig) -> None:
     for error in broken[:MOST_BROKEN]:
         print(error)
     if broken:
-        total = sum(len(s.targets) for s in splits)
         raise InputError(f"{len(broken):,} of {total:,} images cannot be read: replace or delete them, and look again")
     sizes = torch.cat(found)  # width, height
     areas = sizes.prod(dim=1)

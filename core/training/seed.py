@@ -1,9 +1,11 @@
-"""Random state: seeding, and taking and restoring all of it for an exact resume."""
+"""Random state: seeding, for good or for a while, and taking and restoring all of it for an exact resume."""
 
 from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,31 @@ def seed_everything(seed: int, *salt: int | str) -> None:
     random.seed(mixed)
     torch.manual_seed(mixed)
     np.random.seed(mixed)
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers; nearby inputs give unrelated seeds."""
+    import numpy as np
+
+    words = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)
+    return int(words[0]) >> 1
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the generators of Python, NumPy and torch (CPU), and gives them their states back at the end."""
+    import numpy as np
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the GPUs too
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def random_state() -> dict[str, Any]:

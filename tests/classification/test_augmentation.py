@@ -15,9 +15,9 @@ from torch import Tensor
 from classification.config import parse_command
 from classification.data import Arrays, DataConfig, Streamed, StreamLoader, load_datasets, make_loader
 from classification.data.classes import check_classes
-from classification.data.draws import mix, seeded
 from classification.data.policy import Erase, auto_augmenter
 from core.errors import InputError
+from core.training.seed import mix, seeded
 
 pytestmark = pytest.mark.usefixtures("quick")
 

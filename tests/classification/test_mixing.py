@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import arguments, assert_same_runs, stop_at
+from runs import arguments, assert_same_runs, cut_at
 from torch import Tensor
 
 from classification.config import parse_command
-from classification.data.draws import mix
 from classification.data.mixing import SALT, Mixing
 from classification.experiment import Experiment, build
 from core.training.distiller import Batch, Progress
 from core.training.meters import LossBuffer
+from core.training.seed import mix
 from core.training.step import train_step
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -240,10 +240,7 @@ def test_resumed_equals_uninterrupted_by_other_workers_too(
     assert command(arguments(tmp_path / "whole", *more, "--data.workers", "0"))[0] == 0
     argv = arguments(tmp_path / "cut", *more, "--data.workers", "2")
     for stop in (4, 7):
-        with monkeypatch.context() as patch:
-            stop_at(patch, stop)
-            code, _, said = command(argv)
-        assert code == 130 and f"interrupted at step {stop} of 12" in said
+        cut_at(stop, argv, command, monkeypatch)
     assert command(argv)[0] == 0
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
 

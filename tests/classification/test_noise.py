@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from classification.config import parse_command
 from classification.data import Arrays, DataConfig, Streamed, load_datasets, make_loader
-from classification.data.loaders import mix
 from classification.data.noise import draw_noise, save_noise, with_noise
 from classification.experiment import Experiment, build
 from core.errors import InputError
+from core.training.seed import mix
 
 pytestmark = pytest.mark.usefixtures("quick")
 Command = Callable[[list[str]], tuple[int, str, str]]

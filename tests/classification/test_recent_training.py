@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import arguments, assert_same_runs, lines, read, stop_at
+from runs import arguments, assert_same_runs, cut_at, lines, read
 from torch import Tensor
 
 from classification.config import parse_command
@@ -266,10 +266,7 @@ def test_resumed_with_all_of_it_equals_uninterrupted(
     assert command(arguments(tmp_path / "whole", *ALL, *more))[0] == 0
     argv = arguments(tmp_path / "cut", *ALL, *more)
     for stop in stops:
-        with monkeypatch.context() as patch:
-            stop_at(patch, stop)
-            code, _, said = command(argv)
-        assert code == 130 and f"interrupted at step {stop} of 12" in said
+        cut_at(stop, argv, command, monkeypatch)
     assert command(argv)[0] == 0
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
     assert read(tmp_path / "cut/summary.json")["status"] == "finished"

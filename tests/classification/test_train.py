@@ -17,7 +17,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import ROOT, arguments, assert_same, assert_same_runs, check_log, environment, metrics, stop_at, undrawn
+from runs import (
+    ROOT,
+    arguments,
+    assert_same,
+    assert_same_runs,
+    check_log,
+    cut_at,
+    environment,
+    metrics,
+    stop_at,
+    undrawn,
+)
 
 from classification.config import parse_command
 from classification.distiller import ClassificationDistiller
@@ -50,10 +61,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert command(arguments(tmp_path / "whole", *more))[0] == 0
     argv = arguments(tmp_path / "cut", *more)
     for stop in stops:
-        with monkeypatch.context() as patch:
-            stop_at(patch, stop)
-            code, _, said = command(argv)
-        assert code == 130 and f"interrupted at step {stop} of 12" in said
+        cut_at(stop, argv, command, monkeypatch)
         assert json.loads((tmp_path / "cut/summary.json").read_text())["status"] == "interrupted"
     code, _, said = command(argv)
     assert code == 0 and f"resuming from step {stops[-1]}" in said
